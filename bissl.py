@@ -1,0 +1,292 @@
+"""BiSSL: bilevel optimisation for self-supervised pre-training (Zakarias, Hansen and Tan 2024, arXiv 2410.02387).
+
+Between pre-training and fine-tuning, the backbone is aligned with the downstream task: a lower level goes on with the pretext
+task, pulled towards an upper level that learns the downstream task *through* it (section 3).
+
+    upper:  min_phi  L_D(theta_B*(phi_B), phi_H) + L_D(phi_B, phi_H)
+    lower:  theta*(phi_B) = argmin_theta  L_P(theta) + lambda/2 ||theta_B - phi_B||^2
+
+  1. theta = pretext checkpoint, backbone theta_B and head; phi_B := theta_B; train phi_H alone for --head-epochs.
+  2. Repeat --alternations times:
+     a. --lower-steps (N_L) steps on theta, its gradient clipped at 10, by the pretext's own optimiser.
+     b. Draw one pretext batch; H = second derivative of L_P in theta_B. Its first-order graph is built once.
+     c. --upper-steps (N_U) steps on phi with, by the implicit function theorem,
+        grad phi_B = (I + H/(lambda + gamma))^-1 g_theta + d/dphi_B L_D(phi_B, phi_H),   g_theta = d/dtheta_B L_D(theta_B, phi_H)
+        grad phi_H = d/dphi_H [ L_D(theta_B, phi_H) + L_D(phi_B, phi_H) ]
+        where --cg-steps of conjugate gradients on Hessian-vector products apply the inverse; gamma is --damping.
+  3. The result is theta_B.
+
+    python bissl.py --ckpt simclr.pt --data flowers --out runs/bissl
+    python finetune.py --ckpt runs/bissl.pt --data flowers
+
+Look at `residual` in the log: the true ||v - A x|| / ||v|| of the last solve of an alternation. Near 1 the implicit gradient is
+noise and --damping has to grow; the scale of H depends on the network.
+"""
+import contextlib
+import copy
+import itertools
+import math
+import sys
+from argparse import Namespace
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import simclr
+
+PRETEXTS = {"simclr": simclr}
+
+
+def conjugate_gradient(matvec, b, steps, layerwise=False):
+    """`steps` of conjugate gradients on A x = b from x = 0, for a symmetric positive definite A (Hestenes and Stiefel 1952).
+
+    b: tuple of tensors, seen as one long vector; matvec: such a tuple -> A times it. layerwise is the authors' released
+    variant: step lengths alpha and beta of its own for each tensor, although A couples them.
+    """
+    def dot(u, v):  # (number of tensors,), or (1,) if they are one vector
+        products = torch.stack([(s * t).sum() for s, t in zip(u, v)])
+        return products if layerwise else products.sum(0, keepdim=True).expand(len(products))
+
+    ratio = lambda top, bottom: torch.where(top > 0, top / bottom, torch.zeros_like(top))  # solved exactly: stay there
+    x, r, p = [torch.zeros_like(t) for t in b], list(b), list(b)
+    rr = dot(r, r)
+    for _ in range(steps):
+        Ap = matvec(tuple(p))
+        alpha = ratio(rr, dot(p, Ap))
+        x = [s + a * t for s, a, t in zip(x, alpha, p)]
+        r = [s - a * t for s, a, t in zip(r, alpha, Ap)]
+        rr, rr_before = dot(r, r), rr
+        beta = ratio(rr, rr_before)
+        p = [s + a * t for s, a, t in zip(r, beta, p)]
+    return tuple(x)
+
+
+def damped_hessian(gradient, params, damping):
+    """v -> (I + H/damping) v, from the first-order graph: gradient = d loss / d params, made with create_graph=True."""
+    def matvec(v):
+        Hv = torch.autograd.grad(gradient, params, v, retain_graph=True, materialize_grads=True)  # Pearlmutter 1994
+        return tuple(s + t / damping for s, t in zip(v, Hv))
+    return matvec
+
+
+def inverse_hvp(loss, params, vector, damping, steps, layerwise=False, gradient=None):
+    """(I + H/damping)^-1 vector by conjugate gradients, H = d2 loss / d params2 (section 3.2; damping = lambda + gamma).
+
+    params, vector: tuples of tensors of the same shapes. `gradient` hands in d loss / d params with its graph where the caller
+    already holds it: one graph then serves every product of an alternation.
+    """
+    if gradient is None:
+        gradient = torch.autograd.grad(loss, params, create_graph=True)
+    return conjugate_gradient(damped_hessian(gradient, params, damping), vector, steps, layerwise)
+
+
+def norm(tensors):
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
+
+
+@contextlib.contextmanager
+def frozen_statistics(model):
+    """BatchNorm uses the batch's own statistics as in training, but leaves its running averages as they are."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    yield
+    for layer in layers:
+        layer.track_running_stats = True
+
+
+def endless(data, batch_size, whole_only):
+    while True:
+        yield from common.batches(data, batch_size, whole_only=whole_only)
+
+
+def start_pretext(args, backbone, ckpt):
+    """The checkpoint's pretext task: its module, its model around the backbone, its configuration, and whether its head is new."""
+    name = ckpt["config"].get("pretext", ckpt["method"])
+    fresh = name not in PRETEXTS
+    pretext = PRETEXTS[args.pretext if fresh else name]
+    if fresh:
+        print(f"{args.ckpt} has no pretext head: a new one for {args.pretext} is warmed up first", flush=True)
+        config = vars(pretext.parser().parse_args(["--data", args.data, "--out", args.out]))
+    else:
+        config = dict(ckpt["config"].get("pretext_config", ckpt["config"]))
+    config["image_size"] = args.image_size
+    model = pretext.make_model(backbone, config).to(args.device)
+    if not fresh:
+        try:
+            model.head.load_state_dict(ckpt["head"])
+        except (RuntimeError, AttributeError) as error:
+            common.fail(f"the pretext head in {args.ckpt} does not fit: {str(error).splitlines()[-1].strip()}")
+    return pretext, model, config, fresh
+
+
+def train(args):
+    if args.ckpt is None:
+        common.fail("bissl.py goes on from a pretext checkpoint: give --ckpt, for example simclr.pt")
+    lower_backbone, ckpt = common.start_backbone(args)
+    pretext, lower, config, fresh_head = start_pretext(args, lower_backbone, ckpt)
+    args.pretext_data = args.pretext_data or config["data"]
+    args.lower_lr = config["lr"] / 5 if args.lower_lr is None else args.lower_lr
+    pretext_data = common.load_data(Namespace(**{**vars(args), "data": args.pretext_data}), "unlabeled")
+    if len(pretext_data) < args.pretext_batch_size:
+        common.fail(f"--pretext-batch-size {args.pretext_batch_size} is more than the {len(pretext_data)} images: lower it")
+    data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
+
+    upper_backbone = copy.deepcopy(lower_backbone)
+    upper_head = nn.Linear(upper_backbone.num_features, len(data.classes)).to(args.device)
+    lower_optimizer = common.make_optimizer(config["optimizer"], [lower], args.lower_lr, config["weight_decay"])
+    upper_optimizer = common.make_optimizer("sgd", [upper_backbone, upper_head], args.lr, args.weight_decay)
+    theta, phi = tuple(lower_backbone.parameters()), tuple(upper_backbone.parameters())
+    history, damping = [], args.lam + args.damping
+    if state := common.resume_checkpoint(args):
+        resume, history = state["resume"], state["resume"]["history"]
+        for part, value in ((lower_backbone, state["backbone"]), (lower.head, state["head"]),
+                            (upper_backbone, resume["upper_backbone"]), (upper_head, resume["upper_head"]),
+                            (lower_optimizer, resume["lower_optimizer"]), (upper_optimizer, resume["upper_optimizer"])):
+            part.load_state_dict(value)
+    else:
+        if fresh_head:
+            warm_up_pretext_head(args, pretext, lower, config, pretext_data)
+        warm_up_head(args, upper_backbone, upper_head, data)
+    log = common.Log(args, args.alternations, history)
+
+    for alternation in range(len(history), args.alternations):
+        torch.manual_seed(args.seed * 1_000_003 + alternation)
+        sums = torch.zeros(3, device=args.device)  # L_P, L_D(theta_B, phi_H), L_D(phi_B, phi_H)
+        lower_batches = endless(pretext_data, args.pretext_batch_size, whole_only=True)
+        upper_batches = endless(data, args.batch_size, whole_only=False)
+
+        for i, (x, _) in enumerate(itertools.islice(lower_batches, args.lower_steps)):
+            common.set_learning_rate(lower_optimizer, args.lower_lr, alternation * args.lower_steps + i,
+                                     args.alternations * args.lower_steps, warmup=args.lower_warmup * args.lower_steps)
+            views = pretext.make_views(x, config)
+            with common.autocast(args):
+                pretext_loss = pretext.loss(lower, views, config)
+            distance = sum((t - p.detach()).square().sum() for t, p in zip(theta, phi))  # ||theta_B - phi_B||^2
+            lower_optimizer.zero_grad()
+            (pretext_loss + args.lam / 2 * distance).backward()
+            nn.utils.clip_grad_norm_(lower.parameters(), 10)
+            lower_optimizer.step()
+            sums[0] += pretext_loss.detach() / args.lower_steps
+
+        with frozen_statistics(lower):  # theta does not move any more: one graph for all N_U x cg_steps products
+            hessian_loss = pretext.loss(lower, pretext.make_views(next(lower_batches)[0], config), config)
+            gradient = torch.autograd.grad(hessian_loss, theta, create_graph=True)
+        for i, (x, y) in enumerate(itertools.islice(upper_batches, args.upper_steps)):
+            common.set_learning_rate(upper_optimizer, args.lr, alternation * args.upper_steps + i,
+                                     args.alternations * args.upper_steps)
+            x = common.augment(x, args.image_size, crop=(args.crop, 1))
+            with common.autocast(args):
+                with frozen_statistics(lower_backbone):
+                    theta_logits = upper_head(lower_backbone(x))  # (B, C)
+                phi_logits = upper_head(upper_backbone(x))        # (B, C)
+            theta_loss, phi_loss = F.cross_entropy(theta_logits.float(), y), F.cross_entropy(phi_logits.float(), y)
+            g_theta = torch.autograd.grad(theta_loss, theta, retain_graph=True)
+            upper_optimizer.zero_grad()
+            (theta_loss + phi_loss).backward(inputs=(*phi, *upper_head.parameters()))
+            implicit = inverse_hvp(hessian_loss, theta, g_theta, damping, args.cg_steps, args.layerwise, gradient)
+            torch._foreach_add_([p.grad for p in phi], implicit)
+            upper_optimizer.step()
+            sums[1:] += torch.stack([theta_loss.detach(), phi_loss.detach()]) / args.upper_steps
+
+        product = damped_hessian(gradient, theta, damping)(implicit)
+        residual = norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)
+        del hessian_loss, gradient, product  # frees the graph before the next lower step
+        knn = None
+        if (alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations:
+            knn = common.knn_accuracy(*common.features(lower_backbone, data, args),
+                                      *common.features(lower_backbone, val, args))
+        log.epoch(args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size, unit="alternation",
+                  lower=sums[0], upper_theta=sums[1], upper_phi=sums[2], residual=residual, knn=knn,
+                  distance=norm(t.detach() - p.detach() for t, p in zip(theta, phi)))
+        if log.history[-1]["residual"] > 0.5 and all(line["residual"] <= 0.5 for line in log.history[:-1]):
+            print(f"residual {log.history[-1]['residual']:.2f}: the implicit gradient is mostly noise; raise --damping "
+                  f"(now {args.damping:g}) or --cg-steps (now {args.cg_steps})", flush=True)
+        common.save_checkpoint(
+            f"{args.out}.pt", method="bissl", arch=args.arch, image_size=args.image_size, backbone=lower_backbone,
+            head=lower.head, classes=data.classes,
+            config=dict(common.run_config(args), pretext=pretext.__name__, pretext_config=config),
+            resume=dict(upper_backbone=upper_backbone.state_dict(), upper_head=upper_head.state_dict(),
+                        lower_optimizer=lower_optimizer.state_dict(), upper_optimizer=upper_optimizer.state_dict(),
+                        history=log.history))
+
+    draw(args, log.history)
+    return log.history[-1]
+
+
+def warm_up_head(args, backbone, head, data):
+    """Train phi_H alone, so that the first gradients through it mean something: linear probing with the backbone frozen."""
+    optimizer = common.make_optimizer("sgd", [head], args.lr, args.weight_decay)
+    backbone.eval()
+    for epoch in range(args.head_epochs):
+        for x, y in common.batches(data, args.batch_size):
+            with torch.no_grad(), common.autocast(args):
+                x = backbone(common.augment(x, args.image_size, crop=(args.crop, 1))).float()
+            loss = F.cross_entropy(head(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    backbone.train()
+    if args.head_epochs:
+        print(f"head warmed up for {args.head_epochs} epochs: loss {loss.item():.3f}", flush=True)
+
+
+def warm_up_pretext_head(args, pretext, model, config, data):
+    """Train a fresh pretext head alone for --head-epochs epochs."""
+    optimizer = common.make_optimizer(config["optimizer"], [model.head], config["lr"], config["weight_decay"])
+    for epoch in range(args.head_epochs):
+        for x, _ in common.batches(data, args.pretext_batch_size, whole_only=True):
+            with common.autocast(args), frozen_statistics(model.backbone):
+                loss = pretext.loss(model, pretext.make_views(x, config), config)
+            optimizer.zero_grad()
+            loss.backward(inputs=tuple(model.head.parameters()))
+            optimizer.step()
+
+
+def draw(args, history):
+    """Both levels' losses, the distance between the backbones, the probe, and how well the linear systems were solved."""
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4.5))
+    for axis, names, title in zip(axes, (["lower"], ["upper_theta", "upper_phi"], ["distance"], ["residual", "knn"]),
+                                  ("pretext loss L_P(theta)", "downstream losses L_D", "||theta_B - phi_B||", "")):
+        common.plot_curves(axis, history, names, x="alternation")
+        axis.set_title(title)
+    common.save_figure(args, figure)
+
+
+def parser():
+    p = common.Parser(
+        __doc__,
+        petals=dict(image_size=32, arch="resnet10", batch_size=64, lr=0.03, weight_decay=5e-4, pretext_batch_size=128,
+                    alternations=16, lower_steps=20, upper_steps=4, labels_per_class=20),
+        others=dict(image_size=64, arch="resnet18", batch_size=256, lr=0.03, weight_decay=5e-4, pretext_batch_size=256,
+                    alternations=100, lower_steps=20, upper_steps=8, labels_per_class=None))
+    p.label_options()
+    p.option("--pretext", str, "pretext task for a checkpoint that names none", "simclr", choices=sorted(PRETEXTS))
+    p.option("--pretext-data", str, "data set of the pretext task; without: the checkpoint's")
+    p.option("--pretext-batch-size", int, "images of a lower step, and of the Hessian")
+    p.option("--alternations", int, "T: lower stage, upper stage, T times over; the paper has 500")
+    p.option("--lower-steps", int, "N_L")
+    p.option("--upper-steps", int, "N_U")
+    p.option("--lower-lr", float, "peak learning rate of the pretext's optimiser; without: a fifth of the pre-training's")
+    p.option("--lower-warmup", int, "alternations of linear warm-up in the lower level", 1)
+    p.option("--head-epochs", int, "epochs over the labelled images that warm up phi_H", 20)
+    p.option("--lam", float, "lambda: how strongly theta_B is pulled towards phi_B", 0.001)
+    p.option("--damping", float, "gamma, added to lambda in (I + H/(lambda + gamma))^-1; the paper's 10 is too little here", 100)
+    p.option("--cg-steps", int, "conjugate-gradient steps a solve", 5)
+    p.add_argument("--layerwise", action="store_true", help="the released code's conjugate gradients, tensor by tensor")
+    p.option("--crop", float, "smallest area of a downstream crop, as a share of the image", 0.5)
+    p.option("--probe-every", int, "alternations between two k-NN probes of theta_B", 4)
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    with common.resumable(args, argv):
+        return train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,759 @@
+"""What every stage shares and no paper is about: command line, data, augmentations, backbone, optimisers, checkpoints.
+
+Sections, in this order:
+    command line      Parser, fail, resumable
+    data              Store, petals, load_data, labelled_subset, batches
+    augmentations     augment, test_crop and the batched operations under them
+    backbone          build_backbone, start_backbone, features, knn_accuracy
+    optimisation      LARS, make_optimizer, set_learning_rate
+    checkpoints       save_checkpoint, load_checkpoint, resume_checkpoint
+    logs and figures  Log, plot_curves, show_images
+
+Images travel as uint8 (B, 3, S, S), S being 1.15 to 1.35 times the training side; augment() turns them into normalised
+floats (B, 3, size, size). Random numbers that decide what a view looks like are drawn on the CPU, so that every device
+sees the same views, and the generator is seeded anew each epoch, so that a resumed run repeats them.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published backbone expects
+GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+def fail(message):
+    """End the program as for any bad input: one line on stderr, exit code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags that all scripts share, in one order. `petals` and `others` hold the defaults that depend on --data."""
+
+    def __init__(self, doc, petals, others):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.petals, self.others = petals, others
+        self.option("--data", str, "petals, flowers, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
+        self.option("--root", str, "folder for downloads and for the cache of decoded images", "data")
+        self.option("--image-size", int, "side in pixels that the network sees; with --ckpt, the checkpoint's")
+        self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's")
+        self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
+        self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(sys.argv[0]).stem)
+        if "epochs" in petals:
+            self.option("--epochs", int, "passes over the images")
+        self.option("--batch-size", int, "images a step")
+        self.option("--lr", float, "peak learning rate")
+        self.option("--weight-decay", float, "L2 penalty; never on biases and BatchNorm")
+        self.option("--seed", int, "seeds weights, order and views", 0)
+        self.option("--device", str, "cpu, cuda, cuda:1, ...", "cuda" if torch.cuda.is_available() else "cpu")
+        self.option("--precision", str, "float32 or bfloat16 for the forward pass (slow on a CPU that lacks bfloat16)",
+                    "bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"))
+        self.add_argument("--resume", action="store_true", help="go on from OUT.pt where a stopped run left it")
+
+    def option(self, flag, type, help, default=None, **kwargs):
+        name = flag.strip("-").replace("-", "_")
+        if name in self.petals:
+            default_text = f"{self.petals[name]}; other data {self.others[name]}"
+        else:
+            default_text = "none" if default is None else default
+        self.add_argument(flag, type=type, default=default, help=f"{help} (default: {default_text})", **kwargs)
+
+    def label_options(self):
+        self.option("--labels-per-class", int, "train on this many labelled images a class (all where there are fewer), 0 for all")
+        self.option("--fraction", float, "train on this share of each class's labelled images")
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in (self.petals if args.data == "petals" else self.others).items():
+            from_checkpoint = args.ckpt and name in ("arch", "image_size")
+            if getattr(args, name) is None and not from_checkpoint:
+                setattr(args, name, value)
+        for name in ("epochs", "batch_size", "image_size"):
+            if getattr(args, name, None) is not None and getattr(args, name) < 1:
+                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        if getattr(args, "fraction", None) is not None and not 0 < args.fraction <= 1:
+            fail(f"--fraction must be above 0 and at most 1, not {args.fraction}")
+        if args.arch is not None and args.arch not in ARCHS:
+            fail(f"unknown --arch {args.arch}: one of {', '.join(ARCHS)}")
+        try:
+            args.device = str(torch.empty(0, device=args.device).device)
+        except (RuntimeError, AssertionError) as error:
+            fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
+        try:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            probe = Path(f"{args.out}.tmp")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            fail(f"cannot write to --out {args.out}: {error.strerror}")
+        return args
+
+    def error(self, message):
+        fail(f"{message} (see python {self.prog} --help)")
+
+
+@contextlib.contextmanager
+def resumable(args, argv):
+    """Ctrl-C ends with the command that goes on; running out of device memory ends as bad input does."""
+    command = shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+    try:
+        yield
+    except KeyboardInterrupt:
+        command += "" if args.resume else " --resume"
+        print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. Go on with: {command}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        fail(f"out of memory on {args.device}: lower --batch-size or --image-size ({str(error).split('.')[0]})")
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+@dataclass
+class Store:
+    """Decoded images in memory. Image i of the store is images[rows[i]] with label labels[i]."""
+    images: torch.Tensor  # uint8 (N, 3, S, S): on the device where it fits, else on the host (perhaps memory-mapped)
+    labels: torch.Tensor  # int64 (n,) on the device
+    rows: torch.Tensor    # int64 (n,) on the CPU
+    classes: list
+
+    def __len__(self):
+        return len(self.rows)
+
+    def subset(self, keep):
+        return replace(self, rows=self.rows[keep], labels=self.labels[keep.to(self.labels.device)])
+
+
+def store_side(image_size):
+    """Side of the stored images: the next multiple of 8 that leaves a crop at least 15 % of room."""
+    return math.ceil(image_size * 1.15 / 8) * 8
+
+
+PETAL_COUNTS, PETAL_FORMS = (3, 4, 5, 6, 8), ("round", "pointed")
+PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}
+
+
+def petals(count, side, seed):
+    """Procedural blossoms: class = petal count x petal form; hue, size, tilts, places and background vary freely.
+
+    Four blooms of one species an image, so that any crop still shows the species. One hue on a grey ground, because the hue
+    between *two* colours survives colour jitter: SimCLR would tell images apart by it and learn little about petals.
+    Returns uint8 (count, 3, side, side) and int64 (count,), as many of each class as can be. Drawn on the CPU in float64,
+    so that rounding to uint8 gives the same bytes on every machine.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
+    axis = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1  # -1 .. 1
+    corner = torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]], dtype=torch.float64).view(4, 2, 1, 1)
+    labels = (torch.arange(count) % (len(PETAL_COUNTS) * len(PETAL_FORMS)))[torch.randperm(count, generator=rng)]
+    images = []
+    for label in labels.view(-1, 1, 1, 1).split(128):
+        n = len(label)
+        petal_count, form = torch.tensor(PETAL_COUNTS)[label % len(PETAL_COUNTS)], label // len(PETAL_COUNTS)
+        centre = corner + 0.3 * rand(n, 4, 2) - 0.15                                       # (n, 4, 2, 1, 1)
+        dy, dx = axis[:, None] - centre[:, :, 0], axis[None, :] - centre[:, :, 1]          # (n, 4, side, side)
+        radius, tilt = 0.42 + 0.2 * rand(n, 1), 2 * math.pi * rand(n, 4)
+        r, angle = torch.hypot(dx, dy) / radius, torch.atan2(dy, dx) + tilt
+        wave = (petal_count * angle / 2).cos().abs()                                       # 1 on a petal's axis, 0 between petals
+        outline = 0.25 + 0.75 * torch.where(form == 0, wave.sqrt(), 1 - wave.acos() * 2 / math.pi)  # round, pointed
+        cover = ((outline - r) * radius * side / 2 + 0.5).clamp(0, 1)                      # anti-aliased over one pixel
+        disc = ((0.22 - r) * radius * side / 2 + 0.5).clamp(0, 1)
+        petal, image = rand(n, 3), (0.5 * rand(n, 1)).expand(n, 3, side, side)
+        petal = petal / petal.amax(1, keepdim=True)                                        # a bright colour of any hue
+        for i in range(4):
+            image = image + cover[:, i, None] * (petal * (1 - 0.45 * r[:, i, None].clamp(0, 1)) - image)
+            image = image + disc[:, i, None] * (0.4 * petal - image)
+        images.append((image * 255).round().to(torch.uint8))
+    return torch.cat(images), labels
+
+
+def read_image(path):
+    """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it at 255
+                image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        fail(f"broken image file {path}: {error}")
+
+
+def open_dataset(name, root, split):
+    """The data set's own reader: (PIL image, label) pairs with a list of classes. Bad folders end in one line."""
+    if name == "flowers":
+        flowers = lambda download: torchvision.datasets.Flowers102(root, split, download=download, loader=read_image)
+        try:
+            return flowers(download=False)
+        except RuntimeError:
+            pass
+        try:
+            return flowers(download=True)
+        except Exception as error:  # whatever the network did, the way out is the same
+            fail(f"flowers is not under {root}/flowers-102 and cannot be downloaded ({error}): put jpg/*.jpg (unpacked "
+                 "from 102flowers.tgz), imagelabels.mat and setid.mat there, from www.robots.ox.ac.uk/~vgg/data/flowers/102")
+    folder = Path(name) / split
+    if not folder.is_dir():
+        fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
+    try:
+        return torchvision.datasets.ImageFolder(folder, loader=read_image)
+    except FileNotFoundError as error:
+        fail(f"{folder}: {error}")
+
+
+def decode(name, root, split, side):
+    """Images (N, 3, side, side) uint8 and labels (N,): short side resized, centre cropped, cached under root."""
+    dataset = open_dataset(name, root, split)
+    source = "flowers" if name == "flowers" else repr([(path, os.stat(path).st_mtime_ns, os.stat(path).st_size)
+                                                       for path, _ in dataset.samples])
+    key = hashlib.sha256(source.encode()).hexdigest()[:12]  # another source or another side is another file
+    stem = Path(root) / "cache" / f"{Path(name).resolve().name}-{split}-{side}-{key}"
+    images_file, labels_file = Path(f"{stem}.npy"), Path(f"{stem}.labels.npy")
+    if not (images_file.exists() and labels_file.exists()):
+        labels = np.empty(len(dataset), np.int64)
+        images = np.empty((len(dataset), 3, side, side), np.uint8)
+
+        def fill(i):
+            image, labels[i] = dataset[i]
+            images[i] = np.array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+        print(f"decoding {len(dataset):,} images of {name} {split} to {side} px", flush=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
+            for _ in pool.map(fill, range(len(dataset))):
+                pass
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            for path, array in ((labels_file, labels), (images_file, images)):
+                write_whole(path, lambda file: np.save(file, array))
+        except OSError as error:
+            fail(f"cannot write the cache under --root {root}: {error.strerror}")
+    return torch.from_numpy(np.load(images_file, mmap_mode="c")), torch.from_numpy(np.load(labels_file)), dataset.classes
+
+
+def load_data(args, split):
+    """A Store of one split: unlabeled, train, val, trainval or test.
+
+    Where the data has no such split, val is a seeded, stratified fifth of train, trainval the two together and unlabeled
+    the same as trainval. Labels of `unlabeled` are there but mean nothing to a pretext task.
+    """
+    side, known = store_side(args.image_size), ("petals", "flowers")
+    if args.data not in known and not Path(args.data).is_dir():
+        fail(f"unknown data set {args.data}: one of {', '.join(known)}, or a folder with train/CLASS/*.png, test/CLASS/*.png")
+    if args.data == "petals":
+        own_splits = list(PETAL_SPLITS)
+        classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
+        read = lambda part: (*petals(PETAL_SPLITS[part], side, seed=1 + own_splits.index(part)), classes)
+    else:
+        own_splits = ["train", "val", "test"] if args.data == "flowers" else [
+            part for part in ("unlabeled", "train", "val", "test") if (Path(args.data) / part).is_dir()]
+        read = lambda part: decode(args.data, args.root, part, side)
+    if split == "unlabeled" and "unlabeled" not in own_splits:
+        split = "trainval"
+    parts = ["train", "val"] if split == "trainval" and "val" in own_splits else [
+        "train" if split == "trainval" or (split == "val" and "val" not in own_splits) else split]
+    pieces = [read(part) for part in parts]
+    images, labels = (pieces[0][i] if len(pieces) == 1 else torch.cat([piece[i] for piece in pieces]) for i in (0, 1))
+    device, classes = torch.device(args.device), pieces[0][2]
+    if device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        images = images.to(device)
+    store = Store(images, labels.to(device), torch.arange(len(labels)), classes)
+    if split in ("train", "val") and "val" not in own_splits:
+        held_out = labelled_subset(labels, seed=0, fraction=0.2)
+        keep = held_out if split == "val" else torch.tensor(np.setdiff1d(np.arange(len(labels)), held_out.numpy()))
+        store = store.subset(keep)
+    if split != "unlabeled" and len(store.labels.unique()) < 2:
+        fail(f"{args.data} {split} has only one class: there is nothing to tell apart")
+    return store
+
+
+def labelled_subset(labels, seed, per_class=None, fraction=None):
+    """Indices of a seeded, stratified subset: per_class images of each class, or that fraction of it (at least one)."""
+    rng = torch.Generator().manual_seed(seed)
+    labels, keep = labels.cpu(), []
+    members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    if per_class is not None and per_class > max(map(len, members)):
+        fail(f"--labels-per-class {per_class} is more than any class has: the largest has {max(map(len, members))} images")
+    for rows in members:
+        number = min(per_class, len(rows)) if per_class is not None else max(1, round(fraction * len(rows)))
+        keep.append(rows[torch.randperm(len(rows), generator=rng)[:number]])
+    return torch.cat(keep)
+
+
+def load_labelled(args, seed, hold_out=False):
+    """The labelled images to train on: with --labels-per-class or --fraction a subset of train drawn by the seed, else all of
+    train and val. hold_out keeps val out, for a search that is judged on it."""
+    per_class = args.labels_per_class if args.fraction is None else None
+    few = bool(per_class) or args.fraction is not None
+    store = load_data(args, "train" if few or hold_out else "trainval")
+    return store.subset(labelled_subset(store.labels, seed, per_class, args.fraction)) if few else store
+
+
+def batches(store, batch_size, shuffle=True, whole_only=False):
+    """Yields images uint8 (b, 3, S, S) and labels (b,) on the device; every image once.
+
+    whole_only drops the rest that does not fill a batch (a pretext task wants as many negatives each step); otherwise
+    the images are spread evenly over the batches, because BatchNorm cannot work on a rest of one.
+    """
+    device, n = store.labels.device, len(store)
+    order = torch.randperm(n) if shuffle else torch.arange(n)
+    parts = order[:n - n % batch_size].split(batch_size) if whole_only else order.tensor_split(-(-n // batch_size))
+    if store.images.device == device:  # no copy to wait for
+        for part in parts:
+            yield store.images[store.rows[part].to(device, non_blocking=True)], store.labels[part.to(device, non_blocking=True)]
+        return
+    stream = torch.cuda.Stream(device)
+
+    def fetch(part):  # gathers on the host and copies on the side stream, while the device computes the batch before
+        host = store.images[store.rows[part]].pin_memory()
+        with torch.cuda.stream(stream):
+            return host.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
+
+    ahead = fetch(parts[0])
+    for part in (*parts[1:], None):
+        torch.cuda.current_stream(device).wait_stream(stream)
+        now = ahead
+        for tensor in now:
+            tensor.record_stream(torch.cuda.current_stream(device))
+        ahead = fetch(part) if part is not None else None
+        yield now
+
+
+# ----------------------------------------------------------------------------------------------- augmentations
+
+def resample(x, box, flip, size):
+    """Crop, resize and flip as one anti-aliased bilinear resampling.
+
+    x (B, 3, S, S) float; box (B, 4) top, left, height, width in whole pixels; flip (B,) bool -> (B, 3, size, size).
+    Equal to torchvision's resized_crop(antialias=True) image by image: a separable triangle filter, as wide as the
+    scale where that shrinks, cut off at the crop's edge. One matrix an axis and image makes it two batched products.
+    """
+    def weights(start, length):  # (B,), (B,) -> (B, size, S)
+        scale = (length / size)[:, None, None]
+        centre = (torch.arange(size, device=x.device) + 0.5)[None, :, None] * scale
+        pixel = torch.arange(x.shape[-1], device=x.device) - start[:, None, None]  # (B, 1, S), 0 at the crop's edge
+        w = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+        w = w * ((pixel >= 0) & (pixel < length[:, None, None]))
+        return w / w.sum(-1, keepdim=True)
+
+    top, left, height, width = box.to(x.dtype).unbind(1)
+    rows, columns = weights(top, height), weights(left, width)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))  # (B, 3, S, size)
+    return rows[:, None] @ x                                  # (B, 3, size, size)
+
+
+def grey(x):
+    """(B, 3, H, W) -> (B, 1, H, W)"""
+    return GREY[0] * x[:, :1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:]
+
+
+def blend(x, other, factor):
+    """factor x + (1 - factor) other, factor (B,): what brightness, contrast and saturation are made of."""
+    factor = factor.view(-1, 1, 1, 1)
+    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+
+
+def brightness(x, factor):
+    return blend(x, x.new_zeros(()), factor)
+
+
+def contrast(x, factor):
+    return blend(x, grey(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def saturation(x, factor):
+    return blend(x, grey(x), factor)
+
+
+def hue(x, shift):
+    """Turn the hue of x (B, 3, H, W) in 0..1 by shift (B,), in full turns, in HSV space."""
+    r, g, b = x.unbind(1)
+    high, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    safe = chroma.clamp(min=1e-12)
+    sixth = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    sixth = (sixth + 6 * shift.view(-1, 1, 1))[:, None]  # (B, 1, H, W) hue in sixths of a turn
+    k = (sixth + torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype).view(3, 1, 1)).remainder_(6)
+    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def blur(x, sigma, kernel):
+    """Gaussian blur of x (B, 3, H, H) by sigma (B,) in pixels, `kernel` taps (odd), mirrored at the edges."""
+    side, reach = x.shape[-1], kernel // 2
+    taps = torch.arange(-reach, reach + 1, device=x.device)
+    weight = (-0.5 * (taps / sigma[:, None]) ** 2).exp()
+    weight = weight / weight.sum(1, keepdim=True)  # (B, kernel)
+    source = torch.arange(side, device=x.device)[:, None] + taps
+    source = (side - 1) - ((side - 1) - source.abs()).abs()  # (side, kernel), mirrored
+    matrix = x.new_zeros(len(x), side, side)
+    matrix.scatter_add_(2, source.expand(len(x), -1, -1), weight[:, None].expand(-1, side, -1).to(x.dtype))
+    return matrix[:, None] @ ((x.flatten(1, 2) @ matrix.mT).view_as(x))
+
+
+def normalise(x):
+    """0..1 -> ImageNet's mean 0 and deviation 1, in the layout that convolutions are fastest in."""
+    mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype).view(3, 1, 1) for values in (MEAN, STD))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def crop_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), tries=10):
+    """RandomResizedCrop's boxes (count, 4): the first of ten draws that fits, else the whole image."""
+    area = side * side * torch.empty(count, tries).uniform_(*scale)
+    aspect = torch.empty(count, tries).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
+    height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (height <= side) & (width <= side) & (height > 0) & (width > 0)
+    first = fits.int().argmax(1, keepdim=True)
+    height, width = (torch.where(fits.any(1, keepdim=True), v.gather(1, first), side)[:, 0] for v in (height, width))
+    top, left = ((torch.rand(count) * (side - v + 1)).floor() for v in (height, width))
+    return torch.stack([top, left, height, width], 1)
+
+
+def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0, solarise_p=0):
+    """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size).
+
+    Crop with flip, then colour jitter (brightness, contrast, saturation, hue; in an order drawn once a batch), grey, blur
+    (sigma 0.1 to 2 pixels, kernel a tenth of the side), solarise. Everything else is drawn for each image.
+    """
+    if x.device.type == "cpu" and len(x) > 64:  # parts that fit the processor's cache: twice as fast
+        return torch.cat([augment(part, size, crop, jitter, jitter_p, grey_p, blur_p, solarise_p) for part in x.split(64)])
+    count, device = len(x), x.device
+    send = lambda values: values.to(device, non_blocking=True)
+    chosen = lambda p: send((torch.rand(count) < p).nonzero()[:, 0])
+    box = crop_boxes(count, x.shape[-1], crop)
+    x = resample(x.float() / 255, send(box), send(torch.rand(count) < 0.5), size)
+    if any(jitter):
+        rows = chosen(jitter_p)
+        part = x[rows]
+        uniform = lambda low, high: send(torch.empty(len(rows)).uniform_(low, high))
+        for i in torch.randperm(4).tolist():
+            if jitter[i]:
+                operation = (brightness, contrast, saturation, hue)[i]
+                low = -jitter[i] if operation is hue else max(0, 1 - jitter[i])
+                part = operation(part, uniform(low, jitter[i] if operation is hue else 1 + jitter[i]))
+        x[rows] = part
+    if grey_p:
+        rows = chosen(grey_p)
+        x[rows] = grey(x[rows]).expand(-1, 3, -1, -1)
+    if blur_p:
+        rows = chosen(blur_p)
+        x[rows] = blur(x[rows], send(torch.empty(len(rows)).uniform_(0.1, 2)), max(3, size // 10 // 2 * 2 + 1))
+    if solarise_p:
+        rows = chosen(solarise_p)
+        x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
+    return normalise(x)
+
+
+def test_crop(x, size):
+    """The view that every evaluation uses: the centre 0.875 of the image, resized. Shapes as in augment()."""
+    side = round(0.875 * x.shape[-1])
+    edge = (x.shape[-1] - side) // 2
+    box = torch.tensor([[edge, edge, side, side]], device=x.device).expand(len(x), 4)
+    return normalise(resample(x.float() / 255, box, torch.zeros(len(x), dtype=torch.bool, device=x.device), size))
+
+
+# ----------------------------------------------------------------------------------------------------- backbone
+
+ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
+         "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3]),
+         "resnet101": (Bottleneck, [3, 4, 23, 3]), "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3]),
+         "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3])}
+
+
+def build_backbone(arch, small_stem):
+    """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features).
+
+    small_stem, for images of 40 px and less: 3x3 convolution of stride 1 and no max-pool (SimCLR, appendix B.9).
+    resnet10 is for small machines: one block a stage, half the channels, and a stride of 2 in its small stem.
+    """
+    block, layers = ARCHS[arch]
+    model = ResNet(block, layers, width_per_group=128 if arch.startswith("wide") else 64)
+    narrow = arch == "resnet10"
+    width = model.inplanes = 32 if narrow else 64
+    if small_stem:
+        model.conv1, model.maxpool = nn.Conv2d(3, width, 3, 2 if narrow else 1, 1, bias=False), nn.Identity()
+    elif narrow:
+        model.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    if narrow:
+        model.bn1 = nn.BatchNorm2d(width)
+        for i in range(4):
+            setattr(model, f"layer{i + 1}", model._make_layer(block, width << i, 1, stride=1 if i == 0 else 2))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    model.fc, model.num_features = nn.Identity(), model.fc.in_features if not narrow else 8 * width
+    return model.to(memory_format=torch.channels_last)
+
+
+def start_backbone(args):
+    """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles args.arch and image_size."""
+    torch.manual_seed(args.seed)
+    if args.ckpt is None:
+        return build_backbone(args.arch, args.image_size <= 40).to(args.device), None
+    ckpt = load_checkpoint(args.ckpt)
+    args.image_size = args.image_size or ckpt["image_size"]
+    if args.image_size is None:
+        fail(f"{args.ckpt} does not say for which image size: give --image-size")
+    small_stem = ckpt["backbone"]["conv1.weight"].shape[-1] == 3
+    shapes = {key: value.shape for key, value in ckpt["backbone"].items() if not key.endswith("num_batches_tracked")}
+    if args.arch is None:
+        args.arch = ckpt["arch"] or next((arch for arch in ARCHS if shapes == backbone_shapes(arch, small_stem)), "resnet50")
+    expected = backbone_shapes(args.arch, small_stem)
+    for key, shape in expected.items():
+        if shapes.get(key) != shape:
+            found = f"has shape {tuple(shapes[key])}" if key in shapes else "is missing"
+            fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {found}, should be {tuple(shape)}")
+    backbone = build_backbone(args.arch, small_stem)
+    kept = {key: value for key, value in ckpt["backbone"].items() if key in backbone.state_dict()}
+    backbone.load_state_dict({**backbone.state_dict(), **kept})
+    left = [key for key in shapes if key not in expected]
+    print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(expected)} backbone tensors matched"
+          + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
+    return backbone.to(args.device), ckpt
+
+
+def backbone_shapes(arch, small_stem):
+    with torch.device("meta"):
+        state = build_backbone(arch, small_stem).state_dict()
+    return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bfloat16")
+
+
+@torch.no_grad()
+def features(backbone, store, args):
+    """Backbone features float32 (n, D) and labels (n,) of a store, in evaluation mode, in the store's order."""
+    training, out = backbone.training, []
+    backbone.eval()
+    for x, _ in batches(store, 512, shuffle=False):
+        with autocast(args):
+            out.append(backbone(test_crop(x, args.image_size)).float())
+    backbone.train(training)
+    return torch.cat(out), store.labels
+
+
+def knn_accuracy(memory, memory_labels, query, query_labels, k=20, temperature=0.1):
+    """Weighted k-NN on cosine similarity (Wu et al. 2018, arXiv 1805.01978, section 3.4), in per cent.
+
+    memory (N, D), query (M, D); each of the k nearest votes exp(similarity / temperature) for its class.
+    """
+    memory, query, hits = F.normalize(memory, dim=1), F.normalize(query, dim=1), 0
+    for part, label in zip(query.split(1024), query_labels.split(1024)):
+        similarity, nearest = (part @ memory.T).topk(min(k, len(memory)))  # (b, k)
+        votes = part.new_zeros(len(part), int(memory_labels.max()) + 1)
+        votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
+        hits += (votes.argmax(1) == label).sum()
+    return 100 * hits.item() / len(query)
+
+
+# ------------------------------------------------------------------------------------------------- optimisation
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) with momentum, as SimCLR uses it.
+
+    g <- g + wd w;  g <- g eta ||w|| / (||g_raw|| + wd ||w||);  v <- momentum v + g;  w <- w - lr v.
+    Groups with adapt=False (biases, BatchNorm) keep their gradient as it is.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            decay, steps = group["weight_decay"], [p.grad for p in params]
+            if decay:
+                steps = torch._foreach_add(steps, params, alpha=decay)
+            if group["adapt"]:
+                w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, [p.grad for p in params]))
+                trust = torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), torch.ones_like(w))
+                steps = torch._foreach_mul(steps, list(trust.unbind()))
+            speeds = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            torch._foreach_mul_(speeds, group["momentum"])
+            torch._foreach_add_(speeds, steps)
+            torch._foreach_add_(params, speeds, alpha=-group["lr"])
+
+
+OPTIMIZERS = ("adamw", "lars", "sgd")
+
+
+def make_optimizer(name, modules, lr, weight_decay):
+    """adamw, lars or sgd (momentum 0.9) over the modules' parameters; biases and BatchNorm are not decayed."""
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    return LARS([groups[0], dict(groups[1], adapt=False)], lr=lr)
+
+
+def set_learning_rate(optimizer, peak, step, steps, warmup=0):
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+    if step < warmup:
+        lr = peak * (step + 1) / warmup
+    else:
+        lr = peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+def write_whole(path, write):
+    """write(file) to a temporary name beside path, then rename: path is never half-written."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None):
+    """Write one dict of plain types and tensors: backbone and head are modules or state dicts, resume what --resume needs.
+
+    The backbone's state dict is one that torchvision's own resnet of that name loads (its fc aside). Weights that are not
+    finite are refused, so that the last good checkpoint stays.
+    """
+    backbone, head = (part.state_dict() if isinstance(part, nn.Module) else part for part in (backbone, head))
+    for key, value in {**backbone, **(head or {})}.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            fail(f"{key} is not finite any more: try a lower --lr. {path} was left as it was")
+    contents = dict(method=method, arch=arch, image_size=image_size, backbone=backbone, head=head, classes=classes,
+                    config=config, resume=resume)
+    try:
+        write_whole(path, lambda file: torch.save(contents, file))
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
+
+
+def load_checkpoint(path):
+    """Read any script's checkpoint or a foreign one; checked, on the CPU, without running any code it may hold.
+
+    A foreign file (torchvision, timm, MoCo, solo-learn, lightly, VISSL, ...) is searched for a backbone: whatever stands
+    in front of "conv1.weight" is the prefix. Returns our dict; what a foreign file does not tell is None.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint {path}")
+    except Exception as error:  # torch.load raises a dozen types for a file that is not a checkpoint
+        reason = "it would run code when read" if "Unsupported" in str(error) else "it is truncated or no checkpoint"
+        fail(f"cannot read {path}: {reason} ({type(error).__name__})")
+    ours = isinstance(content, dict) and {"method", "arch", "image_size", "backbone", "config"} <= content.keys()
+    state, depth = content["backbone"] if ours else content, 0
+    while isinstance(state, dict) and not any(torch.is_tensor(value) for value in state.values()) and depth < 3:
+        inner = [value for value in state.values() if isinstance(value, dict) and value]  # {"state_dict": {...}} and the like
+        state, depth = next((d for d in inner if any(str(key).endswith("conv1.weight") for key in d)), inner[0] if inner else None), depth + 1
+    names = [key for key in state if str(key).endswith("conv1.weight")] if isinstance(state, dict) else []
+    prefixes = [key[:-len("conv1.weight")] for key in names if key[:-len("conv1.weight")] + "layer1.0.conv1.weight" in state]
+    if not prefixes:
+        fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
+    prefix = prefixes[0]  # of a query and a key encoder, the first is the trained one
+    backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix) and torch.is_tensor(value)}
+    if ours:
+        return {**content, "backbone": backbone}
+    return dict(method="foreign", arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
+
+
+def resume_checkpoint(args):
+    """The checkpoint that --resume goes on from, or None where there is none yet. The flags must be the run's own."""
+    path = Path(f"{args.out}.pt")
+    if not args.resume or not path.exists():
+        return None
+    ckpt = load_checkpoint(path)
+    if not ckpt["resume"]:
+        fail(f"{path} holds nothing to resume: it was not written by {Path(sys.argv[0]).name}")
+    for name, value in run_config(args).items():
+        if ckpt["config"].get(name) != value:
+            fail(f"--resume: --{name.replace('_', '-')} is {value}, but {path} was made with {ckpt['config'].get(name)}")
+    return ckpt
+
+
+def run_config(args):
+    """The flags that decide what a run computes, as plain types."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "device", "root", "out")}
+
+
+# --------------------------------------------------------------------------------------------- logs and figures
+
+class Log:
+    """One dict an epoch: printed with images/s and time left, and written to OUT.jsonl."""
+
+    def __init__(self, args, epochs, history=()):
+        self.args, self.epochs, self.history, self.images = args, epochs, list(history), 0
+        self.first, self.started = len(self.history), time.perf_counter()
+
+    def epoch(self, images, unit="epoch", **metrics):
+        """Record an epoch over `images` images. Metrics are numbers or device scalars, read here: once an epoch."""
+        metrics = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if value is not None and not math.isfinite(value):
+                kept = f"{self.args.out}.pt holds the last good one" if self.history else "nothing was written"
+                fail(f"{name} is {value} in {unit} {len(self.history) + 1}: try a lower --lr. {kept}")
+        self.history.append({unit: len(self.history) + 1, **metrics})
+        self.images += images
+        done, spent = len(self.history), time.perf_counter() - self.started
+        left = spent / (done - self.first) * (self.epochs - done)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
+        print(f"{unit} {done}/{self.epochs}  {shown}  {self.images / spent:,.0f} images/s  "
+              f"left {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+        self.write(self.history)
+
+    def write(self, lines):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_whole(f"{self.args.out}.jsonl", lambda file: file.write(text.encode()))
+
+
+def plot_curves(axes, history, names, x="epoch"):
+    """The named metrics against x, each where it was measured."""
+    for name in names:
+        points = [(line[x], line[name]) for line in history if line.get(name) is not None and x in line]
+        if points:
+            axes.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+    axes.set_xlabel(x)
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def show_images(axes, x, columns):
+    """A grid of normalised images (n, 3, H, W), as the network gets them."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    grid = torchvision.utils.make_grid((x.float().cpu() * std + mean).clamp(0, 1), columns, padding=1, pad_value=1)
+    axes.imshow(grid.permute(1, 2, 0))
+    axes.set_axis_off()
+
+
+def save_figure(args, figure):
+    figure.tight_layout()
+    write_whole(f"{args.out}.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)

@@ -1,0 +1,149 @@
+"""SimCLR: a simple framework for contrastive learning of visual representations (Chen et al. 2020, arXiv 2002.05709).
+
+Two random views of one image should have projections that are close to each other and far from those of all other
+images in the batch. Nothing else is learnt from: the labels are only read by the probe that watches the training.
+
+  1. Draw a batch of B images; make two views x1, x2 of each.
+  2. z = g(f(x)) for all 2B views: f is the backbone, g an MLP projector.
+  3. NT-Xent: each view has to find its partner among the 2B - 1 others, by cosine similarity over temperature tau.
+  4. Step f and g. After the training g is thrown away and f is fine-tuned (finetune.py), or goes to bissl.py first.
+
+    python simclr.py                                  petals, on any machine
+    python simclr.py --data DIR --out runs/mine       DIR/train/CLASS/*.png, labels unused
+    python finetune.py --ckpt simclr.pt
+"""
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+def nt_xent(z1, z2, temperature):
+    """Normalised temperature-scaled cross-entropy (equation 1), mean over all 2B ordered positive pairs.
+
+    z1, z2 (B, D): projections of the two views, normalised here; row i of one belongs to row i of the other.
+    """
+    z = F.normalize(torch.cat([z1, z2]), dim=1)                  # (2B, D)
+    similarity = z @ z.T / temperature                           # (2B, 2B)
+    similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # k != i
+    partner = torch.arange(len(z), device=z.device).roll(len(z1))  # i + B, i - B
+    return F.cross_entropy(similarity, partner)                  # -log( exp(s_ij) / sum_{k != i} exp(s_ik) )
+
+
+class Model(nn.Module):
+    """Backbone f and projector g."""
+
+    def __init__(self, backbone, hidden, out):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(
+            nn.Linear(backbone.num_features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, out, bias=False))
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+def make_model(backbone, config):
+    return Model(backbone, config["hidden"], config["dim"])
+
+
+def make_views(x, config):
+    """uint8 (B, 3, S, S) -> two random views (B, 3, size, size)"""
+    settings = dict(crop=(config["crop"], 1), jitter=config["jitter"], grey_p=config["grey"], blur_p=config["blur"])
+    return [common.augment(x, config["image_size"], **settings) for _ in range(2)]
+
+
+def loss(model, views, config):
+    """NT-Xent of one batch of views; what bissl.py minimises in its lower level."""
+    z1, z2 = model(torch.cat(views)).float().chunk(2)
+    return nt_xent(z1, z2, config["temperature"])
+
+
+def train(args):
+    backbone, _ = common.start_backbone(args)
+    config = common.run_config(args)
+    model = make_model(backbone, config).to(args.device)
+    optimizer = common.make_optimizer(args.optimizer, [model], args.lr, args.weight_decay)
+    data = common.load_data(args, "unlabeled")
+    if len(data) < args.batch_size:
+        common.fail(f"--batch-size {args.batch_size} is more than the {len(data)} images: lower it")
+    train_data, val_data = (common.load_data(args, split) for split in ("train", "val"))
+    history, steps_per_epoch = [], len(data) // args.batch_size
+    if ckpt := common.resume_checkpoint(args):
+        model.backbone.load_state_dict(ckpt["backbone"])
+        model.head.load_state_dict(ckpt["head"])
+        optimizer.load_state_dict(ckpt["resume"]["optimizer"])
+        history = ckpt["resume"]["history"]
+    log = common.Log(args, args.epochs, history)
+
+    for epoch in range(len(history), args.epochs):
+        torch.manual_seed(args.seed * 1_000_003 + epoch)  # order and views of an epoch do not depend on the ones before
+        total = torch.zeros((), device=args.device)
+        for i, (x, _) in enumerate(common.batches(data, args.batch_size, whole_only=True)):
+            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
+                                     warmup=args.warmup * steps_per_epoch)
+            views = make_views(x, config)
+            with common.autocast(args):
+                batch_loss = loss(model, views, config)
+            optimizer.zero_grad()
+            batch_loss.backward()
+            optimizer.step()
+            total += batch_loss.detach()
+
+        knn = None
+        if (epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs:
+            knn = common.knn_accuracy(*common.features(backbone, train_data, args),
+                                      *common.features(backbone, val_data, args))
+        log.epoch(steps_per_epoch * args.batch_size, loss=total / steps_per_epoch, knn=knn)
+        common.save_checkpoint(
+            f"{args.out}.pt", method="simclr", arch=args.arch, image_size=args.image_size, backbone=backbone,
+            head=model.head, classes=data.classes, config=config,
+            resume=dict(optimizer=optimizer.state_dict(), history=log.history))
+
+    draw(args, log.history, [view[:32] for view in make_views(data.images[:32].to(args.device), config)])
+    return log.history[-1]
+
+
+def draw(args, history, views):
+    """Loss and probe over the epochs, and two views of 32 images as the network gets them, side by side."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5))
+    common.plot_curves(left, history, ["loss"])
+    common.plot_curves(middle, history, ["knn"])
+    middle.set_ylabel("k-NN accuracy on held-out labels, %")
+    common.show_images(right, torch.stack(views, 1).flatten(0, 1), columns=8)
+    right.set_title("views: each pair of columns is one image")
+    common.save_figure(args, figure)
+
+
+def parser():
+    p = common.Parser(
+        __doc__,
+        petals=dict(image_size=32, arch="resnet10", epochs=30, batch_size=128, lr=2e-3, weight_decay=1e-4,
+                    crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0),
+        others=dict(image_size=64, arch="resnet18", epochs=100, batch_size=256, lr=1e-3, weight_decay=1e-4,
+                    crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.5))
+    p.option("--optimizer", str, "adamw, lars or sgd; the paper's LARS wants batches in the thousands", "adamw",
+             choices=common.OPTIMIZERS)
+    p.option("--warmup", int, "epochs of linear warm-up before the cosine", 1)
+    p.option("--temperature", float, "tau of NT-Xent", 0.2)
+    p.option("--hidden", int, "width of the projector's hidden layer", 256)
+    p.option("--dim", int, "width of the projections", 128)
+    p.option("--crop", float, "smallest area of a crop, as a share of the image")
+    p.option("--jitter", float, "brightness, contrast, saturation and hue jitter", nargs=4)
+    p.option("--grey", float, "probability of a grey view", 0.2)
+    p.option("--blur", float, "probability of a blurred view")
+    p.option("--probe-every", int, "epochs between two k-NN probes on held-out labels", 5)
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    with common.resumable(args, argv):
+        return train(args)
+
+
+if __name__ == "__main__":
+    main()
