@@ -25,8 +25,6 @@ noise and --damping has to grow; the scale of H depends on the network.
 import contextlib
 import copy
 import itertools
-import math
-import sys
 from argparse import Namespace
 
 import matplotlib.pyplot as plt
@@ -197,8 +195,7 @@ def train(args):
         del hessian_loss, gradient, product  # frees the graph before the next lower step
         knn = None
         if (alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations:
-            knn = common.knn_accuracy(*common.features(lower_backbone, data, args),
-                                      *common.features(lower_backbone, val, args))
+            knn = common.knn_probe(lower_backbone, data, val, args)
         log.epoch(args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size, unit="alternation",
                   lower=sums[0], upper_theta=sums[1], upper_phi=sums[2], residual=residual, knn=knn,
                   distance=norm(t.detach() - p.detach() for t, p in zip(theta, phi)))
@@ -258,7 +255,7 @@ def draw(args, history):
 
 def parser():
     p = common.Parser(
-        __doc__,
+        "bissl.py", __doc__,
         petals=dict(image_size=32, arch="resnet10", batch_size=64, lr=0.03, weight_decay=5e-4, pretext_batch_size=128,
                     alternations=16, lower_steps=20, upper_steps=4, labels_per_class=20),
         others=dict(image_size=64, arch="resnet18", batch_size=256, lr=0.03, weight_decay=5e-4, pretext_batch_size=256,
@@ -284,7 +281,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    with common.resumable(args, argv):
+    with common.resumable("bissl.py", args, argv):
         return train(args)
 
 

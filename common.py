@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -53,15 +54,15 @@ def fail(message):
 class Parser(argparse.ArgumentParser):
     """The flags that all scripts share, in one order. `petals` and `others` hold the defaults that depend on --data."""
 
-    def __init__(self, doc, petals, others):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, script, doc, petals, others):
+        super().__init__(prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.petals, self.others = petals, others
         self.option("--data", str, "petals, flowers, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
         self.option("--root", str, "folder for downloads and for the cache of decoded images", "data")
         self.option("--image-size", int, "side in pixels that the network sees; with --ckpt, the checkpoint's")
         self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's")
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
-        self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(sys.argv[0]).stem)
+        self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in petals:
             self.option("--epochs", int, "passes over the images")
         self.option("--batch-size", int, "images a step")
@@ -91,9 +92,9 @@ class Parser(argparse.ArgumentParser):
             from_checkpoint = args.ckpt and name in ("arch", "image_size")
             if getattr(args, name) is None and not from_checkpoint:
                 setattr(args, name, value)
-        for name in ("epochs", "batch_size", "image_size"):
-            if getattr(args, name, None) is not None and getattr(args, name) < 1:
-                fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+        for name, least in (("epochs", 1), ("batch_size", 4), ("image_size", 8)):  # BatchNorm cannot work on a batch of one
+            if getattr(args, name, None) is not None and getattr(args, name) < least:
+                fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
         if getattr(args, "fraction", None) is not None and not 0 < args.fraction <= 1:
             fail(f"--fraction must be above 0 and at most 1, not {args.fraction}")
         if args.arch is not None and args.arch not in ARCHS:
@@ -112,13 +113,13 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
-        fail(f"{message} (see python {self.prog} --help)")
+        fail(f"{message} (python {self.prog} --help explains each option)")
 
 
 @contextlib.contextmanager
-def resumable(args, argv):
+def resumable(script, args, argv):
     """Ctrl-C ends with the command that goes on; running out of device memory ends as bad input does."""
-    command = shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
     try:
         yield
     except KeyboardInterrupt:
@@ -199,7 +200,7 @@ def read_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        fail(f"broken image file {path}: {error}")
+        raise ValueError(f"broken image file {path}: {error}") from None
 
 
 def open_dataset(name, root, split):
@@ -242,8 +243,12 @@ def decode(name, root, split, side):
 
         print(f"decoding {len(dataset):,} images of {name} {split} to {side} px", flush=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
-            for _ in pool.map(fill, range(len(dataset))):
-                pass
+            try:
+                for _ in pool.map(fill, range(len(dataset))):
+                    pass
+            except ValueError as error:
+                pool.shutdown(cancel_futures=True)
+                fail(error)
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
             for path, array in ((labels_file, labels), (images_file, images)):
@@ -284,9 +289,15 @@ def load_data(args, split):
         held_out = labelled_subset(labels, seed=0, fraction=0.2)
         keep = held_out if split == "val" else torch.tensor(np.setdiff1d(np.arange(len(labels)), held_out.numpy()))
         store = store.subset(keep)
-    if split != "unlabeled" and len(store.labels.unique()) < 2:
-        fail(f"{args.data} {split} has only one class: there is nothing to tell apart")
     return store
+
+
+def load_probe(args):
+    """train and val for a probe on held-out labels; None where the data has no labels to probe with."""
+    if Path(args.data).is_dir() and not (Path(args.data) / "train").is_dir():
+        return None
+    probe = load_data(args, "train"), load_data(args, "val")
+    return probe if len(probe[0].classes) > 1 else None
 
 
 def labelled_subset(labels, seed, per_class=None, fraction=None):
@@ -308,6 +319,8 @@ def load_labelled(args, seed, hold_out=False):
     per_class = args.labels_per_class if args.fraction is None else None
     few = bool(per_class) or args.fraction is not None
     store = load_data(args, "train" if few or hold_out else "trainval")
+    if len(store.classes) < 2:
+        fail(f"{args.data} has only one class, {store.classes[0]}: there is nothing to tell apart")
     return store.subset(labelled_subset(store.labels, seed, per_class, args.fraction)) if few else store
 
 
@@ -569,6 +582,10 @@ def knn_accuracy(memory, memory_labels, query, query_labels, k=20, temperature=0
     return 100 * hits.item() / len(query)
 
 
+def knn_probe(backbone, memory, query, args):
+    return knn_accuracy(*features(backbone, memory, args), *features(backbone, query, args))
+
+
 # ------------------------------------------------------------------------------------------------- optimisation
 
 class LARS(torch.optim.Optimizer):
@@ -670,19 +687,29 @@ def load_checkpoint(path):
         reason = "it would run code when read" if "Unsupported" in str(error) else "it is truncated or no checkpoint"
         fail(f"cannot read {path}: {reason} ({type(error).__name__})")
     ours = isinstance(content, dict) and {"method", "arch", "image_size", "backbone", "config"} <= content.keys()
-    state, depth = content["backbone"] if ours else content, 0
-    while isinstance(state, dict) and not any(torch.is_tensor(value) for value in state.values()) and depth < 3:
-        inner = [value for value in state.values() if isinstance(value, dict) and value]  # {"state_dict": {...}} and the like
-        state, depth = next((d for d in inner if any(str(key).endswith("conv1.weight") for key in d)), inner[0] if inner else None), depth + 1
-    names = [key for key in state if str(key).endswith("conv1.weight")] if isinstance(state, dict) else []
-    prefixes = [key[:-len("conv1.weight")] for key in names if key[:-len("conv1.weight")] + "layer1.0.conv1.weight" in state]
-    if not prefixes:
-        fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
-    prefix = prefixes[0]  # of a query and a key encoder, the first is the trained one
-    backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix) and torch.is_tensor(value)}
-    if ours:
-        return {**content, "backbone": backbone}
-    return dict(method="foreign", arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
+    for state in tensor_dicts(content["backbone"] if ours else content):
+        # children of a Sequential instead of names, as in lightly's examples: 0 conv1, 1 bn1, (2 relu, 3 maxpool,) 4 layer1, ...
+        if found := next(filter(None, (re.fullmatch(r"(.*\.|)4\.0\.conv1\.weight", key) for key in state)), None):
+            prefix = found[1]
+            names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+            split = {key: key[len(prefix):].split(".", 1) for key in state if key.startswith(prefix)}
+            state = {f"{names[first]}.{rest[0]}": state[key] for key, (first, *rest) in split.items() if first in names and rest}
+        prefixes = [key[:-len("layer1.0.conv1.weight")] for key in state if key.endswith("layer1.0.conv1.weight")]
+        prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in state), None)
+        if prefix is not None:  # of a query and a key encoder, the first is the trained one
+            backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+            return {**content, "backbone": backbone} if ours else dict(
+                method="foreign", arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
+    fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
+
+
+def tensor_dicts(content):
+    """Every dict of tensors in nested dicts, such as {"state_dict": {...}}; what is not a tensor is left out."""
+    if isinstance(content, dict):
+        if tensors := {str(key): value for key, value in content.items() if torch.is_tensor(value)}:
+            yield tensors
+        for value in content.values():
+            yield from tensor_dicts(value)
 
 
 def resume_checkpoint(args):
@@ -692,7 +719,7 @@ def resume_checkpoint(args):
         return None
     ckpt = load_checkpoint(path)
     if not ckpt["resume"]:
-        fail(f"{path} holds nothing to resume: it was not written by {Path(sys.argv[0]).name}")
+        fail(f"{path} holds nothing to resume: --resume goes on from what the same command wrote")
     for name, value in run_config(args).items():
         if ckpt["config"].get(name) != value:
             fail(f"--resume: --{name.replace('_', '-')} is {value}, but {path} was made with {ckpt['config'].get(name)}")

@@ -55,7 +55,7 @@ def train(args, data, judge, watch, log, results, resume):
         backbone.load_state_dict(resume["backbone"])
         head.load_state_dict(resume["head"])
         optimizer.load_state_dict(resume["resume"]["optimizer"])
-    first_epoch = sum(line["run"] == len(results) for line in log.history)
+    first_epoch = sum(line["run"] == len(results) + 1 for line in log.history)
     steps_per_epoch = -(-len(data) // args.batch_size)
 
     for epoch in range(first_epoch, args.epochs):
@@ -82,7 +82,7 @@ def train(args, data, judge, watch, log, results, resume):
         val_top1 = None
         if watch and (last or (epoch + 1) % max(1, args.epochs // 10) == 0):
             val_top1 = evaluate(backbone, head, watch, args)[0]["top1"]
-        log.epoch(len(data), run=len(results), loss=total / steps_per_epoch, train_top1=100 * hits / len(data), val_top1=val_top1)
+        log.epoch(len(data), run=len(results) + 1, loss=total / steps_per_epoch, train_top1=100 * hits / len(data), val_top1=val_top1)
         if last:
             results.append({**run, **evaluate(backbone, head, judge, args)[0]})
         common.save_checkpoint(
@@ -93,8 +93,8 @@ def train(args, data, judge, watch, log, results, resume):
 
 def protocol(args):
     """Random search on the validation split, then the best pair with --seeds seeds, each scored once on test."""
+    common.start_backbone(args)  # settles arch and image size
     ckpt = common.resume_checkpoint(args)
-    common.start_backbone(args)  # settles arch and image size before the data is read
     test, val = common.load_data(args, "test"), common.load_data(args, "val")
     hold_out = bool(args.search or args.labels_per_class or args.fraction)  # val is not trained on
     results, history = (ckpt["resume"]["results"], ckpt["resume"]["history"]) if ckpt else ([], [])
@@ -121,8 +121,8 @@ def protocol(args):
     summary = dict(lr=final[-1]["lr"], weight_decay=final[-1]["weight_decay"])
     for name in METRICS:
         values = np.array([result[name] for result in final])
-        summary[f"test_{name}"] = values.mean()
-        summary[f"test_{name}_std"] = values.std(ddof=1) if len(values) > 1 else 0.0
+        summary[f"test_{name}"] = float(values.mean())
+        summary[f"test_{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     print("test  " + "  ".join(f"{name} {summary[f'test_{name}']:.2f} +- {summary[f'test_{name}_std']:.2f} %"
                                for name in METRICS) + f"  ({len(final)} seed{'s' * (len(final) > 1)})", flush=True)
     log.write([*log.history, dict(summary, runs=results)])
@@ -171,7 +171,7 @@ def draw(args, history, test):
 
 def parser():
     p = common.Parser(
-        __doc__,
+        "finetune.py", __doc__,
         petals=dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03, weight_decay=5e-4, crop=0.5,
                     labels_per_class=20),
         others=dict(image_size=64, arch="resnet18", epochs=60, batch_size=64, lr=0.03, weight_decay=5e-4, crop=0.5,
@@ -189,7 +189,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.seeds < 1 or args.search < 0:
         common.fail("--seeds must be at least 1 and --search at least 0")
-    with common.resumable(args, argv):
+    with common.resumable("finetune.py", args, argv):
         if not args.eval:
             return protocol(args)
         if args.ckpt is None:

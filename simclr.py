@@ -70,7 +70,7 @@ def train(args):
     data = common.load_data(args, "unlabeled")
     if len(data) < args.batch_size:
         common.fail(f"--batch-size {args.batch_size} is more than the {len(data)} images: lower it")
-    train_data, val_data = (common.load_data(args, split) for split in ("train", "val"))
+    probe = common.load_probe(args)
     history, steps_per_epoch = [], len(data) // args.batch_size
     if ckpt := common.resume_checkpoint(args):
         model.backbone.load_state_dict(ckpt["backbone"])
@@ -94,9 +94,8 @@ def train(args):
             total += batch_loss.detach()
 
         knn = None
-        if (epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs:
-            knn = common.knn_accuracy(*common.features(backbone, train_data, args),
-                                      *common.features(backbone, val_data, args))
+        if probe and ((epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs):
+            knn = common.knn_probe(backbone, *probe, args)
         log.epoch(steps_per_epoch * args.batch_size, loss=total / steps_per_epoch, knn=knn)
         common.save_checkpoint(
             f"{args.out}.pt", method="simclr", arch=args.arch, image_size=args.image_size, backbone=backbone,
@@ -120,7 +119,7 @@ def draw(args, history, views):
 
 def parser():
     p = common.Parser(
-        __doc__,
+        "simclr.py", __doc__,
         petals=dict(image_size=32, arch="resnet10", epochs=30, batch_size=128, lr=2e-3, weight_decay=1e-4,
                     crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0),
         others=dict(image_size=64, arch="resnet18", epochs=100, batch_size=256, lr=1e-3, weight_decay=1e-4,
@@ -141,7 +140,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    with common.resumable(args, argv):
+    with common.resumable("simclr.py", args, argv):
         return train(args)
 
 
