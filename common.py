@@ -181,7 +181,12 @@ def petals(count, side, seed):
         outline = 0.25 + 0.75 * torch.where(form == 0, wave.sqrt(), 1 - wave.acos() * 2 / math.pi)  # round, pointed
         cover = ((outline - r) * radius * side / 2 + 0.5).clamp(0, 1)                      # anti-aliased over one pixel
         disc = ((0.22 - r) * radius * side / 2 + 0.5).clamp(0, 1)
-        petal, image = rand(n, 3), (0.5 * rand(n, 1)).expand(n, 3, side, side)
+        image = (0.5 * rand(n, 1)).expand(n, 1, side, side)
+        for i in range(3):  # clutter: grey specks
+            speck = torch.hypot(axis[:, None] - 2 * rand(n, 1) + 1, axis[None, :] - 2 * rand(n, 1) + 1)
+            speck = ((0.05 + 0.1 * rand(n, 1) - speck) * side / 2 + 0.5).clamp(0, 1)
+            image = image + speck * (0.6 * rand(n, 1) - image)
+        petal = rand(n, 3)
         petal = petal / petal.amax(1, keepdim=True)                                        # a bright colour of any hue
         for i in range(4):
             image = image + cover[:, i, None] * (petal * (1 - 0.45 * r[:, i, None].clamp(0, 1)) - image)

@@ -120,7 +120,7 @@ def draw(args, history, views):
 def parser():
     p = common.Parser(
         "simclr.py", __doc__,
-        petals=dict(image_size=32, arch="resnet10", epochs=30, batch_size=128, lr=2e-3, weight_decay=1e-4,
+        petals=dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
                     crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0),
         others=dict(image_size=64, arch="resnet18", epochs=100, batch_size=256, lr=1e-3, weight_decay=1e-4,
                     crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.5))
