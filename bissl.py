@@ -111,7 +111,7 @@ def start_pretext(args, backbone, ckpt):
         config = vars(pretext.parser().parse_args(["--data", args.data, "--out", args.out]))
     else:
         config = dict(ckpt["config"].get("pretext_config", ckpt["config"]))
-    config["image_size"] = args.image_size
+    config.update(image_size=args.image_size, precision=args.precision)
     model = pretext.make_model(backbone, config).to(args.device)
     if not fresh:
         try:
@@ -160,9 +160,7 @@ def train(args):
         for i, (x, _) in enumerate(itertools.islice(lower_batches, args.lower_steps)):
             common.set_learning_rate(lower_optimizer, args.lower_lr, alternation * args.lower_steps + i,
                                      args.alternations * args.lower_steps, warmup=args.lower_warmup * args.lower_steps)
-            views = pretext.make_views(x, config)
-            with common.autocast(args):
-                pretext_loss = pretext.loss(lower, views, config)
+            pretext_loss = pretext.loss(lower, pretext.make_views(x, config), config)
             distance = sum((t - p.detach()).square().sum() for t, p in zip(theta, phi))  # ||theta_B - phi_B||^2
             lower_optimizer.zero_grad()
             (pretext_loss + args.lam / 2 * distance).backward()
@@ -171,17 +169,18 @@ def train(args):
             sums[0] += pretext_loss.detach() / args.lower_steps
 
         with frozen_statistics(lower):  # theta does not move any more: one graph for all N_U x cg_steps products
-            hessian_loss = pretext.loss(lower, pretext.make_views(next(lower_batches)[0], config), config)
+            views = pretext.make_views(next(lower_batches)[0], config)
+            hessian_loss = pretext.loss(lower, views, dict(config, precision="float32"))
             gradient = torch.autograd.grad(hessian_loss, theta, create_graph=True)
         for i, (x, y) in enumerate(itertools.islice(upper_batches, args.upper_steps)):
             common.set_learning_rate(upper_optimizer, args.lr, alternation * args.upper_steps + i,
                                      args.alternations * args.upper_steps)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
-            with common.autocast(args):
+            with common.autocast(args.device, args.precision):
                 with frozen_statistics(lower_backbone):
                     theta_logits = upper_head(lower_backbone(x))  # (B, C)
                 phi_logits = upper_head(upper_backbone(x))        # (B, C)
-            theta_loss, phi_loss = F.cross_entropy(theta_logits.float(), y), F.cross_entropy(phi_logits.float(), y)
+            theta_loss, phi_loss = (F.cross_entropy(common.upcast(logits), y) for logits in (theta_logits, phi_logits))
             g_theta = torch.autograd.grad(theta_loss, theta, retain_graph=True)
             upper_optimizer.zero_grad()
             (theta_loss + phi_loss).backward(inputs=(*phi, *upper_head.parameters()))
@@ -220,9 +219,9 @@ def warm_up_head(args, backbone, head, data):
     backbone.eval()
     for epoch in range(args.head_epochs):
         for x, y in common.batches(data, args.batch_size):
-            with torch.no_grad(), common.autocast(args):
-                x = backbone(common.augment(x, args.image_size, crop=(args.crop, 1))).float()
-            loss = F.cross_entropy(head(x), y)
+            with torch.no_grad(), common.autocast(args.device, args.precision):
+                x = backbone(common.augment(x, args.image_size, crop=(args.crop, 1)))
+            loss = F.cross_entropy(head(common.upcast(x)), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -236,7 +235,7 @@ def warm_up_pretext_head(args, pretext, model, config, data):
     optimizer = common.make_optimizer(config["optimizer"], [model.head], config["lr"], config["weight_decay"])
     for epoch in range(args.head_epochs):
         for x, _ in common.batches(data, args.pretext_batch_size, whole_only=True):
-            with common.autocast(args), frozen_statistics(model.backbone):
+            with frozen_statistics(model.backbone):
                 loss = pretext.loss(model, pretext.make_views(x, config), config)
             optimizer.zero_grad()
             loss.backward(inputs=tuple(model.head.parameters()))
@@ -245,9 +244,10 @@ def warm_up_pretext_head(args, pretext, model, config, data):
 
 def draw(args, history):
     """Both levels' losses, the distance between the backbones, the probe, and how well the linear systems were solved."""
-    figure, axes = plt.subplots(1, 4, figsize=(19, 4.5))
-    for axis, names, title in zip(axes, (["lower"], ["upper_theta", "upper_phi"], ["distance"], ["residual", "knn"]),
-                                  ("pretext loss L_P(theta)", "downstream losses L_D", "||theta_B - phi_B||", "")):
+    figure, axes = plt.subplots(1, 5, figsize=(22, 4))
+    for axis, names, title in zip(axes, (["lower"], ["upper_theta", "upper_phi"], ["distance"], ["residual"], ["knn"]),
+                                  ("pretext loss L_P(theta)", "downstream losses L_D", "||theta_B - phi_B||",
+                                   "||v - A x|| / ||v||", "k-NN accuracy of theta_B, %")):
         common.plot_curves(axis, history, names, x="alternation")
         axis.set_title(title)
     common.save_figure(args, figure)
@@ -263,19 +263,19 @@ def parser():
     p.label_options()
     p.option("--pretext", str, "pretext task for a checkpoint that names none", "simclr", choices=sorted(PRETEXTS))
     p.option("--pretext-data", str, "data set of the pretext task; without: the checkpoint's")
-    p.option("--pretext-batch-size", int, "images of a lower step, and of the Hessian")
-    p.option("--alternations", int, "T: lower stage, upper stage, T times over; the paper has 500")
-    p.option("--lower-steps", int, "N_L")
-    p.option("--upper-steps", int, "N_U")
-    p.option("--lower-lr", float, "peak learning rate of the pretext's optimiser; without: a fifth of the pre-training's")
-    p.option("--lower-warmup", int, "alternations of linear warm-up in the lower level", 1)
-    p.option("--head-epochs", int, "epochs over the labelled images that warm up phi_H", 20)
-    p.option("--lam", float, "lambda: how strongly theta_B is pulled towards phi_B", 0.001)
-    p.option("--damping", float, "gamma, added to lambda in (I + H/(lambda + gamma))^-1; the paper's 10 is too little here", 100)
-    p.option("--cg-steps", int, "conjugate-gradient steps a solve", 5)
+    p.option("--pretext-batch-size", common.number(int, 4), "images of a lower step, and of the Hessian")
+    p.option("--alternations", common.COUNT, "T: lower stage, upper stage, T times over; the paper has 500")
+    p.option("--lower-steps", common.COUNT, "N_L")
+    p.option("--upper-steps", common.COUNT, "N_U")
+    p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; without: a fifth of the pre-training's")
+    p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up in the lower level", 1)
+    p.option("--head-epochs", common.FROM_ZERO, "epochs over the labelled images that warm up phi_H", 20)
+    p.option("--lam", common.POSITIVE, "lambda: how strongly theta_B is pulled towards phi_B", 0.001)
+    p.option("--damping", common.NOT_NEGATIVE, "gamma, added to lambda in (I + H/(lambda + gamma))^-1; the paper's 10 is too little here", 100)
+    p.option("--cg-steps", common.COUNT, "conjugate-gradient steps a solve", 5)
     p.add_argument("--layerwise", action="store_true", help="the released code's conjugate gradients, tensor by tensor")
-    p.option("--crop", float, "smallest area of a downstream crop, as a share of the image", 0.5)
-    p.option("--probe-every", int, "alternations between two k-NN probes of theta_B", 4)
+    p.option("--crop", common.number(float, 0.01, 1), "smallest area of a downstream crop, as a share of the image", 0.5)
+    p.option("--probe-every", common.COUNT, "alternations between two k-NN probes of theta_B", 4)
     return p
 
 

@@ -51,6 +51,22 @@ def fail(message):
     raise SystemExit(2)
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float within bounds."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {f'between {low:g} and {high:g}' if high < math.inf else f'at least {low:g}'}"
+                                             f", not {text}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+COUNT, FROM_ZERO, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
+POSITIVE, NOT_NEGATIVE = number(float, 1e-12, 1e12), number(float, 0, 1e12)
+
+
 class Parser(argparse.ArgumentParser):
     """The flags that all scripts share, in one order. `petals` and `others` hold the defaults that depend on --data."""
 
@@ -59,55 +75,44 @@ class Parser(argparse.ArgumentParser):
         self.petals, self.others = petals, others
         self.option("--data", str, "petals, flowers, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
         self.option("--root", str, "folder for downloads and for the cache of decoded images", "data")
-        self.option("--image-size", int, "side in pixels that the network sees; with --ckpt, the checkpoint's")
-        self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's")
+        self.option("--image-size", number(int, 8), "side in pixels that the network sees; with --ckpt, the checkpoint's")
+        self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's", choices=ARCHS, metavar="ARCH")
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
         self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in petals:
-            self.option("--epochs", int, "passes over the images")
-        self.option("--batch-size", int, "images a step")
-        self.option("--lr", float, "peak learning rate")
-        self.option("--weight-decay", float, "L2 penalty; never on biases and BatchNorm")
-        self.option("--seed", int, "seeds weights, order and views", 0)
+            self.option("--epochs", COUNT, "passes over the images")
+        self.option("--batch-size", number(int, 4), "images a step; BatchNorm needs a few")
+        self.option("--lr", POSITIVE, "peak learning rate")
+        self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")
+        self.option("--seed", FROM_ZERO, "seeds weights, order and views", 0)
         self.option("--device", str, "cpu, cuda, cuda:1, ...", "cuda" if torch.cuda.is_available() else "cpu")
         self.option("--precision", str, "float32 or bfloat16 for the forward pass (slow on a CPU that lacks bfloat16)",
-                    "bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"))
+                    "bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"), metavar="TYPE")
         self.add_argument("--resume", action="store_true", help="go on from OUT.pt where a stopped run left it")
 
-    def option(self, flag, type, help, default=None, **kwargs):
+    def option(self, flag, type, help, default=None, metavar=None, **kwargs):
         name = flag.strip("-").replace("-", "_")
-        if name in self.petals:
-            default_text = f"{self.petals[name]}; other data {self.others[name]}"
-        else:
-            default_text = "none" if default is None else default
-        self.add_argument(flag, type=type, default=default, help=f"{help} (default: {default_text})", **kwargs)
+        shown = f"{self.petals[name]} on petals, else {self.others[name]}" if name in self.petals else default
+        self.add_argument(flag, type=type, default=default, metavar=metavar or type.__name__.upper(),
+                          help=f"{help} (default: {shown})".replace("%", "%%"), **kwargs)
 
     def label_options(self):
-        self.option("--labels-per-class", int, "train on this many labelled images a class (all where there are fewer), 0 for all")
-        self.option("--fraction", float, "train on this share of each class's labelled images")
+        self.option("--labels-per-class", FROM_ZERO, "labelled images a class to train on (all where there are fewer); 0: all")
+        self.option("--fraction", number(float, 1e-9, 1), "share of each class's labelled images to train on")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         for name, value in (self.petals if args.data == "petals" else self.others).items():
-            from_checkpoint = args.ckpt and name in ("arch", "image_size")
-            if getattr(args, name) is None and not from_checkpoint:
+            if getattr(args, name) is None and not (args.ckpt and name in ("arch", "image_size")):  # these the checkpoint tells
                 setattr(args, name, value)
-        for name, least in (("epochs", 1), ("batch_size", 4), ("image_size", 8)):  # BatchNorm cannot work on a batch of one
-            if getattr(args, name, None) is not None and getattr(args, name) < least:
-                fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-        if getattr(args, "fraction", None) is not None and not 0 < args.fraction <= 1:
-            fail(f"--fraction must be above 0 and at most 1, not {args.fraction}")
-        if args.arch is not None and args.arch not in ARCHS:
-            fail(f"unknown --arch {args.arch}: one of {', '.join(ARCHS)}")
         try:
             args.device = str(torch.empty(0, device=args.device).device)
         except (RuntimeError, AssertionError) as error:
             fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
         try:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            probe = Path(f"{args.out}.tmp")
-            probe.touch()
-            probe.unlink()
+            write_whole(f"{args.out}.try", lambda file: None)
+            os.remove(f"{args.out}.try")
         except OSError as error:
             fail(f"cannot write to --out {args.out}: {error.strerror}")
         return args
@@ -557,8 +562,14 @@ def backbone_shapes(arch, small_stem):
     return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def autocast(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bfloat16")
+def autocast(device, precision):
+    """For forward passes only: losses and second derivatives are computed outside."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def upcast(x):
+    """Half types to float32; float32 and float64 stay what they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 @torch.no_grad()
@@ -567,8 +578,8 @@ def features(backbone, store, args):
     training, out = backbone.training, []
     backbone.eval()
     for x, _ in batches(store, 512, shuffle=False):
-        with autocast(args):
-            out.append(backbone(test_crop(x, args.image_size)).float())
+        with autocast(args.device, args.precision):
+            out.append(upcast(backbone(test_crop(x, args.image_size))))
     backbone.train(training)
     return torch.cat(out), store.labels
 

@@ -65,9 +65,9 @@ def train(args, data, judge, watch, log, results, resume):
         for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
             common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
-            with common.autocast(args):
+            with common.autocast(args.device, args.precision):
                 logits = head(backbone(x))
-            loss = F.cross_entropy(logits.float(), y)
+            loss = F.cross_entropy(common.upcast(logits), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -145,7 +145,7 @@ def load_classifier(args, path, classes):
 
 
 def draw(args, history, test):
-    """Curves, the confusion matrix on test, and the two main directions of the test features before and after."""
+    """Curves, the confusion matrix on test, and the test features before and after in the plane that class means span best."""
     backbone, head = load_classifier(args, f"{args.out}.pt", test.classes)
     before, _ = common.start_backbone(args)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
@@ -160,12 +160,13 @@ def draw(args, history, test):
         axes[0, 2].set_xticks(range(len(test.classes)), test.classes, rotation=90)
     for axis, model, when in ((axes[1, 0], before, "before"), (axes[1, 1], backbone, "after")):
         x, y = common.features(model, test, args)
-        x = x - x.mean(0)
-        plane = x @ torch.pca_lowrank(x, 2, center=False)[2]  # (n, 2)
+        x = F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)
+        class_means = torch.stack([x[y == label].mean(0) for label in y.unique()])  # (C, D)
+        plane = x @ torch.linalg.svd(class_means, full_matrices=False)[2][:2].T     # (n, 2)
         axis.scatter(*plane.T.cpu(), c=y.cpu(), cmap="tab20", s=4)
-        axis.set_title(f"test features {when} fine-tuning, two main directions")
-    axes[1, 2].barh(test.classes, confusion.diag() / confusion.sum(1).clamp(min=1)) if len(test.classes) <= 20 else None
-    axes[1, 2].set_title("accuracy a class")
+        axis.set_title(f"test features {when} fine-tuning, where class means differ most")
+    axes[1, 2].hist(100 * confusion.diag() / confusion.sum(1).clamp(min=1), bins=20, range=(0, 100))
+    axes[1, 2].set(xlabel="accuracy, %", ylabel="classes", title="accuracy of the single classes on test")
     common.save_figure(args, figure)
 
 
@@ -177,9 +178,9 @@ def parser():
         others=dict(image_size=64, arch="resnet18", epochs=60, batch_size=64, lr=0.03, weight_decay=5e-4, crop=0.5,
                     labels_per_class=None))
     p.label_options()
-    p.option("--crop", float, "smallest area of a crop, as a share of the image")
-    p.option("--search", int, "random pairs of learning rate and weight decay to try on the validation split", 0)
-    p.option("--seeds", int, "runs with seeds SEED, SEED + 1, ...: mean +- standard deviation", 1)
+    p.option("--crop", common.number(float, 0.01, 1), "smallest area of a crop, as a share of the image")
+    p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try on the validation split", 0)
+    p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- standard deviation", 1)
     p.add_argument("--freeze", action="store_true", help="linear probe: the backbone stays as it is")
     p.add_argument("--eval", action="store_true", help="print the test accuracy of --ckpt; train and write nothing")
     return p
@@ -187,8 +188,6 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    if args.seeds < 1 or args.search < 0:
-        common.fail("--seeds must be at least 1 and --search at least 0")
     with common.resumable("finetune.py", args, argv):
         if not args.eval:
             return protocol(args)

@@ -25,7 +25,7 @@ def nt_xent(z1, z2, temperature):
 
     z1, z2 (B, D): projections of the two views, normalised here; row i of one belongs to row i of the other.
     """
-    z = F.normalize(torch.cat([z1, z2]), dim=1)                  # (2B, D)
+    z = F.normalize(common.upcast(torch.cat([z1, z2])), dim=1)   # (2B, D)
     similarity = z @ z.T / temperature                           # (2B, 2B)
     similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # k != i
     partner = torch.arange(len(z), device=z.device).roll(len(z1))  # i + B, i - B
@@ -58,7 +58,8 @@ def make_views(x, config):
 
 def loss(model, views, config):
     """NT-Xent of one batch of views; what bissl.py minimises in its lower level."""
-    z1, z2 = model(torch.cat(views)).float().chunk(2)
+    with common.autocast(views[0].device, config["precision"]):
+        z1, z2 = model(torch.cat(views)).chunk(2)  # one forward: BatchNorm sees both views
     return nt_xent(z1, z2, config["temperature"])
 
 
@@ -85,9 +86,7 @@ def train(args):
         for i, (x, _) in enumerate(common.batches(data, args.batch_size, whole_only=True)):
             common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
                                      warmup=args.warmup * steps_per_epoch)
-            views = make_views(x, config)
-            with common.autocast(args):
-                batch_loss = loss(model, views, config)
+            batch_loss = loss(model, make_views(x, config), config)
             optimizer.zero_grad()
             batch_loss.backward()
             optimizer.step()
@@ -126,15 +125,16 @@ def parser():
                     crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.5))
     p.option("--optimizer", str, "adamw, lars or sgd; the paper's LARS wants batches in the thousands", "adamw",
              choices=common.OPTIMIZERS)
-    p.option("--warmup", int, "epochs of linear warm-up before the cosine", 1)
-    p.option("--temperature", float, "tau of NT-Xent", 0.2)
-    p.option("--hidden", int, "width of the projector's hidden layer", 256)
-    p.option("--dim", int, "width of the projections", 128)
-    p.option("--crop", float, "smallest area of a crop, as a share of the image")
-    p.option("--jitter", float, "brightness, contrast, saturation and hue jitter", nargs=4)
-    p.option("--grey", float, "probability of a grey view", 0.2)
-    p.option("--blur", float, "probability of a blurred view")
-    p.option("--probe-every", int, "epochs between two k-NN probes on held-out labels", 5)
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
+    p.option("--temperature", common.number(float, 1e-3), "tau of NT-Xent", 0.2)
+    p.option("--hidden", common.COUNT, "width of the projector's hidden layer", 256)
+    p.option("--dim", common.COUNT, "width of the projections", 128)
+    p.option("--crop", common.number(float, 0.01, 1), "smallest area of a crop, as a share of the image")
+    p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4,
+             metavar=tuple("BCSH"))
+    p.option("--grey", common.SHARE, "probability of a grey view", 0.2)
+    p.option("--blur", common.SHARE, "probability of a blurred view")
+    p.option("--probe-every", common.COUNT, "epochs between two k-NN probes on held-out labels", 5)
     return p
 
 

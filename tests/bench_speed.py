@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 from statistics import median
 
@@ -48,7 +47,7 @@ def in_turn(ours, reference, device, rounds):
 
 
 def pretext(device, arch, image_size, batch_size):
-    config = dict(hidden=256, dim=128, temperature=0.2, crop=0.2, jitter=VIEWS["jitter"], grey=0.2, blur=0.5, image_size=image_size)
+    config = dict(precision="float32", hidden=256, dim=128, temperature=0.2, crop=0.2, jitter=VIEWS["jitter"], grey=0.2, blur=0.5, image_size=image_size)
     model = simclr.make_model(common.build_backbone(arch, image_size <= 40), config).to(device)
     side = common.store_side(image_size)
     images = torch.randint(0, 256, (2 * batch_size, 3, side, side), dtype=torch.uint8).to(device)
@@ -59,11 +58,10 @@ def pretext(device, arch, image_size, batch_size):
 def step_row(device):
     arch, size, batch, precision = ("resnet50", 96, 1024, "bfloat16") if device == "cuda" else ("resnet18", 64, 128, "float32")
     model, config, data = pretext(device, arch, size, batch)
-    optimizer, args = common.make_optimizer("adamw", [model], 1e-3, 1e-4), Namespace(device=device, precision=precision)
+    optimizer, config["precision"] = common.make_optimizer("adamw", [model], 1e-3, 1e-4), precision
 
     def descend(views):
-        with common.autocast(args):
-            loss = simclr.loss(model, views, config)
+        loss = simclr.loss(model, views, config)
         optimizer.zero_grad()
         loss.backward()
 

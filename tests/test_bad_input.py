@@ -1,0 +1,233 @@
+"""Bad input ends with one line that says what to change and exit code 2, and no file is touched."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bissl
+import common
+import finetune
+import simclr
+from conftest import ROOT, write_folder
+
+SCRIPTS = {"simclr": simclr, "bissl": bissl, "finetune": finetune}
+SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--device", "cpu",
+         "--precision", "float32", "--out", "out"]
+USUAL = {"simclr": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+         "bissl": [*SMALL, "--ckpt", "simclr.pt", "--alternations", "1", "--lower-steps", "1", "--upper-steps", "1",
+                   "--head-epochs", "1", "--pretext-batch-size", "8"],
+         "finetune": [*SMALL, "--arch", "resnet10", "--epochs", "1"]}
+
+
+class RunsCode:
+    """Unpickling this makes the folder `pwned`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with everything that the rows below name, and an older out.pt, out.jsonl and out.png."""
+    place = tmp_path_factory.mktemp("bad")
+    for name in ("pictures", "hollow", "broken", "all_broken", "no_test"):
+        write_folder(place / name)
+    write_folder(place / "single", classes=("a",))
+    write_folder(place / "four", classes=("a", "b", "c", "d"))
+    write_folder(place / "few", classes=("a", "b"), per_class=3)
+    shutil.rmtree(place / "no_test" / "test")
+    (place / "empty").mkdir()
+    for path in (place / "hollow" / "train" / "b").iterdir():
+        path.unlink()
+    (place / "broken" / "train" / "b" / "7.png").write_bytes((place / "pictures" / "train" / "b" / "7.png").read_bytes()[:200])
+    for path in (place / "all_broken").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    (place / "blocker").write_text("a file where a folder should be")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for script in SCRIPTS:
+            SCRIPTS[script].main([*USUAL[script], "--out", script])
+    (place / "truncated.pt").write_bytes((place / "simclr.pt").read_bytes()[:10_000])
+    (place / "garbage.pt").write_bytes(b"no checkpoint" * 100)
+    (place / "empty.pt").write_bytes(b"")
+    (place / "code.pt").write_bytes(pickle.dumps({"state_dict": RunsCode()}))
+    torch.save({"note": "no weights", "fc.weight": torch.zeros(2, 2)}, place / "headonly.pt")
+    backbone = common.load_checkpoint(place / "simclr.pt")["backbone"]
+    torch.save({**backbone, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}, place / "misshapen.pt")
+    torch.save({key: value for key, value in backbone.items() if key != "layer3.0.bn1.weight"}, place / "missing.pt")
+    for ending in ("pt", "jsonl", "png"):
+        (place / f"out.{ending}").write_text("of an older run")
+    return place
+
+
+def files(place):
+    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+# script, flags that replace the usual ones, what the message has to name
+ROWS = [
+    # checkpoints
+    ("finetune", "--ckpt nowhere.pt", "nowhere.pt"),
+    ("finetune", "--ckpt truncated.pt", "truncated.pt"),
+    ("finetune", "--ckpt garbage.pt", "garbage.pt"),
+    ("finetune", "--ckpt empty.pt", "empty.pt"),
+    ("finetune", "--ckpt pictures", "pictures"),
+    ("finetune", "--ckpt code.pt", "would run code"),
+    ("finetune", "--ckpt headonly.pt", "conv1.weight"),
+    ("finetune", "--ckpt misshapen.pt", "layer1.0.conv1.weight"),
+    ("finetune", "--ckpt missing.pt", "layer3.0.bn1.weight"),
+    ("finetune", "--ckpt simclr.pt --arch resnet18", "resnet18"),
+    ("simclr", "--ckpt garbage.pt", "garbage.pt"),
+    ("bissl", "--ckpt garbage.pt", "garbage.pt"),
+    # data
+    ("simclr", "--data petunias", "petals, flowers"),
+    ("bissl", "--data petunias", "petals, flowers"),
+    ("bissl", "--pretext-data petunias", "petals, flowers"),
+    ("finetune", "--data petunias", "petals, flowers"),
+    ("simclr", "--data empty", "empty"),
+    ("bissl", "--data empty", "empty"),
+    ("finetune", "--data empty", "empty"),
+    ("finetune", "--data no_test", "no_test/test"),
+    ("finetune", "--data hollow", "class b"),
+    ("finetune", "--data broken", "broken/train/b/7.png"),
+    ("simclr", "--data all_broken", ".png"),
+    ("simclr", "--data few", "--batch-size"),
+    ("bissl", "--data few", "--pretext-batch-size"),
+    ("bissl", "--data single", "one class"),
+    ("finetune", "--data single", "one class"),
+    # evaluation
+    ("finetune", "--eval", "--ckpt"),
+    ("finetune", "--eval --ckpt simclr.pt", "no classifier"),
+    ("finetune", "--eval --ckpt finetune.pt --data four", "3 classes"),
+    # command line
+    ("simclr", "--colour 1", "--colour"),
+    ("bissl", "--colour 1", "--colour"),
+    ("finetune", "--colour 1", "--colour"),
+    ("simclr", "--epochs many", "--epochs"),
+    ("simclr", "--arch resnet11", "resnet11"),
+    ("simclr", "--device toaster", "toaster"),
+    ("simclr", "--device cuda", "cuda"),
+    ("finetune", "--out blocker/x", "blocker/x"),
+    # numbers that make no sense
+    ("simclr", "--image-size 0", "--image-size"),
+    ("simclr", "--batch-size 0", "--batch-size"),
+    ("simclr", "--epochs 0", "--epochs"),
+    ("simclr", "--lr -1", "--lr"),
+    ("finetune", "--lr -1", "--lr"),
+    ("finetune", "--weight-decay -1", "--weight-decay"),
+    ("simclr", "--temperature 0", "--temperature"),
+    ("simclr", "--temperature -1", "--temperature"),
+    ("simclr", "--crop 0", "--crop"),
+    ("simclr", "--crop 2", "--crop"),
+    ("simclr", "--jitter -1 0 0 0", "--jitter"),
+    ("simclr", "--hidden 0", "--hidden"),
+    ("simclr", "--dim 0", "--dim"),
+    ("simclr", "--probe-every 0", "--probe-every"),
+    ("bissl", "--pretext-batch-size 0", "--pretext-batch-size"),
+    ("bissl", "--alternations 0", "--alternations"),
+    ("bissl", "--lower-steps 0", "--lower-steps"),
+    ("bissl", "--upper-steps 0", "--upper-steps"),
+    ("bissl", "--cg-steps 0", "--cg-steps"),
+    ("bissl", "--damping -1", "--damping"),
+    ("bissl", "--damping 0 --lam 0", "--damping"),  # divides by their sum
+    ("bissl", "--lam -1", "--lam"),
+    ("bissl", "--lower-lr -1", "--lower-lr"),
+    ("bissl", "--head-epochs -1", "--head-epochs"),
+    ("bissl", "--probe-every 0", "--probe-every"),
+    ("finetune", "--crop 2", "--crop"),
+    ("finetune", "--labels-per-class 13", "--labels-per-class"),
+    ("finetune", "--labels-per-class -1", "--labels-per-class"),
+    ("finetune", "--fraction 0", "--fraction"),
+    ("finetune", "--fraction 2", "--fraction"),
+    ("finetune", "--seeds 0", "--seeds"),
+    ("finetune", "--seeds -1", "--seeds"),
+    ("finetune", "--search -1", "--search"),
+    # weights that are not finite any more
+    ("simclr", "--lr 1e30", "--lr"),
+    ("bissl", "--lr 1e30", "--lr"),
+    ("bissl", "--lower-lr 1e30", "--lower-lr"),
+    ("finetune", "--lr 1e30", "--lr"),
+    # resume
+    ("simclr", "--out simclr --resume --lr 0.5", "--lr"),
+    ("finetune", "--out finetune --resume --data four", "--data"),
+    ("simclr", "--out finetune --resume", "finetune.pt"),
+    ("finetune", "--out simclr --resume", "simclr.pt"),
+    ("bissl", "--out simclr --resume", "simclr.pt"),
+    ("finetune", "--out headonly --resume", "headonly.pt"),
+    ("finetune", "--out missing --resume", "missing.pt"),
+]
+
+
+@pytest.mark.parametrize("script, flags, named", ROWS, ids=[f"{script} {flags}" for script, flags, _ in ROWS])
+def test_one_line_says_what_is_wrong_and_no_file_changes(place, monkeypatch, capsys, script, flags, named):
+    if flags == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.chdir(place)
+    before = files(place)
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main([*USUAL[script], *flags.split()])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert named in message
+    after = files(place)
+    assert all(after.get(path) == content for path, content in before.items())
+    assert not (place / "pwned").exists()
+
+
+def test_bissl_without_a_checkpoint_asks_for_one(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit) as stop:
+        bissl.main([*SMALL, "--arch", "resnet10"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.count("\n") == 1 and "--ckpt" in message
+
+
+def test_a_real_command_with_bad_input_prints_one_line_without_a_traceback(place):
+    done = subprocess.run([sys.executable, str(ROOT / "finetune.py"), *USUAL["finetune"], "--data", "all_broken"],
+                          cwd=place, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_last_finite_checkpoint_stays_when_the_loss_becomes_infinite(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    real = common.set_learning_rate
+
+    def diverge_in_the_second_epoch(optimizer, peak, step, *rest, **named):
+        real(optimizer, peak if step < 4 else 1e30, step, *rest, **named)  # 36 images: 4 steps an epoch
+
+    monkeypatch.setattr(common, "set_learning_rate", diverge_in_the_second_epoch)
+    out = str(tmp_path / "out")
+    with pytest.raises(SystemExit) as stop:
+        simclr.main([*USUAL["simclr"], "--epochs", "3", "--out", out])
+    assert stop.value.code == 2
+    ckpt = common.load_checkpoint(f"{out}.pt")
+    assert len(ckpt["resume"]["history"]) == 1
+    assert all(value.isfinite().all() for value in ckpt["backbone"].values())
+
+
+@pytest.mark.parametrize("mode, ending", [
+    ("L", "png"), ("1", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png"), ("I;16", "png"), ("CMYK", "jpg"), ("F", "tiff")])
+def test_pictures_of_any_mode_can_be_trained_on(tmp_path, monkeypatch, mode, ending):
+    monkeypatch.chdir(tmp_path)
+    for path in sorted(write_folder(tmp_path / "pictures", classes=("a", "b"), per_class=4).rglob("*.png")):
+        with Image.open(path) as picture:
+            if mode == "I;16":
+                picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+            else:
+                picture = picture.convert("L").convert(mode) if mode in ("F", "LA") else picture.convert(mode)
+        path.unlink()
+        picture.save(path.with_suffix(f".{ending}"))
+        assert Image.open(path.with_suffix(f".{ending}")).mode == mode
+    assert 0 <= finetune.main(USUAL["finetune"])["test_top1"] <= 100
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["epoch"] == 1

@@ -1,0 +1,413 @@
+"""The data: blossoms, folders of pictures, flowers, their cache, their splits and the batches."""
+import hashlib
+import urllib.error
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import write_folder
+from PIL import Image
+from scipy.io import savemat
+
+import common
+import finetune
+
+# sha256 of petals(64, 40, 1). It changes only where the drawing was meant to change; then renew it: print petals_hash().
+PETALS_HASH = "863b1c56de5b1ebab4f8a524b0a37a2c91763dede5319ab60dd33213f1fc6f28"
+
+
+def options(data, root, image_size=16):
+    return Namespace(data=str(data), root=str(root), image_size=image_size, device="cpu")
+
+
+def pictures(store):
+    """The bytes of each picture of a store, to tell pictures apart."""
+    return [store.images[row].numpy().tobytes() for row in store.rows]
+
+
+def error_line(capsys, function, *args, **kwargs):
+    """The one line on stderr with which function ends the program, as bad input does."""
+    with pytest.raises(SystemExit) as end:
+        function(*args, **kwargs)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------------ petals
+
+def petals_hash():
+    images, labels = common.petals(64, 40, 1)
+    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+
+
+def test_petals_are_the_same_bytes_on_every_machine():
+    assert petals_hash() == PETALS_HASH
+
+
+@pytest.mark.parametrize("count, side", [(1, 24), (129, 24), (40, 40), (12, 72)])
+def test_petals_are_balanced_at_any_count_and_side(count, side):
+    images, labels = common.petals(count, side, seed=1)
+    assert images.shape == (count, 3, side, side) and images.dtype == torch.uint8
+    assert labels.shape == (count,) and labels.dtype == torch.int64
+    of_each_class = torch.bincount(labels, minlength=10)
+    assert len(of_each_class) == 10 and of_each_class.max() - of_each_class.min() <= 1
+
+
+def test_petals_of_a_seed_are_always_the_same():
+    images, labels = common.petals(20, 24, seed=3)
+    torch.manual_seed(99)
+    again, labels_again = common.petals(20, 24, seed=3)
+    assert torch.equal(images, again) and torch.equal(labels, labels_again)
+
+
+def test_petals_of_another_seed_are_other_pictures():
+    one, other = common.petals(20, 24, seed=3)[0], common.petals(20, 24, seed=4)[0]
+    assert (one != other).flatten(1).any(1).all()
+
+
+def test_petals_of_one_class_are_all_different():
+    images, labels = common.petals(40, 24, seed=3)
+    assert len({image.numpy().tobytes() for image in images[labels == 0]}) == 4
+
+
+def test_petals_splits_share_no_picture(tmp_path, monkeypatch):
+    for split in common.PETAL_SPLITS:
+        monkeypatch.setitem(common.PETAL_SPLITS, split, 30)
+    seen = []
+    for split in ("unlabeled", "train", "val", "test"):
+        store = common.load_data(options("petals", tmp_path), split)
+        assert len(store) == 30 and len(store.classes) == 10
+        seen += pictures(store)
+    assert len(set(seen)) == 120
+
+
+def test_petals_trainval_is_train_and_val(tmp_path, monkeypatch):
+    for split in common.PETAL_SPLITS:
+        monkeypatch.setitem(common.PETAL_SPLITS, split, 30)
+    train, val, both = (common.load_data(options("petals", tmp_path), split) for split in ("train", "val", "trainval"))
+    assert torch.equal(both.images, torch.cat([train.images, val.images]))
+    assert torch.equal(both.labels, torch.cat([train.labels, val.labels]))
+
+
+# ------------------------------------------------------------------------------------------------ sides, batches, subsets
+
+def test_stored_images_are_larger_than_the_training_side_but_not_by_much():
+    bad = [size for size in range(16, 257) if not 1.15 <= common.store_side(size) / size <= 1.35]
+    assert bad == []
+
+
+def numbered_store(n):
+    """n images; all pixels of image i, and its label, are i."""
+    numbers = torch.arange(n)
+    return common.Store(numbers.to(torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2), numbers, numbers, ["a"])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("n", [2, 4, 5, 8, 33, 100])
+def test_batches_hold_every_image_once(n, shuffle):
+    seen = torch.cat([labels for _, labels in common.batches(numbered_store(n), 4, shuffle)])
+    assert seen.sort().values.tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("n", [2, 4, 5, 8, 33, 100])
+def test_batches_leave_no_rest_of_one(n):
+    for batch_size in (4, 32):
+        sizes = [len(labels) for _, labels in common.batches(numbered_store(n), batch_size)]
+        assert 2 <= min(sizes) and max(sizes) <= batch_size
+
+
+@pytest.mark.parametrize("n, number", [(4, 1), (5, 1), (8, 2), (35, 8)])
+def test_whole_only_drops_the_rest(n, number):
+    sizes = [len(labels) for _, labels in common.batches(numbered_store(n), 4, whole_only=True)]
+    assert sizes == [4] * number
+
+
+def test_batches_keep_each_label_with_its_image():
+    keep = torch.tensor([30, 7, 12, 3, 21])
+    for images, labels in common.batches(numbered_store(40).subset(keep), 4):
+        assert torch.equal(images[:, 0, 0, 0].long(), labels)
+
+
+def test_a_subset_holds_the_images_it_was_asked_for():
+    store = numbered_store(40).subset(torch.arange(10, 30)).subset(torch.tensor([5, 0]))
+    assert store.labels.tolist() == [15, 10]
+    assert store.images[store.rows][:, 0, 0, 0].tolist() == [15, 10]
+
+
+def test_batches_come_in_another_order_each_epoch_only_when_shuffled():
+    store = numbered_store(50)
+    epoch = lambda shuffle: torch.cat([labels for _, labels in common.batches(store, 8, shuffle)]).tolist()
+    assert epoch(shuffle=True) != epoch(shuffle=True)
+    assert epoch(shuffle=False) == list(range(50))
+
+
+LABELS = torch.tensor([0] * 20 + [1] * 10 + [2] * 3)[torch.randperm(33, generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize("size, of_each_class", [
+    (dict(per_class=1), [1, 1, 1]), (dict(per_class=3), [3, 3, 3]), (dict(per_class=8), [8, 8, 3]),
+    (dict(per_class=20), [20, 10, 3]), (dict(fraction=0.5), [10, 5, 2]), (dict(fraction=0.01), [1, 1, 1]),
+    (dict(fraction=1), [20, 10, 3])], ids=str)
+def test_a_labelled_subset_has_the_size_asked_for_in_each_class(size, of_each_class):
+    keep = common.labelled_subset(LABELS, seed=0, **size)
+    assert torch.bincount(LABELS[keep]).tolist() == of_each_class
+    assert len(set(keep.tolist())) == len(keep)
+
+
+def test_a_labelled_subset_is_drawn_by_its_seed():
+    draw = lambda seed: sorted(common.labelled_subset(LABELS, seed, per_class=3).tolist())
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_more_labels_than_any_class_has_is_bad_input(capsys):
+    assert "20" in error_line(capsys, common.labelled_subset, LABELS, seed=0, per_class=21)
+
+
+# ------------------------------------------------------------------------------------------------ folders of pictures
+
+def test_val_is_a_stratified_fifth_of_train_and_shares_nothing_with_it(tmp_path):
+    write_folder(tmp_path, per_class=10)
+    train, val, both = (common.load_data(options(tmp_path, tmp_path), split) for split in ("train", "val", "trainval"))
+    assert torch.bincount(train.labels).tolist() == [8, 8, 8]
+    assert torch.bincount(val.labels).tolist() == [2, 2, 2]
+    assert not set(pictures(train)) & set(pictures(val))
+    assert set(pictures(train)) | set(pictures(val)) == set(pictures(both))
+    assert len(both) == 30
+
+
+def test_val_is_the_same_each_time(tmp_path):
+    write_folder(tmp_path, per_class=10)
+    one = pictures(common.load_data(options(tmp_path, tmp_path), "val"))
+    torch.manual_seed(5)
+    assert one == pictures(common.load_data(options(tmp_path, tmp_path), "val"))
+
+
+def test_an_own_val_folder_is_used(tmp_path):
+    write_folder(tmp_path, per_class=4, splits=("train", "test"))
+    write_folder(tmp_path, per_class=2, splits=("val",))
+    sizes = {split: len(common.load_data(options(tmp_path, tmp_path), split)) for split in ("train", "val", "trainval", "test")}
+    assert sizes == dict(train=12, val=6, trainval=18, test=12)
+
+
+def test_unlabeled_is_its_own_folder_or_else_all_of_train(tmp_path):
+    write_folder(tmp_path, per_class=5)
+    assert len(common.load_data(options(tmp_path, tmp_path), "unlabeled")) == 15
+    write_folder(tmp_path, classes=("all",), per_class=7, splits=("unlabeled",))
+    assert len(common.load_data(options(tmp_path, tmp_path), "unlabeled")) == 7
+
+
+def test_labels_belong_to_their_pictures(tmp_path):
+    for name, grey in (("dark", 20), ("light", 220)):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (10, 10), grey + i).save(tmp_path / "test" / name / f"{i}.png")
+    store = common.load_data(options(tmp_path, tmp_path), "test")
+    assert store.classes == ["dark", "light"]
+    for i in range(6):
+        assert (store.images[store.rows[i]].float().mean() > 128) == store.labels[i]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_split_is_named(tmp_path, capsys, split):
+    write_folder(tmp_path, splits=[other for other in ("train", "test") if other != split])
+    assert str(tmp_path / split) in error_line(capsys, common.load_data, options(tmp_path, tmp_path), split)
+
+
+def test_an_unknown_data_set_is_named(tmp_path, capsys):
+    assert "nowhere" in error_line(capsys, common.load_data, options("nowhere", tmp_path), "train")
+
+
+# ------------------------------------------------------------------------------------------------ kinds of pictures
+
+def plain(mode, colour, size=(20, 20)):
+    return Image.new(mode, size, colour)
+
+
+def palette(colour):
+    return plain("RGB", colour).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+def grey_16_bit(value):
+    return Image.fromarray(np.full((20, 20), value, np.uint16))
+
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+PICTURES = {  # picture, how it is saved, the colour it has to have
+    "colour": (plain("RGB", (10, 100, 200)), "png", {}, (10, 100, 200)),
+    "grey": (plain("L", 100), "png", {}, (100, 100, 100)),
+    "grey, opaque": (plain("LA", (100, 255)), "png", {}, (100, 100, 100)),
+    "grey, transparent": (plain("LA", (100, 0)), "png", {}, WHITE),
+    "grey with a transparent value": (plain("L", 100), "png", dict(transparency=100), WHITE),
+    "colour, opaque": (plain("RGBA", (*RED, 255)), "png", {}, RED),
+    "colour, half transparent": (plain("RGBA", (*RED, 128)), "png", {}, (255, 127, 127)),
+    "colour, transparent": (plain("RGBA", (*RED, 0)), "png", {}, WHITE),
+    "palette": (palette(RED), "png", {}, RED),
+    "palette with a transparent entry": (palette(RED), "png", dict(transparency=palette(RED).getpixel((0, 0))), WHITE),
+    "CMYK": (plain("CMYK", (0, 255, 255, 0)), "jpg", dict(quality=100), RED),
+    "16-bit black": (grey_16_bit(0), "png", {}, (0, 0, 0)),
+    "16-bit mid-grey": (grey_16_bit(32896), "png", {}, (128, 128, 128)),
+    "16-bit white": (grey_16_bit(65535), "png", {}, WHITE),
+    "1-bit black": (plain("1", 0), "png", {}, (0, 0, 0)),
+    "1-bit white": (plain("1", 1), "png", {}, WHITE),
+    "one pixel": (plain("RGB", RED, (1, 1)), "png", {}, RED),
+    "very wide": (plain("RGB", RED, (500, 2)), "png", {}, RED),
+    "very high": (plain("RGB", RED, (2, 500)), "png", {}, RED),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_kind_of_picture_has_the_right_colour(tmp_path, name):
+    picture, ending, how, colour = PICTURES[name]
+    (tmp_path / "test" / "only").mkdir(parents=True)
+    picture.save(tmp_path / "test" / "only" / f"picture.{ending}", **how)
+    image = common.load_data(options(tmp_path, tmp_path), "test").images[0]
+    assert (image.float() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 2
+
+
+def test_a_picture_is_scaled_by_its_short_side_and_cut_at_the_centre(tmp_path):
+    pixels = np.zeros((24, 96, 3), np.uint8)
+    pixels[:, 36:60] = 200  # the centre square is light, what is beside it black
+    (tmp_path / "test" / "only").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "test" / "only" / "picture.png")
+    side = common.store_side(16)
+    image = common.load_data(options(tmp_path, tmp_path), "test").images[0]
+    assert image.shape == (3, side, side)
+    assert (image[..., 3:-3] == 200).all()  # bicubic resizing looks over the edge
+
+
+BROKEN = {"empty": b"", "garbage": b"no picture at all", "cut off": None}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_picture_is_named(folder, tmp_path, capsys, name):
+    path = folder / "test" / "b" / "3.png"
+    path.write_bytes(path.read_bytes()[:200] if BROKEN[name] is None else BROKEN[name])
+    assert str(path) in error_line(capsys, common.load_data, options(folder, tmp_path), "test")
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths of the pictures decoded so far."""
+    paths, read_image = [], common.read_image
+    monkeypatch.setattr(common, "read_image", lambda path: paths.append(str(path)) or read_image(path))
+    return paths
+
+
+def test_a_second_load_decodes_nothing(folder, tmp_path, decoded):
+    first = common.load_data(options(folder, tmp_path), "test")
+    assert len(decoded) == 36
+    second = common.load_data(options(folder, tmp_path), "test")
+    assert len(decoded) == 36
+    assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
+
+
+def test_another_side_is_decoded_again(folder, tmp_path, decoded):
+    common.load_data(options(folder, tmp_path, image_size=16), "test")
+    store = common.load_data(options(folder, tmp_path, image_size=32), "test")
+    assert len(decoded) == 72
+    assert store.images.shape[-1] == common.store_side(32)
+
+
+def test_a_changed_picture_is_decoded_again(folder, tmp_path):
+    before = common.load_data(options(folder, tmp_path), "test").images.clone()
+    Image.new("RGB", (20, 20), WHITE).save(folder / "test" / "a" / "0.png")
+    after = common.load_data(options(folder, tmp_path), "test").images
+    assert (after[0] == 255).all()
+    assert torch.equal(after[1:], before[1:])
+
+
+def test_an_added_picture_is_found(folder, tmp_path):
+    common.load_data(options(folder, tmp_path), "test")
+    Image.new("RGB", (20, 20), WHITE).save(folder / "test" / "c" / "new.png")
+    assert len(common.load_data(options(folder, tmp_path), "test")) == 37
+
+
+def test_two_folders_of_one_name_do_not_share_a_cache(tmp_path):
+    for parent, classes in (("x", ("a", "b")), ("y", ("a", "b", "c"))):
+        write_folder(tmp_path / parent / "pictures", classes, per_class=2)
+    x, y = (common.load_data(options(tmp_path / parent / "pictures", tmp_path), "test") for parent in ("x", "y"))
+    assert len(x) == 4 and len(y) == 6
+
+
+def test_a_cache_that_was_only_half_written_is_never_taken(folder, tmp_path, monkeypatch):
+    def half(file, array):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            common.load_data(options(folder, tmp_path), "test")
+    assert len(common.load_data(options(folder, tmp_path), "test")) == 36
+
+
+def test_a_stray_temporary_file_is_never_taken(folder, tmp_path):
+    expected = common.load_data(options(folder, tmp_path), "test").images.clone()
+    for path in list((tmp_path / "cache").iterdir()):  # as if the power had failed just before the renaming
+        path.rename(f"{path}.123.tmp").write_bytes(b"half of it")
+    assert torch.equal(common.load_data(options(folder, tmp_path), "test").images, expected)
+
+
+def test_training_cannot_change_the_cache(folder, tmp_path):
+    store = common.load_data(options(folder, tmp_path), "test")
+    before = store.images.clone()
+    store.images.zero_()
+    assert torch.equal(common.load_data(options(folder, tmp_path), "test").images, before)
+
+
+# ------------------------------------------------------------------------------------------------ flowers
+
+FLOWERS = {"trnid": [3, 1], "valid": [2, 6], "tstid": [5, 4, 7]}
+FLOWER_LABELS = [1, 102, 5, 5, 1, 102, 5]  # of images 1, 2, ..., counted from 1 as in the original
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    """A root with a tiny copy of the original's files; image i is grey of value 30 i."""
+    folder = tmp_path / "root" / "flowers-102"
+    (folder / "jpg").mkdir(parents=True)
+    for i in range(1, 8):
+        Image.new("RGB", (30, 20), (30 * i,) * 3).save(folder / "jpg" / f"image_{i:05d}.jpg", quality=100)
+    savemat(folder / "setid.mat", FLOWERS)
+    savemat(folder / "imagelabels.mat", {"labels": FLOWER_LABELS})
+    # torchvision compares the checksums of the original's two .mat files, which a copy cannot have
+    monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda path, md5=None: (folder / path).is_file())
+    return tmp_path / "root"
+
+
+@pytest.mark.parametrize("split, numbers", [
+    ("train", [3, 1]), ("val", [2, 6]), ("test", [5, 4, 7]), ("trainval", [3, 1, 2, 6]), ("unlabeled", [3, 1, 2, 6])])
+def test_flowers_are_read_as_torchvision_unpacks_them(flowers, split, numbers):
+    store = common.load_data(options("flowers", flowers), split)
+    assert len(store.classes) == 102 and store.classes[0] == "pink primrose"
+    assert store.labels.tolist() == [FLOWER_LABELS[i - 1] - 1 for i in numbers]
+    for row, i in zip(store.rows, numbers):
+        assert (store.images[row].float() - 30 * i).abs().max() <= 2
+
+
+def test_finetune_runs_on_flowers(flowers, tmp_path):
+    result = finetune.main(["--data", "flowers", "--root", str(flowers), "--out", str(tmp_path / "run"), "--image-size", "16",
+                            "--arch", "resnet10", "--epochs", "1", "--device", "cpu", "--precision", "float32"])
+    assert 0 <= result["test_top1"] <= 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["root", "run.jsonl", "run.png", "run.pt"]
+
+
+def test_flowers_without_files_and_network_is_bad_input(tmp_path, monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.flowers102, "download_and_extract_archive", no_network)
+    line = error_line(capsys, common.load_data, options("flowers", tmp_path), "train")
+    for word in (str(tmp_path / "flowers-102"), "jpg", "imagelabels.mat", "setid.mat"):
+        assert word in line
+
+
+def test_a_missing_flower_is_named(flowers, capsys):
+    (flowers / "flowers-102" / "jpg" / "image_00005.jpg").unlink()
+    assert "image_00005.jpg" in error_line(capsys, common.load_data, options("flowers", flowers), "test")

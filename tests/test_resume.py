@@ -1,0 +1,170 @@
+"""A run that was stopped and goes on with --resume ends exactly as the run that was never stopped."""
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import bissl
+import common
+import finetune
+import simclr
+from conftest import ROOT, write_folder
+
+SCRIPTS = {"simclr": simclr, "bissl": bissl, "finetune": finetune}
+RUNS = {"simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
+        "bissl": ["bissl", "--ckpt", "start.pt", "--alternations", "3", "--lower-steps", "2", "--upper-steps", "1",
+                  "--head-epochs", "1", "--cg-steps", "2", "--pretext-batch-size", "8"],
+        "finetune": ["finetune", "--ckpt", "start.pt", "--epochs", "3"],
+        "search": ["finetune", "--ckpt", "start.pt", "--epochs", "2", "--search", "2", "--seeds", "2"]}
+LONG = {"simclr": ["--epochs", "10"], "bissl": ["--alternations", "6"], "finetune": ["--epochs", "10"]}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The order in which numbers are added depends on the number of threads, and so does the last bit of the sum."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with pictures and start.pt, in which the runs of this file are made."""
+    place = tmp_path_factory.mktemp("resume")
+    write_folder(place / "pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        run("simclr", "start", "--epochs", "1")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def command(name, out, *more):
+    script, *argv = RUNS[name]
+    return script, ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--device", "cpu",
+                    "--precision", "float32", *argv, "--out", out, *more]
+
+
+def run(name, out, *more):
+    script, argv = command(name, out, *more)
+    return SCRIPTS[script].main(argv)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """Runs `name` once, on the first call: what main() returned. Its files are called whole_NAME."""
+    results = {}
+
+    def make(name):
+        if name not in results:
+            results[name] = run(name, f"whole_{name}")
+        return results[name]
+    return make
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def same(a, b):
+    """Equal to the last bit, all through nested dicts and lists."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def assert_same_run(out, whole):
+    """Same weights, same optimiser, same log: each epoch once."""
+    ours, theirs = common.load_checkpoint(f"{out}.pt"), common.load_checkpoint(f"{whole}.pt")
+    for part in ("backbone", "head", "resume"):
+        assert same(ours[part], theirs[part]), part
+    assert read(f"{out}.jsonl") == read(f"{whole}.jsonl")
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+@contextlib.contextmanager
+def stop_at_save(monkeypatch, number, when, error=Stop):
+    """Make the number-th save_checkpoint raise, before it wrote or after."""
+    real, calls = common.save_checkpoint, []
+
+    def save_checkpoint(*args, **named):
+        calls.append(1)
+        if len(calls) == number and when == "before":
+            raise error
+        real(*args, **named)
+        if len(calls) == number:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", save_checkpoint)
+        yield
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name, save", [
+    ("simclr", 1), ("simclr", 2), ("bissl", 1), ("bissl", 2), ("finetune", 1), ("finetune", 2),  # before 1: no checkpoint yet
+    ("search", 2), ("search", 3), ("search", 5)])  # two epochs a run: end of a run, middle of one, first of the final runs
+def test_a_run_stopped_before_or_after_a_save_goes_on_to_the_same_end(uninterrupted, monkeypatch, name, save, when):
+    result = uninterrupted(name)
+    out = f"{name}_{save}_{when}"
+    with stop_at_save(monkeypatch, save, when), pytest.raises(Stop):
+        run(name, out)
+    assert run(name, out, "--resume") == result
+    assert_same_run(out, f"whole_{name}")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_end(tmp_path, name):
+    script, argv = command(name, f"killed_{name}", *LONG[name])
+    log = f"killed_{name}.jsonl"
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *argv], stdout=output, stderr=output,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None and not os.path.exists(log):  # it appears with the first finished epoch
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert process.returncode == -9, (tmp_path / "output").read_text()
+    assert read(log).count(b"\n") < int(LONG[name][1])
+    result = run(name, f"killed_{name}", *LONG[name], "--resume")
+    assert result == run(name, f"unkilled_{name}", *LONG[name])
+    assert_same_run(f"killed_{name}", f"unkilled_{name}")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resuming_a_finished_run_returns_its_metrics_and_changes_nothing(uninterrupted, name):
+    result = uninterrupted(name)
+    before = [read(f"whole_{name}.{ending}") for ending in ("pt", "jsonl")]
+    assert run(name, f"whole_{name}", "--resume") == result
+    assert [read(f"whole_{name}.{ending}") for ending in ("pt", "jsonl")] == before
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_prints_the_command_that_goes_on(uninterrupted, monkeypatch, capsys, name):
+    result = uninterrupted(name)
+    with stop_at_save(monkeypatch, 2, "after", KeyboardInterrupt), pytest.raises(SystemExit) as stop:
+        run(name, f"ctrl_c_{name}")
+    assert stop.value.code == 130
+    assert len(common.load_checkpoint(f"ctrl_c_{name}.pt")["resume"]["history"]) == 2
+    printed = capsys.readouterr().err.split("Go on with: ")[1]
+    python, script, *argv = shlex.split(printed)
+    assert (python, script) == ("python", f"{RUNS[name][0]}.py") and "--resume" in argv
+    assert SCRIPTS[name].main(argv) == result
