@@ -48,7 +48,7 @@ def conjugate_gradient(matvec, b, steps, layerwise=False):
         products = torch.stack([(s * t).sum() for s, t in zip(u, v)])
         return products if layerwise else products.sum(0, keepdim=True).expand(len(products))
 
-    ratio = lambda top, bottom: torch.where(top > 0, top / bottom, torch.zeros_like(top))  # solved exactly: stay there
+    ratio = lambda top, bottom: torch.where((top > 0) & (bottom != 0), top / bottom, torch.zeros_like(top))  # solved: stay
     x, r, p = [torch.zeros_like(t) for t in b], list(b), list(b)
     rr = dot(r, r)
     for _ in range(steps):
@@ -65,7 +65,8 @@ def conjugate_gradient(matvec, b, steps, layerwise=False):
 def damped_hessian(gradient, params, damping):
     """v -> (I + H/damping) v, from the first-order graph: gradient = d loss / d params, made with create_graph=True."""
     def matvec(v):
-        Hv = torch.autograd.grad(gradient, params, v, retain_graph=True, materialize_grads=True)  # Pearlmutter 1994
+        slope = sum((s * t).sum() for s, t in zip(gradient, v))
+        Hv = torch.autograd.grad(slope, params, retain_graph=True, materialize_grads=True)  # Pearlmutter 1994
         return tuple(s + t / damping for s, t in zip(v, Hv))
     return matvec
 
@@ -91,9 +92,11 @@ def frozen_statistics(model):
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
-    yield
-    for layer in layers:
-        layer.track_running_stats = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def endless(data, batch_size, whole_only):

@@ -23,6 +23,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,8 +154,8 @@ class Store:
 
 
 def store_side(image_size):
-    """Side of the stored images: the next multiple of 8 that leaves a crop at least 15 % of room."""
-    return math.ceil(image_size * 1.15 / 8) * 8
+    """Side of the stored images: a quarter more than the network sees, room for crops to differ."""
+    return round(1.25 * image_size)
 
 
 PETAL_COUNTS, PETAL_FORMS = (3, 4, 5, 6, 8), ("round", "pointed")
@@ -491,7 +492,7 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
 def test_crop(x, size):
     """The view that every evaluation uses: the centre 0.875 of the image, resized. Shapes as in augment()."""
     side = round(0.875 * x.shape[-1])
-    edge = (x.shape[-1] - side) // 2
+    edge = round((x.shape[-1] - side) / 2)
     box = torch.tensor([[edge, edge, side, side]], device=x.device).expand(len(x), 4)
     return normalise(resample(x.float() / 255, box, torch.zeros(len(x), dtype=torch.bool, device=x.device), size))
 
@@ -541,7 +542,8 @@ def start_backbone(args):
     small_stem = ckpt["backbone"]["conv1.weight"].shape[-1] == 3
     shapes = {key: value.shape for key, value in ckpt["backbone"].items() if not key.endswith("num_batches_tracked")}
     if args.arch is None:
-        args.arch = ckpt["arch"] or next((arch for arch in ARCHS if shapes == backbone_shapes(arch, small_stem)), "resnet50")
+        difference = lambda arch: len(backbone_shapes(arch, small_stem).items() ^ shapes.items())
+        args.arch = ckpt["arch"] or min(ARCHS, key=difference)
     expected = backbone_shapes(args.arch, small_stem)
     for key, shape in expected.items():
         if shapes.get(key) != shape:
@@ -696,7 +698,8 @@ def load_checkpoint(path):
     in front of "conv1.weight" is the prefix. Returns our dict; what a foreign file does not tell is None.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about old formats: what matters is checked below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"no checkpoint {path}")
     except Exception as error:  # torch.load raises a dozen types for a file that is not a checkpoint

@@ -153,7 +153,7 @@ def draw(args, history, test):
     common.plot_curves(axes[0, 0], last_run, ["loss"])
     common.plot_curves(axes[0, 1], last_run, ["train_top1", "val_top1"])
     confusion = evaluate(backbone, head, test, args)[1]
-    axes[0, 2].imshow(confusion / confusion.sum(1, keepdim=True).clamp(min=1), cmap="viridis", vmin=0, vmax=1)
+    axes[0, 2].imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap="viridis", vmin=0, vmax=1)
     axes[0, 2].set(xlabel="predicted", ylabel="true", title="confusion on test, share of the true class")
     if len(test.classes) <= 20:
         axes[0, 2].set_yticks(range(len(test.classes)), test.classes)
@@ -163,9 +163,9 @@ def draw(args, history, test):
         x = F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)
         class_means = torch.stack([x[y == label].mean(0) for label in y.unique()])  # (C, D)
         plane = x @ torch.linalg.svd(class_means, full_matrices=False)[2][:2].T     # (n, 2)
-        axis.scatter(*plane.T.cpu(), c=y.cpu(), cmap="tab20", s=4)
+        axis.scatter(*plane.T.cpu().numpy(), c=y.cpu().numpy(), cmap="tab20", s=4)
         axis.set_title(f"test features {when} fine-tuning, where class means differ most")
-    axes[1, 2].hist(100 * confusion.diag() / confusion.sum(1).clamp(min=1), bins=20, range=(0, 100))
+    axes[1, 2].hist((100 * confusion.diag() / confusion.sum(1).clamp(min=1)).numpy(), bins=20, range=(0, 100))
     axes[1, 2].set(xlabel="accuracy, %", ylabel="classes", title="accuracy of the single classes on test")
     common.save_figure(args, figure)
 

@@ -122,7 +122,7 @@ def hessian_rows(device):
     theta = tuple(model.backbone.parameters())
     vector = tuple(torch.randn_like(p) for p in theta)
     first_order = lambda: torch.autograd.grad(simclr.loss(model, views, config), theta, create_graph=True)
-    product = lambda gradient: torch.autograd.grad(gradient, theta, vector, retain_graph=True)
+    product = lambda gradient: bissl.damped_hessian(gradient, theta, 100)(vector)
     kept = first_order()
     plain = lambda: torch.autograd.grad(simclr.loss(model, views, config), theta)
     setting = f"{arch}, {size} px, batch {batch}, float32"

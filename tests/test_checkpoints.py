@@ -34,14 +34,15 @@ def assert_same(state, expected):
 
 def write(path, **changes):
     """A small checkpoint of ours at path; returns what was written."""
-    contents = dict(method="simclr", arch="resnet10", image_size=32, backbone=common.build_backbone("resnet10", True),
-                    head=nn.Linear(256, 4), classes=["a", "b"], config=dict(lr=0.1, data="petals"), resume=dict(history=[]))
+    contents = dict(
+        method="simclr", arch="resnet10", image_size=32, backbone=common.build_backbone("resnet10", True),
+        head=nn.Linear(256, 4), classes=["a", "b"], config=dict(lr=0.1, data="petals"), resume=dict(history=[]))
     contents.update(changes)
     common.save_checkpoint(path, **contents)
     return contents
 
 
-# ------------------------------------------------------------------------------------------------ our own files
+# -------------------------------------------------------------------------------- our own files
 
 def test_what_was_saved_is_loaded(tmp_path):
     saved = write(tmp_path / "a.pt")
@@ -58,6 +59,13 @@ def test_a_checkpoint_starts_the_backbone_that_it_holds(tmp_path):
     backbone, _ = common.start_backbone(args)
     assert (args.arch, args.image_size) == ("resnet10", 32)
     assert_same(backbone.state_dict(), saved["backbone"].state_dict())
+
+
+def test_a_checkpoint_keeps_its_first_layer_at_another_image_size(tmp_path):
+    saved, args = write(tmp_path / "a.pt"), settings(tmp_path / "a.pt", image_size=224)
+    backbone, _ = common.start_backbone(args)
+    assert args.image_size == 224
+    assert torch.equal(backbone.conv1.weight, saved["backbone"].conv1.weight)
 
 
 def test_a_backbone_without_a_head_can_be_saved(tmp_path):
@@ -88,7 +96,8 @@ def test_an_error_while_saving_leaves_the_old_file_as_it_was(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("part, key", [("backbone", "layer2.0.conv1.weight"), ("backbone", "bn1.running_var"), ("head", "bias")])
+@pytest.mark.parametrize("part, key", [
+    ("backbone", "layer2.0.conv1.weight"), ("backbone", "bn1.running_var"), ("head", "bias")])
 def test_weights_that_are_not_finite_are_refused_and_the_old_file_stays(tmp_path, capsys, part, key, value):
     good = write(tmp_path / "a.pt")
     before = (tmp_path / "a.pt").read_bytes()
@@ -110,7 +119,7 @@ def test_torchvisions_resnet18_loads_our_backbone_as_it_is(tmp_path):
     assert torch.allclose(backbone(x), theirs(x), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ other libraries' files
+# -------------------------------------------------------------------------------- other libraries' files
 
 def random_resnet18():
     """A ResNet whose statistics are random too, so that no tensor could be taken for another."""
@@ -122,7 +131,7 @@ def random_resnet18():
 
 def prefixed(**states):
     """One state dict of several; __ in a name stands for the dot."""
-    return {name.replace("__", ".") + "." + key: value for name, state in states.items() for key, value in state.items()}
+    return {f"{name}.{key}".replace("__", "."): value for name, state in states.items() for key, value in state.items()}
 
 
 def without_fc(state):
@@ -138,7 +147,8 @@ HEAD = {"0.weight": torch.rand(4, 4), "0.bias": torch.rand(4)}
 STYLES = {  # from the trained ResNet and one of the same kind that follows it as a moving average
     "torchvision": lambda model, other: model.state_dict(),
     "timm": lambda model, other: {"arch": "resnet18", "epoch": 3, "state_dict": model.state_dict()},
-    "a classifier of another name": lambda model, other: {**without_fc(model.state_dict()), "classifier.weight": HEAD["0.weight"]},
+    "a classifier of another name": lambda model, other: {
+        **without_fc(model.state_dict()), "classifier.weight": HEAD["0.weight"]},
     "MoCo v2": lambda model, other: {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}}, "state_dict": {
         **prefixed(module__encoder_q=model.state_dict(), module__encoder_k=other.state_dict()),
         "module.queue": torch.rand(4, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}},
@@ -183,10 +193,11 @@ def test_a_file_of_before_batchnorm_counted_its_batches_loads(tmp_path, resnets)
     assert torch.equal(backbone.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
 
 
-@pytest.mark.parametrize("keep", [lambda state: state, without_fc], ids=["with fc", "without"])
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
-def test_the_arch_of_a_foreign_file_is_found(tmp_path, arch, keep):
-    torch.save(keep(getattr(torchvision.models, arch)().state_dict()), tmp_path / "foreign.pt")
+@pytest.mark.parametrize("arch, with_fc", [
+    ("resnet18", False), ("resnet18", True), ("resnet34", True), ("resnet50", True)])
+def test_the_arch_of_a_foreign_file_is_found(tmp_path, arch, with_fc):
+    state = getattr(torchvision.models, arch)().state_dict()
+    torch.save(state if with_fc else without_fc(state), tmp_path / "foreign.pt")
     args = settings(tmp_path / "foreign.pt")
     common.start_backbone(args)
     assert args.arch == arch
@@ -198,7 +209,7 @@ def test_a_foreign_file_needs_an_image_size(tmp_path, capsys, resnets):
     assert "--image-size" in error_line(capsys, common.start_backbone, args)
 
 
-# ------------------------------------------------------------------------------------------------ files that do not fit
+# -------------------------------------------------------------------------------- files that do not fit
 
 SPOILED = {  # key, and what becomes of it; None: it is missing
     "missing convolution": ("layer3.0.conv2.weight", None),
@@ -240,6 +251,9 @@ def saved(content):
     return file.getvalue()
 
 
+OURS = dict(method="simclr", arch="resnet10", image_size=32, head=None, classes=None, config={}, resume=None)
+
+
 class RunsCode:
     """Creates a file when it is unpickled."""
 
@@ -253,7 +267,7 @@ class RunsCode:
 @pytest.mark.parametrize("wrap", [
     pickle.dumps,
     saved,
-    lambda evil: saved({"method": "simclr", "arch": "resnet10", "image_size": 32, "backbone": {}, "config": {}, "head": evil}),
+    lambda evil: saved({**OURS, "backbone": {}, "head": evil}),
 ], ids=["pickle", "torch.save", "a checkpoint of ours with it inside"])
 def test_no_code_in_a_file_is_run(tmp_path, capsys, recwarn, wrap):
     trace = tmp_path / "the code was run"
@@ -276,10 +290,8 @@ BAD_FILES = {
     "a whole module": lambda: saved(nn.Linear(2, 2)),
     "no backbone": lambda: saved(nn.Linear(2, 2).state_dict()),
     "another network": lambda: saved(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2)).state_dict()),
-    "ours, but its backbone is empty": lambda: saved(
-        {"method": "simclr", "arch": "resnet10", "image_size": 32, "backbone": {}, "head": None, "classes": None, "config": {}}),
-    "ours, but its backbone is none": lambda: saved(
-        {"method": "simclr", "arch": "resnet10", "image_size": 32, "backbone": None, "head": None, "classes": None, "config": {}}),
+    "ours, but its backbone is empty": lambda: saved({**OURS, "backbone": {}}),
+    "ours, but its backbone is none": lambda: saved({**OURS, "backbone": None}),
 }
 
 

@@ -13,7 +13,7 @@ import simclr
 # ------------------------------------------------------------------------------------------------------ NT-Xent
 
 def slow_nt_xent(z1, z2, temperature):
-    """Equation 1 of SimCLR: mean over i of -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), j the partner of i."""
+    """SimCLR, equation 1: mean over i of -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), j the partner of i."""
     z, batch = [*z1, *z2], len(z1)
     similarity = lambda i, k: float(z[i] @ z[k] / (z[i].norm() * z[k].norm()))
     total = 0
@@ -88,7 +88,8 @@ def slow_metrics(logits, labels):
         fifth += label in ranking[:5]
         hits_of.setdefault(label, []).append(ranking[0] == label)
     recalls = [sum(hits) / len(hits) for hits in hits_of.values()]
-    return dict(top1=100 * first / len(labels), top5=100 * fifth / len(labels), mean_class=100 * sum(recalls) / len(recalls))
+    return dict(top1=100 * first / len(labels), top5=100 * fifth / len(labels),
+                mean_class=100 * sum(recalls) / len(recalls))
 
 
 @pytest.mark.parametrize("images, classes", [(50, 10), (200, 7), (30, 5), (30, 3), (4, 20), (1, 2)])

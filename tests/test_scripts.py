@@ -23,8 +23,8 @@ SHARED_FLAGS = ["--data", "--root", "--image-size", "--arch", "--ckpt", "--out",
                 "--weight-decay", "--seed", "--device", "--resume"]
 SMALL = ["--image-size", "16", "--batch-size", "8", "--device", "cpu", "--precision", "float32"]
 SHORT = {"simclr": ["--epochs", "1", "--arch", "resnet10"],
-         "bissl": ["--ckpt", "simclr.pt", "--alternations", "1", "--lower-steps", "2", "--upper-steps", "2", "--head-epochs", "1",
-                   "--pretext-batch-size", "8"],
+         "bissl": ["--ckpt", "simclr.pt", "--alternations", "1", "--lower-steps", "2", "--upper-steps", "2",
+                   "--head-epochs", "1", "--pretext-batch-size", "8"],
          "finetune": ["--ckpt", "bissl.pt", "--epochs", "1"]}
 EMOJI = ROOT.parent / "shared" / "data" / "emoji"
 
@@ -34,6 +34,13 @@ def here(folder, monkeypatch):
     """The current folder, empty but for pictures/."""
     monkeypatch.chdir(folder.parent)
     return folder.parent
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Figures take longer than these runs: only the real commands and the fixture `starts` draw them."""
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script, "draw", lambda *ignored: None)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +228,7 @@ def test_search_and_seeds_give_mean_and_deviation_over_the_final_runs(unequal, m
 
 @pytest.mark.parametrize("better", [min, max])
 def test_search_chooses_by_validation_and_looks_at_test_once_a_final_run(unequal, monkeypatch, better):
+    """The figure, which shows the test split when all is decided, is not drawn here (see no_figures)."""
     looks, rates = [], []
 
     def evaluate(backbone, head, store, args):
@@ -231,7 +239,6 @@ def test_search_chooses_by_validation_and_looks_at_test_once_a_final_run(unequal
         return dict(top1=50 - args.lr if like_small else 50 + args.lr, top5=0, mean_class=0), None
 
     monkeypatch.setattr(finetune, "evaluate", evaluate)
-    monkeypatch.setattr(finetune, "draw", lambda *ignored: None)  # draws the test split when all is decided
     result = new_finetune("--search", "2", "--seeds", "2")
     assert len(set(rates)) == 2
     assert result["lr"] == better(rates)
@@ -239,7 +246,9 @@ def test_search_chooses_by_validation_and_looks_at_test_once_a_final_run(unequal
     assert "test" not in looks[:looks.index("test")] and set(looks[:2]) == {"val"}
 
 
-@pytest.mark.parametrize("rate, batch_size", [(1e30, "8"), (float("inf"), "64")])  # 64: one step, whose loss is still finite
+@pytest.mark.parametrize("rate, batch_size", [
+    (1e30, "8"),             # several steps: the loss is not finite
+    (float("inf"), "64")])   # one step: the loss before it is finite, the weights after it are not
 def test_a_pair_that_diverges_does_not_stop_the_search(here, monkeypatch, rate, batch_size):
     peaks, real = [], common.set_learning_rate
 

@@ -1,4 +1,4 @@
-"""The views: each batched operation gives what torchvision gives image by image, and the draws are as random as asked."""
+"""The views: the batched operations give what torchvision gives image by image, and the draws are as random as asked."""
 import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
@@ -16,7 +16,7 @@ def noise(count, side):
     return torch.cat([half, half.flip(-1)], -1)
 
 
-# ------------------------------------------------------------------------------------------------ crop, resize, flip
+# -------------------------------------------------------------------------------- crop, resize, flip
 
 BOXES = [  # top, left, height, width in a picture of side 40
     (0, 0, 40, 40), (0, 0, 39, 40), (3, 5, 30, 21), (10, 2, 25, 33),  # the whole image, and large crops
@@ -45,7 +45,7 @@ def test_resample_flips_each_image_on_its_own():
         assert torch.allclose(view, image.flip(-1) if flipped else image, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ colours and blur
+# -------------------------------------------------------------------------------- colours and blur
 
 OPERATIONS = {  # ours on a batch, torchvision's on an image, one parameter for each image
     "brightness": (common.brightness, tv.adjust_brightness, [0, 0.3, 1, 1.8]),
@@ -115,9 +115,10 @@ def test_augment_switches_on_what_torchvision_does(name):
     assert torch.allclose(common.augment(x, 16, **WHOLE, **switch), expected, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ the draws
+# -------------------------------------------------------------------------------- the draws
 
-@pytest.mark.parametrize("side, scale", [(40, (0.08, 1)), (264, (0.2, 1)), (24, (0.5, 0.6)), (40, (0.001, 0.01)), (9, (1, 1))])
+@pytest.mark.parametrize("side, scale", [(40, (0.08, 1)), (264, (0.2, 1)), (24, (0.5, 0.6)), (40, (0.001, 0.01)),
+                                         (40, (1e-5, 1e-4)), (9, (1, 1))])  # less than a pixel; all of the image
 def test_boxes_are_whole_pixels_inside_the_image(side, scale):
     boxes = common.crop_boxes(1000, side, scale)
     top, left, height, width = boxes.unbind(1)
@@ -133,6 +134,11 @@ def test_boxes_have_the_area_and_the_aspect_asked_for():
     area, aspect = height * width / 1000 ** 2, width / height
     assert 0.199 < area.min() < 0.21 and 0.49 < area.max() < 0.501
     assert 0.748 < aspect.min() < 0.77 and 1.31 < aspect.max() < 1.336
+
+
+def test_boxes_are_as_often_wide_as_high():
+    _, _, height, width = common.crop_boxes(10_000, 1000, scale=(0.2, 0.5)).unbind(1)
+    assert 0.48 < (width > height).float().mean() < 0.52
 
 
 def test_boxes_are_spread_like_torchvisions():
@@ -245,7 +251,16 @@ def test_hue_is_drawn_around_zero():
     assert -0.101 < shift.min() < -0.095 and 0.095 < shift.max() < 0.101
 
 
-# ------------------------------------------------------------------------------------------------ the evaluation's view
+@pytest.mark.parametrize("size, reach", [(16, 1), (32, 1), (64, 3), (96, 4)])
+def test_a_blur_reaches_a_twentieth_of_the_side(size, reach):
+    x = torch.zeros(50, 3, size, size, dtype=torch.uint8)
+    x[..., size // 2 - 1:size // 2 + 1] = 255  # two white columns in the middle of black
+    views = common.augment(x, size, **WHOLE, blur_p=1)[:, 0]
+    lit = (views > views.min()).flatten(0, 1).any(0)  # (size,)
+    assert lit.sum() == reach + 2 + reach
+
+
+# -------------------------------------------------------------------------------- the evaluation's view
 
 @pytest.mark.parametrize("side, size", [(40, 32), (80, 64), (264, 224), (24, 16), (56, 48), (48, 64)])
 def test_the_test_crop_is_a_centre_crop_resized(side, size):
