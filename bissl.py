@@ -127,6 +127,8 @@ def start_pretext(args, backbone, ckpt):
 def train(args):
     if args.ckpt is None:
         common.fail("bissl.py goes on from a pretext checkpoint: give --ckpt, for example simclr.pt")
+    if args.lam + args.damping == 0:
+        common.fail("--lam and --damping cannot both be 0: H is divided by their sum")
     lower_backbone, ckpt = common.start_backbone(args)
     pretext, lower, config, fresh_head = start_pretext(args, lower_backbone, ckpt)
     args.pretext_data = args.pretext_data or config["data"]
@@ -259,10 +261,10 @@ def draw(args, history):
 def parser():
     p = common.Parser(
         "bissl.py", __doc__,
-        petals=dict(image_size=32, arch="resnet10", batch_size=64, lr=0.03, weight_decay=5e-4, pretext_batch_size=128,
-                    alternations=16, lower_steps=20, upper_steps=4, labels_per_class=20),
-        others=dict(image_size=64, arch="resnet18", batch_size=256, lr=0.03, weight_decay=5e-4, pretext_batch_size=256,
-                    alternations=100, lower_steps=20, upper_steps=8, labels_per_class=None))
+        petals=dict(image_size=32, arch="resnet10", batch_size=64, lr=0.005, weight_decay=5e-4, pretext_batch_size=128,
+                    alternations=10, lower_steps=20, upper_steps=4, labels_per_class=20),
+        others=dict(image_size=64, arch="resnet10", batch_size=64, lr=0.005, weight_decay=5e-4, pretext_batch_size=128,
+                    alternations=20, lower_steps=20, upper_steps=8, labels_per_class=None))
     p.label_options()
     p.option("--pretext", str, "pretext task for a checkpoint that names none", "simclr", choices=sorted(PRETEXTS))
     p.option("--pretext-data", str, "data set of the pretext task; without: the checkpoint's")
@@ -273,7 +275,7 @@ def parser():
     p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; without: a fifth of the pre-training's")
     p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up in the lower level", 1)
     p.option("--head-epochs", common.FROM_ZERO, "epochs over the labelled images that warm up phi_H", 20)
-    p.option("--lam", common.POSITIVE, "lambda: how strongly theta_B is pulled towards phi_B", 0.001)
+    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B", 0.001)
     p.option("--damping", common.NOT_NEGATIVE, "gamma, added to lambda in (I + H/(lambda + gamma))^-1; the paper's 10 is too little here", 100)
     p.option("--cg-steps", common.COUNT, "conjugate-gradient steps a solve", 5)
     p.add_argument("--layerwise", action="store_true", help="the released code's conjugate gradients, tensor by tensor")

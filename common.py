@@ -214,34 +214,34 @@ def read_image(path):
         raise ValueError(f"broken image file {path}: {error}") from None
 
 
+class Flowers(torchvision.datasets.Flowers102):
+    def _check_integrity(self):  # torchvision accepts the original archive's checksums alone; a copy or a part will do
+        folder = Path(self.root) / "flowers-102"
+        return all((folder / name).exists() for name in ("jpg", "imagelabels.mat", "setid.mat"))
+
+
 def open_dataset(name, root, split):
-    """The data set's own reader: (PIL image, label) pairs with a list of classes. Bad folders end in one line."""
+    """The data set's own reader, (PIL image, label) pairs with a list of classes, and the folder it reads."""
     if name == "flowers":
-        flowers = lambda download: torchvision.datasets.Flowers102(root, split, download=download, loader=read_image)
         try:
-            return flowers(download=False)
-        except RuntimeError:
-            pass
-        try:
-            return flowers(download=True)
-        except Exception as error:  # whatever the network did, the way out is the same
+            return Flowers(root, split, download=True, loader=read_image), Path(root) / "flowers-102"
+        except Exception as error:  # whatever the network or the files did, the way out is the same
             fail(f"flowers is not under {root}/flowers-102 and cannot be downloaded ({error}): put jpg/*.jpg (unpacked "
                  "from 102flowers.tgz), imagelabels.mat and setid.mat there, from www.robots.ox.ac.uk/~vgg/data/flowers/102")
     folder = Path(name) / split
     if not folder.is_dir():
         fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
     try:
-        return torchvision.datasets.ImageFolder(folder, loader=read_image)
+        return torchvision.datasets.ImageFolder(folder, loader=read_image), folder
     except FileNotFoundError as error:
         fail(f"{folder}: {error}")
 
 
 def decode(name, root, split, side):
     """Images (N, 3, side, side) uint8 and labels (N,): short side resized, centre cropped, cached under root."""
-    dataset = open_dataset(name, root, split)
-    source = "flowers" if name == "flowers" else repr([(path, os.stat(path).st_mtime_ns, os.stat(path).st_size)
-                                                       for path, _ in dataset.samples])
-    key = hashlib.sha256(source.encode()).hexdigest()[:12]  # another source or another side is another file
+    dataset, folder = open_dataset(name, root, split)
+    files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in folder.rglob("*") if file.is_file())
+    key = hashlib.sha256(repr(files).encode()).hexdigest()[:12]  # another source or another side is another file
     stem = Path(root) / "cache" / f"{Path(name).resolve().name}-{split}-{side}-{key}"
     images_file, labels_file = Path(f"{stem}.npy"), Path(f"{stem}.labels.npy")
     if not (images_file.exists() and labels_file.exists()):
@@ -681,8 +681,8 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
     """
     backbone, head = (part.state_dict() if isinstance(part, nn.Module) else part for part in (backbone, head))
     for key, value in {**backbone, **(head or {})}.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            fail(f"{key} is not finite any more: try a lower --lr. {path} was left as it was")
+        if not value.isfinite().all():
+            fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as it was")
     contents = dict(method=method, arch=arch, image_size=image_size, backbone=backbone, head=head, classes=classes,
                     config=config, resume=resume)
     try:
@@ -716,6 +716,8 @@ def load_checkpoint(path):
         prefixes = [key[:-len("layer1.0.conv1.weight")] for key in state if key.endswith("layer1.0.conv1.weight")]
         prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in state), None)
         if prefix is not None:  # of a query and a key encoder, the first is the trained one
+            if prefix:
+                print(f"{path}: taking the backbone under {prefix}", flush=True)
             backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
             return {**content, "backbone": backbone} if ours else dict(
                 method="foreign", arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
@@ -765,7 +767,7 @@ class Log:
         for name, value in metrics.items():
             if value is not None and not math.isfinite(value):
                 kept = f"{self.args.out}.pt holds the last good one" if self.history else "nothing was written"
-                fail(f"{name} is {value} in {unit} {len(self.history) + 1}: try a lower --lr. {kept}")
+                fail(f"{name} is {value} in {unit} {len(self.history) + 1}: try a lower learning rate. {kept}")
         self.history.append({unit: len(self.history) + 1, **metrics})
         self.images += images
         done, spent = len(self.history), time.perf_counter() - self.started
@@ -795,7 +797,7 @@ def show_images(axes, x, columns):
     """A grid of normalised images (n, 3, H, W), as the network gets them."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     grid = torchvision.utils.make_grid((x.float().cpu() * std + mean).clamp(0, 1), columns, padding=1, pad_value=1)
-    axes.imshow(grid.permute(1, 2, 0))
+    axes.imshow(grid.permute(1, 2, 0).numpy())
     axes.set_axis_off()
 
 

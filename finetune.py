@@ -51,11 +51,11 @@ def train(args, data, judge, watch, log, results, resume):
     head = nn.Linear(backbone.num_features, len(data.classes)).to(args.device)
     backbone.requires_grad_(not args.freeze)
     optimizer = common.make_optimizer("sgd", [backbone, head], args.lr, args.weight_decay)
-    if resume:
+    first_epoch = sum(line["run"] == len(results) + 1 for line in log.history)
+    if resume and first_epoch:  # else it holds the weights of the run before
         backbone.load_state_dict(resume["backbone"])
         head.load_state_dict(resume["head"])
         optimizer.load_state_dict(resume["resume"]["optimizer"])
-    first_epoch = sum(line["run"] == len(results) + 1 for line in log.history)
     steps_per_epoch = -(-len(data) // args.batch_size)
 
     for epoch in range(first_epoch, args.epochs):
@@ -75,7 +75,8 @@ def train(args, data, judge, watch, log, results, resume):
             hits += (logits.detach().argmax(1) == y).sum()
 
         run = dict(lr=args.lr, weight_decay=args.weight_decay, seed=args.seed)
-        if len(results) < args.search and not total.isfinite():
+        finite = total.isfinite() and all(v.isfinite().all() for part in (backbone, head) for v in part.state_dict().values())
+        if len(results) < args.search and not finite:
             results.append(dict(run, top1=0.0))  # a pair of the search that diverges is a bad pair, not an error
             break
         last = epoch + 1 == args.epochs
@@ -160,6 +161,8 @@ def draw(args, history, test):
         axes[0, 2].set_xticks(range(len(test.classes)), test.classes, rotation=90)
     for axis, model, when in ((axes[1, 0], before, "before"), (axes[1, 1], backbone, "after")):
         x, y = common.features(model, test, args)
+        if not x.isfinite().all():  # a run that diverged just short of infinity
+            continue
         x = F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)
         class_means = torch.stack([x[y == label].mean(0) for label in y.unique()])  # (C, D)
         plane = x @ torch.linalg.svd(class_means, full_matrices=False)[2][:2].T     # (n, 2)
@@ -175,7 +178,7 @@ def parser():
         "finetune.py", __doc__,
         petals=dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03, weight_decay=5e-4, crop=0.5,
                     labels_per_class=20),
-        others=dict(image_size=64, arch="resnet18", epochs=60, batch_size=64, lr=0.03, weight_decay=5e-4, crop=0.5,
+        others=dict(image_size=64, arch="resnet10", epochs=60, batch_size=32, lr=0.01, weight_decay=5e-4, crop=0.5,
                     labels_per_class=None))
     p.label_options()
     p.option("--crop", common.number(float, 0.01, 1), "smallest area of a crop, as a share of the image")

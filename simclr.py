@@ -121,8 +121,8 @@ def parser():
         "simclr.py", __doc__,
         petals=dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
                     crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0),
-        others=dict(image_size=64, arch="resnet18", epochs=100, batch_size=256, lr=1e-3, weight_decay=1e-4,
-                    crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.5))
+        others=dict(image_size=64, arch="resnet10", epochs=500, batch_size=128, lr=2e-3, weight_decay=1e-4,
+                    crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.0))
     p.option("--optimizer", str, "adamw, lars or sgd; the paper's LARS wants batches in the thousands", "adamw",
              choices=common.OPTIMIZERS)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)

@@ -1,4 +1,4 @@
-"""The views: the batched operations give what torchvision gives image by image, and the draws are as random as asked."""
+"""The views: the batched operations give what torchvision gives image by image, and the draws are random as asked."""
 import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
