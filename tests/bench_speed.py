@@ -8,6 +8,7 @@ Prints the table and writes tests/results/speed.csv; rows measured on another de
   hvp      one Hessian-vector product on a kept graph / forward + backward of the same batch
   products the 8 x 5 products of a BiSSL alternation, graph built once / built anew for each product
 """
+import copy
 import csv
 import os
 import platform
@@ -118,13 +119,14 @@ def views_row(device):
 def hessian_rows(device):
     arch, size, batch = ("resnet50", 96, 256) if device == "cuda" else ("resnet18", 64, 32)
     model, config, data = pretext(device, arch, size, batch)
-    views = simclr.make_views(data.images[:batch], config)
-    theta = tuple(model.backbone.parameters())
+    planar = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # the layout that bissl.py takes products in
+    views = simclr.make_views(data.images[:batch], config)  # channels_last, the faster layout for forward + backward
+    planar_views, theta = [view.contiguous() for view in views], tuple(planar.backbone.parameters())
     vector = tuple(torch.randn_like(p) for p in theta)
-    first_order = lambda: torch.autograd.grad(simclr.loss(model, views, config), theta, create_graph=True)
+    first_order = lambda: torch.autograd.grad(simclr.loss(planar, planar_views, config), theta, create_graph=True)
     product = lambda gradient: bissl.damped_hessian(gradient, theta, 100)(vector)
     kept = first_order()
-    plain = lambda: torch.autograd.grad(simclr.loss(model, views, config), theta)
+    plain = lambda: torch.autograd.grad(simclr.loss(model, views, config), tuple(model.backbone.parameters()))
     setting = f"{arch}, {size} px, batch {batch}, float32"
     one = in_turn(lambda: product(kept), plain, device, 7)
 
