@@ -10,8 +10,8 @@ Sections, in this order:
     logs and figures  Log, plot_curves, show_images
 
 Images travel as uint8 (B, 3, S, S), S being 1.15 to 1.35 times the training side; augment() turns them into normalised
-floats (B, 3, size, size). Random numbers that decide what a view looks like are drawn on the CPU, so that every device
-sees the same views, and the generator is seeded anew each epoch, so that a resumed run repeats them.
+floats (B, 3, size, size). Random numbers that decide what a view looks like are drawn on the CPU, so that no step waits for
+the device to learn how many images an operation is for; each epoch seeds them anew, so that a resumed run repeats them.
 """
 import argparse
 import contextlib
@@ -389,6 +389,11 @@ def resample(x, box, flip, size):
     return rows[:, None] @ x                                  # (B, 3, size, size)
 
 
+def constants(values, x):
+    """Numbers a channel (3, 1, 1) with the dtype and device of x, sent there without waiting for the device."""
+    return torch.tensor(values, dtype=x.dtype).view(3, 1, 1).to(x.device, non_blocking=True)
+
+
 def grey(x):
     """(B, 3, H, W) -> (B, 1, H, W)"""
     return GREY[0] * x[:, :1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:]
@@ -419,7 +424,7 @@ def hue(x, shift):
     safe = chroma.clamp(min=1e-12)
     sixth = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     sixth = (sixth + 6 * shift.view(-1, 1, 1))[:, None]  # (B, 1, H, W) hue in sixths of a turn
-    k = (sixth + torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype).view(3, 1, 1)).remainder_(6)
+    k = (sixth + constants((5, 3, 1), x)).remainder_(6)
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
@@ -438,8 +443,7 @@ def blur(x, sigma, kernel):
 
 def normalise(x):
     """0..1 -> ImageNet's mean 0 and deviation 1, in the layout that convolutions are fastest in."""
-    mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype).view(3, 1, 1) for values in (MEAN, STD))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    return ((x - constants(MEAN, x)) / constants(STD, x)).contiguous(memory_format=torch.channels_last)
 
 
 def crop_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), tries=10):
@@ -493,7 +497,7 @@ def test_crop(x, size):
     """The view that every evaluation uses: the centre 0.875 of the image, resized. Shapes as in augment()."""
     side = round(0.875 * x.shape[-1])
     edge = round((x.shape[-1] - side) / 2)
-    box = torch.tensor([[edge, edge, side, side]], device=x.device).expand(len(x), 4)
+    box = torch.tensor([[edge, edge, side, side]]).expand(len(x), 4).to(x.device, non_blocking=True)
     return normalise(resample(x.float() / 255, box, torch.zeros(len(x), dtype=torch.bool, device=x.device), size))
 
 
@@ -539,7 +543,7 @@ def start_backbone(args):
     args.image_size = args.image_size or ckpt["image_size"]
     if args.image_size is None:
         fail(f"{args.ckpt} does not say for which image size: give --image-size")
-    small_stem = ckpt["backbone"]["conv1.weight"].shape[-1] == 3
+    small_stem = ckpt["backbone"]["conv1.weight"].shape[-1:] == (3,)
     shapes = {key: value.shape for key, value in ckpt["backbone"].items() if not key.endswith("num_batches_tracked")}
     if args.arch is None:
         difference = lambda arch: len(backbone_shapes(arch, small_stem).items() ^ shapes.items())
@@ -673,6 +677,10 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def is_finite(*modules):
+    return all(value.isfinite().all() for module in modules for value in module.state_dict().values())
+
+
 def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None):
     """Write one dict of plain types and tensors: backbone and head are modules or state dicts, resume what --resume needs.
 
@@ -795,8 +803,9 @@ def plot_curves(axes, history, names, x="epoch"):
 
 def show_images(axes, x, columns):
     """A grid of normalised images (n, 3, H, W), as the network gets them."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    grid = torchvision.utils.make_grid((x.float().cpu() * std + mean).clamp(0, 1), columns, padding=1, pad_value=1)
+    x = x.float().cpu()
+    x = (x * constants(STD, x) + constants(MEAN, x)).clamp(0, 1)
+    grid = torchvision.utils.make_grid(x, columns, padding=1, pad_value=1)
     axes.imshow(grid.permute(1, 2, 0).numpy())
     axes.set_axis_off()
 
