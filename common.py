@@ -378,9 +378,9 @@ def resample(x, box, flip, size):
         scale = (length / size)[:, None, None]
         centre = (torch.arange(size, device=x.device) + 0.5)[None, :, None] * scale
         pixel = torch.arange(x.shape[-1], device=x.device) - start[:, None, None]  # (B, 1, S), 0 at the crop's edge
-        w = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-        w = w * ((pixel >= 0) & (pixel < length[:, None, None]))
-        return w / w.sum(-1, keepdim=True)
+        height = torch.zeros_like(pixel).masked_fill_((pixel < 0) | (pixel >= length[:, None, None]), -torch.inf) + 1
+        w = (pixel + 0.5 - centre).abs_().div_(-scale.clamp(min=1)).add_(height).clamp_(min=0)  # 1 - |distance| / width
+        return w.div_(w.sum(-1, keepdim=True))
 
     top, left, height, width = box.to(x.dtype).unbind(1)
     rows, columns = weights(top, height), weights(left, width)
@@ -401,8 +401,7 @@ def grey(x):
 
 def blend(x, other, factor):
     """factor x + (1 - factor) other, factor (B,): what brightness, contrast and saturation are made of."""
-    factor = factor.view(-1, 1, 1, 1)
-    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+    return torch.lerp(other, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def brightness(x, factor):
@@ -419,13 +418,16 @@ def saturation(x, factor):
 
 def hue(x, shift):
     """Turn the hue of x (B, 3, H, W) in 0..1 by shift (B,), in full turns, in HSV space."""
-    r, g, b = x.unbind(1)
-    high, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = chroma.clamp(min=1e-12)
-    sixth = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    sixth = (sixth + 6 * shift.view(-1, 1, 1))[:, None]  # (B, 1, H, W) hue in sixths of a turn
-    k = (sixth + constants((5, 3, 1), x)).remainder_(6)
-    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    r, g, b = x.split(1, dim=1)  # (B, 1, H, W)
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma, red, green = high - low, (high == r).to(x.dtype), (high == g).to(x.dtype)
+    # (g - b) where red is highest, 2 chroma + (b - r) where green is, else 4 chroma + (r - g): masks by lerp, faster than where()
+    sixth = torch.lerp(torch.add(r - g, chroma, alpha=4), torch.add(b - r, chroma, alpha=2), green).lerp_(g - b, red)
+    sixth = sixth.div_(chroma.clamp(min=1e-12)).add_((6 * shift).view(-1, 1, 1, 1))  # hue in sixths of a turn
+    sixth = sixth.sub_((sixth / 6).floor_(), alpha=6)  # 0 .. 6
+    share = (sixth - constants((3, 2, 4), x)).abs_()  # |h - 3| - 1, 2 - |h - 2|, 2 - |h - 4|
+    share = share.mul_(constants((1, -1, -1), x)).add_(constants((-1, 2, 2), x)).clamp_(0, 1)
+    return torch.addcmul(low, chroma, share)
 
 
 def blur(x, sigma, kernel):
@@ -441,9 +443,10 @@ def blur(x, sigma, kernel):
     return matrix[:, None] @ ((x.flatten(1, 2) @ matrix.mT).view_as(x))
 
 
-def normalise(x):
+def normalise(x, out=None):
     """0..1 -> ImageNet's mean 0 and deviation 1, in the layout that convolutions are fastest in."""
-    return ((x - constants(MEAN, x)) / constants(STD, x)).contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
+    return torch.sub(x, constants(MEAN, x), out=out).div_(constants(STD, x))
 
 
 def crop_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), tries=10):
@@ -458,19 +461,22 @@ def crop_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), tries=10):
     return torch.stack([top, left, height, width], 1)
 
 
-def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0, solarise_p=0):
+def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0, solarise_p=0, out=None):
     """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size).
 
     Crop with flip, then colour jitter (brightness, contrast, saturation, hue; in an order drawn once a batch), grey, blur
     (sigma 0.1 to 2 pixels, kernel a tenth of the side), solarise. Everything else is drawn for each image.
     """
     if x.device.type == "cpu" and len(x) > 64:  # parts that fit the processor's cache: twice as fast
-        return torch.cat([augment(part, size, crop, jitter, jitter_p, grey_p, blur_p, solarise_p) for part in x.split(64)])
+        out = torch.empty(len(x), 3, size, size, memory_format=torch.channels_last)
+        for part, place in zip(x.split(64), out.split(64)):
+            augment(part, size, crop, jitter, jitter_p, grey_p, blur_p, solarise_p, place)
+        return out
     count, device = len(x), x.device
     send = lambda values: values.to(device, non_blocking=True)
     chosen = lambda p: send((torch.rand(count) < p).nonzero()[:, 0])
     box = crop_boxes(count, x.shape[-1], crop)
-    x = resample(x.float() / 255, send(box), send(torch.rand(count) < 0.5), size)
+    x = resample(x.float(), send(box), send(torch.rand(count) < 0.5), size).div_(255)
     if any(jitter):
         rows = chosen(jitter_p)
         part = x[rows]
@@ -490,7 +496,7 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
     if solarise_p:
         rows = chosen(solarise_p)
         x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
-    return normalise(x)
+    return normalise(x, out)
 
 
 def test_crop(x, size):
@@ -498,7 +504,7 @@ def test_crop(x, size):
     side = round(0.875 * x.shape[-1])
     edge = round((x.shape[-1] - side) / 2)
     box = torch.tensor([[edge, edge, side, side]]).expand(len(x), 4).to(x.device, non_blocking=True)
-    return normalise(resample(x.float() / 255, box, torch.zeros(len(x), dtype=torch.bool, device=x.device), size))
+    return normalise(resample(x.float(), box, torch.zeros(len(x), dtype=torch.bool, device=x.device), size) / 255)
 
 
 # ----------------------------------------------------------------------------------------------------- backbone
