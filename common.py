@@ -540,7 +540,7 @@ def build_backbone(arch, small_stem):
     return model.to(memory_format=torch.channels_last)
 
 
-def start_backbone(args):
+def start_backbone(args, say=True):
     """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles args.arch and image_size."""
     torch.manual_seed(args.seed)
     if args.ckpt is None:
@@ -563,8 +563,9 @@ def start_backbone(args):
     kept = {key: value for key, value in ckpt["backbone"].items() if key in backbone.state_dict()}
     backbone.load_state_dict({**backbone.state_dict(), **kept})
     left = [key for key in shapes if key not in expected]
-    print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(expected)} backbone tensors matched"
-          + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
+    if say:
+        print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(expected)} backbone tensors matched"
+              + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
     return backbone.to(args.device), ckpt
 
 
@@ -730,11 +731,9 @@ def load_checkpoint(path):
         prefixes = [key[:-len("layer1.0.conv1.weight")] for key in state if key.endswith("layer1.0.conv1.weight")]
         prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in state), None)
         if prefix is not None:  # of a query and a key encoder, the first is the trained one
-            if prefix:
-                print(f"{path}: taking the backbone under {prefix}", flush=True)
             backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
             return {**content, "backbone": backbone} if ours else dict(
-                method="foreign", arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
+                method=f"foreign, under {prefix}" if prefix else "foreign", arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
     fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
 
 

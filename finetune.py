@@ -52,7 +52,7 @@ def evaluate(backbone, head, store, args):
 
 def train(args, data, judge, watch, log, results, resume):
     """One run on `data`, scored on `judge` after its last epoch (appended to results) and watched on `watch`, if given."""
-    backbone, _ = common.start_backbone(args)
+    backbone, _ = common.start_backbone(args, say=False)
     head = nn.Linear(backbone.num_features, len(data.classes)).to(args.device)
     backbone.requires_grad_(not args.freeze)
     optimizer = common.make_optimizer("sgd", [backbone, head], args.lr, args.weight_decay)
@@ -98,7 +98,7 @@ def train(args, data, judge, watch, log, results, resume):
 
 def protocol(args):
     """Random search on the validation split, then the best pair with --seeds seeds, each scored once on test."""
-    common.start_backbone(args)  # settles arch and image size
+    common.start_backbone(args)  # settles arch and image size, and says what it found
     ckpt = common.resume_checkpoint(args)
     test, val = common.load_data(args, "test"), common.load_data(args, "val")
     few = bool(args.labels_per_class or args.fraction)
@@ -138,7 +138,7 @@ def protocol(args):
 
 def load_classifier(args, path, classes):
     """Backbone and linear head of a fine-tuning checkpoint whose head fits the classes."""
-    backbone, ckpt = common.start_backbone(argparse.Namespace(**{**vars(args), "ckpt": path}))
+    backbone, ckpt = common.start_backbone(argparse.Namespace(**{**vars(args), "ckpt": path}), say=args.eval)
     weight = (ckpt["head"] or {}).get("weight")
     if weight is None or ckpt["classes"] is None or len(weight) != len(ckpt["classes"]):
         common.fail(f"{path} ({ckpt['method']}) has no classifier: fine-tune it first")
@@ -153,7 +153,7 @@ def load_classifier(args, path, classes):
 def draw(args, history, test):
     """Curves, the confusion matrix on test, and the test features before and after in the plane that class means span best."""
     backbone, head = load_classifier(args, f"{args.out}.pt", test.classes)
-    before, _ = common.start_backbone(args)
+    before, _ = common.start_backbone(args, say=False)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
     last_run = [dict(line, epoch=i + 1) for i, line in enumerate(history[-args.epochs:])]
     common.plot_curves(axes[0, 0], last_run, ["loss"])
