@@ -24,9 +24,10 @@ noise and --damping has to grow; the scale of H depends on the network.
 
 @MEASURED@
 
-Differs from the paper in: fewer and shorter alternations by default (the paper: 500, N_U 8) and a damping of 100 instead of 10, at which
-five steps solve the system for the default network. From the authors' code in: plain conjugate gradients as in the paper (--layerwise for
-theirs); a fresh Hessian batch each alternation; one first-order graph for all its products; a NaN stops the run.
+Differs from the paper in: fewer and shorter alternations by default (the paper: 500, N_U 8) and a damping of 100 instead
+of 10, at which five steps solve the system for the default network. From the authors' code in: plain conjugate gradients as
+in the paper (--layerwise for theirs); a fresh Hessian batch each alternation; one first-order graph for all its products; a
+NaN stops the run.
 """
 import contextlib
 import copy
@@ -111,7 +112,7 @@ def endless(data, batch_size, whole_only):
 
 
 def start_pretext(args, backbone, ckpt):
-    """The checkpoint's pretext task: its module, its model around the backbone, its configuration, and whether its head is new."""
+    """The checkpoint's pretext task: its module, its model around the backbone, its flags, and whether its head is new."""
     name = ckpt["config"].get("pretext", ckpt["method"])
     fresh = name not in PRETEXTS
     pretext = PRETEXTS[args.pretext if fresh else name]
@@ -280,11 +281,11 @@ def parser():
     p.option("--alternations", common.COUNT, "T: lower stage, upper stage, T times over; the paper has 500")
     p.option("--lower-steps", common.COUNT, "N_L")
     p.option("--upper-steps", common.COUNT, "N_U")
-    p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; without: a fifth of the pre-training's")
+    p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; none: a fifth of pre-training's")
     p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up in the lower level", 1)
     p.option("--head-epochs", common.FROM_ZERO, "epochs over the labelled images that warm up phi_H", 20)
     p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B", 0.001)
-    p.option("--damping", common.NOT_NEGATIVE, "gamma, added to lambda in (I + H/(lambda + gamma))^-1; the paper's 10 is too little here", 100)
+    p.option("--damping", common.NOT_NEGATIVE, "gamma, added to lambda in (I + H/(lambda + gamma))^-1; the paper has 10", 100)
     p.option("--cg-steps", common.COUNT, "conjugate-gradient steps a solve", 5)
     p.add_argument("--layerwise", action="store_true", help="the released code's conjugate gradients, tensor by tensor")
     p.option("--crop", common.number(float, 0.01, 1), "smallest area of a downstream crop, as a share of the image", 0.5)

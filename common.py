@@ -57,8 +57,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be {f'between {low:g} and {high:g}' if high < math.inf else f'at least {low:g}'}"
-                                             f", not {text}")
+            bounds = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -72,7 +72,8 @@ class Parser(argparse.ArgumentParser):
     """The flags that all scripts share, in one order. `petals` and `others` hold the defaults that depend on --data."""
 
     def __init__(self, script, doc, petals, others):
-        super().__init__(prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(prog=script, description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
         self.petals, self.others = petals, others
         self.option("--data", str, "petals, flowers, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
         self.option("--root", str, "folder for downloads and for the cache of decoded images", "data")
@@ -183,7 +184,7 @@ def petals(count, side, seed):
         dy, dx = axis[:, None] - centre[:, :, 0], axis[None, :] - centre[:, :, 1]          # (n, 4, side, side)
         radius, tilt = 0.42 + 0.2 * rand(n, 1), 2 * math.pi * rand(n, 4)
         r, angle = torch.hypot(dx, dy) / radius, torch.atan2(dy, dx) + tilt
-        wave = (petal_count * angle / 2).cos().abs()                                       # 1 on a petal's axis, 0 between petals
+        wave = (petal_count * angle / 2).cos().abs()                                       # 1 on a petal's axis, else less
         outline = 0.25 + 0.75 * torch.where(form == 0, wave.sqrt(), 1 - wave.acos() * 2 / math.pi)  # round, pointed
         cover = ((outline - r) * radius * side / 2 + 0.5).clamp(0, 1)                      # anti-aliased over one pixel
         disc = ((0.22 - r) * radius * side / 2 + 0.5).clamp(0, 1)
@@ -421,7 +422,7 @@ def hue(x, shift):
     r, g, b = x.split(1, dim=1)  # (B, 1, H, W)
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma, red, green = high - low, (high == r).to(x.dtype), (high == g).to(x.dtype)
-    # (g - b) where red is highest, 2 chroma + (b - r) where green is, else 4 chroma + (r - g): masks by lerp, faster than where()
+    # g - b where red is highest, 2 chroma + b - r where green is, else 4 chroma + r - g; lerp is faster here than where
     sixth = torch.lerp(torch.add(r - g, chroma, alpha=4), torch.add(b - r, chroma, alpha=2), green).lerp_(g - b, red)
     sixth = sixth.div_(chroma.clamp(min=1e-12)).add_((6 * shift).view(-1, 1, 1, 1))  # hue in sixths of a turn
     sixth = sixth.sub_((sixth / 6).floor_(), alpha=6)  # 0 .. 6
@@ -732,8 +733,9 @@ def load_checkpoint(path):
         prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in state), None)
         if prefix is not None:  # of a query and a key encoder, the first is the trained one
             backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+            method = f"foreign, under {prefix}" if prefix else "foreign"
             return {**content, "backbone": backbone} if ours else dict(
-                method=f"foreign, under {prefix}" if prefix else "foreign", arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
+                method=method, arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
     fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
 
 
