@@ -32,6 +32,7 @@ NaN stops the run.
 import contextlib
 import copy
 import itertools
+import math
 from argparse import Namespace
 
 import matplotlib.pyplot as plt
@@ -203,7 +204,10 @@ def train(args):
             sums[1:] += torch.stack([theta_loss.detach(), phi_loss.detach()]) / args.upper_steps
 
         product = damped_hessian(gradient, theta, damping)(implicit)
-        residual = norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)
+        residual = (norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)).item()
+        if sums[0].isfinite() and not math.isfinite(residual):  # else the lower level is to blame, and the log says so
+            common.fail(f"the implicit gradient is {residual} in alternation {alternation + 1}: try a lower learning rate or a "
+                        f"higher --damping (now {args.damping:g}). {args.out}.pt was left as it was")
         del hessian_loss, gradient, product  # frees the graph before the next lower step
         lower.to(memory_format=torch.channels_last)
         knn = None
@@ -212,8 +216,8 @@ def train(args):
         log.epoch(args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size, unit="alternation",
                   lower=sums[0], upper_theta=sums[1], upper_phi=sums[2], residual=residual, knn=knn,
                   distance=norm(t.detach() - p.detach() for t, p in zip(theta, phi)))
-        if log.history[-1]["residual"] > 0.5 and all(line["residual"] <= 0.5 for line in log.history[:-1]):
-            print(f"residual {log.history[-1]['residual']:.2f}: the implicit gradient is mostly noise; raise --damping "
+        if residual > 0.5 and all(line["residual"] <= 0.5 for line in log.history[:-1]):
+            print(f"residual {residual:.2f}: the implicit gradient is mostly noise; raise --damping "
                   f"(now {args.damping:g}) or --cg-steps (now {args.cg_steps})", flush=True)
         common.save_checkpoint(
             f"{args.out}.pt", method="bissl", arch=args.arch, image_size=args.image_size, backbone=lower_backbone,
