@@ -12,7 +12,8 @@ images in the batch. Nothing else is learnt from: the labels are only read by th
     python simclr.py --data DIR --out runs/mine       DIR/train/CLASS/*.png, labels unused
     python finetune.py --ckpt simclr.pt
 
-@MEASURED@
+Measured on petals, default flags: 3:16 minutes on two CPU cores; 34 to 64 % k-NN accuracy over 5 seeds (chance: 10 %), and after
+fine-tuning on 20 labels a class 70.0 +- 5.5 % on test, against 19.7 +- 1.8 % from scratch (bfloat16).
 
 Differs from the paper in: AdamW instead of LARS, which wants batches in the thousands (--optimizer lars); the four colour operations
 come in an order drawn once a batch, not an image; on 32 px petals no blur.
