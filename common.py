@@ -166,8 +166,9 @@ PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}
 def petals(count, side, seed):
     """Procedural blossoms: class = petal count x petal form; hue, size, tilts, places and background vary freely.
 
-    Four blooms of one species an image, so that any crop still shows the species. One hue on a grey ground, because the hue
-    between *two* colours survives colour jitter: SimCLR would tell images apart by it and learn little about petals.
+    Four blooms of one species an image, so that any crop still shows the species. They stand in a loose grid and have one hue
+    on a grey ground: SimCLR learns what tells one image from another, and a free arrangement or a pair of hues, which colour
+    jitter turns together, would tell it without a look at the petals.
     Returns uint8 (count, 3, side, side) and int64 (count,), as many of each class as can be. Drawn on the CPU in float64,
     so that rounding to uint8 gives the same bytes on every machine.
     """
