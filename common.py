@@ -88,8 +88,8 @@ class Parser(argparse.ArgumentParser):
         self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")
         self.option("--seed", FROM_ZERO, "seeds weights, order and views", 0)
         self.option("--device", str, "cpu, cuda, cuda:1, ...", "cuda" if torch.cuda.is_available() else "cpu")
-        self.option("--precision", str, "float32 or bfloat16 for the forward pass (slow on a CPU that lacks bfloat16)",
-                    "bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"), metavar="TYPE")
+        self.option("--precision", str, "float32 or bfloat16 for the forward pass; None is bfloat16 on a GPU that has it, else "
+                    "float32, since a CPU without bfloat16 is slow at it", choices=("float32", "bfloat16"), metavar="TYPE")
         self.add_argument("--resume", action="store_true", help="go on from OUT.pt where a stopped run left it")
 
     def option(self, flag, type, help, default=None, metavar=None, **kwargs):
@@ -111,6 +111,9 @@ class Parser(argparse.ArgumentParser):
             args.device = str(torch.empty(0, device=args.device).device)
         except (RuntimeError, AssertionError) as error:
             fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
+        if args.precision is None:
+            half = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+            args.precision = "bfloat16" if half else "float32"
         try:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             write_whole(f"{args.out}.try", lambda file: None)
