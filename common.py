@@ -718,7 +718,8 @@ def load_checkpoint(path):
     in front of "conv1.weight" is the prefix. Returns our dict; what a foreign file does not tell is None.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # about old formats: what matters is checked below
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats: what matters is checked below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"no checkpoint {path}")
