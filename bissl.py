@@ -145,7 +145,8 @@ def train(args):
     pretext_data = common.load_data(Namespace(**{**vars(args), "data": args.pretext_data}), "unlabeled")
     if len(pretext_data) < args.pretext_batch_size:
         common.fail(f"--pretext-batch-size {args.pretext_batch_size} is more than the {len(pretext_data)} images: lower it")
-    data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
+    data = common.load_labelled(args, args.seed)
+    val = common.load_data(args, "val") if args.labels_per_class or args.fraction else None  # else val is trained on too
 
     upper_backbone = copy.deepcopy(lower_backbone)
     upper_head = nn.Linear(upper_backbone.num_features, len(data.classes)).to(args.device)
@@ -212,7 +213,7 @@ def train(args):
         del hessian_loss, gradient, product  # frees the graph before the next lower step
         lower.to(memory_format=torch.channels_last)
         knn = None
-        if (alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations:
+        if val and ((alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations):
             knn = common.knn_probe(lower_backbone, data, val, args)
         log.epoch(args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size, unit="alternation",
                   lower=sums[0], upper_theta=sums[1], upper_phi=sums[2], residual=residual, knn=knn,
@@ -294,7 +295,7 @@ def parser():
     p.option("--cg-steps", common.COUNT, "conjugate-gradient steps a solve", 5)
     p.add_argument("--layerwise", action="store_true", help="the released code's conjugate gradients, tensor by tensor")
     p.option("--crop", common.number(float, 0.01, 1), "smallest area of a downstream crop, as a share of the image", 0.5)
-    p.option("--probe-every", common.COUNT, "alternations between two k-NN probes of theta_B", 4)
+    p.option("--probe-every", common.COUNT, "alternations between two k-NN probes of theta_B (only with few labels: val is held out then)", 4)
     return p
 
 

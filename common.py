@@ -809,7 +809,8 @@ def plot_curves(axes, history, names, x="epoch"):
         if points:
             axes.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
     axes.set_xlabel(x)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
 
 

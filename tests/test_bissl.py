@@ -338,3 +338,10 @@ def test_the_upper_step_takes_the_gradients_of_the_paper(pretrained, tmp_path, m
     assert flat(Hv).norm() > 10 * g_theta.norm()  # the Hessian matters: without it implicit would be g_theta
     residual = flat(implicit) + flat(Hv) / (lam + gamma) - g_theta
     assert residual.norm() < 0.01 * g_theta.norm()
+
+
+@pytest.mark.parametrize("labels, probed", [("4", True), ("0", False)])
+def test_the_probe_asks_only_about_labels_that_were_held_out(pretrained, tmp_path, labels, probed):
+    last = bissl.main([*pretrained, "--lower-steps", "1", "--upper-steps", "1", "--labels-per-class", labels,
+                       "--out", str(tmp_path / "bissl")])
+    assert (last["knn"] is not None) == probed
