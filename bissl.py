@@ -146,7 +146,7 @@ def train(args):
     if len(pretext_data) < args.pretext_batch_size:
         common.fail(f"--pretext-batch-size {args.pretext_batch_size} is more than the {len(pretext_data)} images: lower it")
     data = common.load_labelled(args, args.seed)
-    val = common.load_data(args, "val") if args.labels_per_class or args.fraction else None  # else val is trained on too
+    val = common.load_data(args, "val") if common.few_labels(args) else None  # else val is trained on too
 
     upper_backbone = copy.deepcopy(lower_backbone)
     upper_head = nn.Linear(upper_backbone.num_features, len(data.classes)).to(args.device)

@@ -329,11 +329,15 @@ def labelled_subset(labels, seed, per_class=None, fraction=None):
     return torch.cat(keep)
 
 
+def few_labels(args):
+    """Whether the flags ask for a subset of the labelled images; val is then not trained on."""
+    return bool(args.labels_per_class) or args.fraction is not None
+
+
 def load_labelled(args, seed, hold_out=False):
     """The labelled images to train on: with --labels-per-class or --fraction a subset of train drawn by the seed, else all of
     train and val. hold_out keeps val out, for a search that is judged on it."""
-    per_class = args.labels_per_class if args.fraction is None else None
-    few = bool(per_class) or args.fraction is not None
+    few, per_class = few_labels(args), args.labels_per_class if args.fraction is None else None
     store = load_data(args, "train" if few or hold_out else "trainval")
     if len(store.classes) < 2:
         fail(f"{args.data} has only one class, {store.classes[0]}: there is nothing to tell apart")
@@ -645,7 +649,10 @@ class LARS(torch.optim.Optimizer):
                 w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, [p.grad for p in params]))
                 trust = torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), torch.ones_like(w))
                 steps = torch._foreach_mul(steps, list(trust.unbind()))
-            speeds = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            speeds = [self.state[p]["momentum"] for p in params]
             torch._foreach_mul_(speeds, group["momentum"])
             torch._foreach_add_(speeds, steps)
             torch._foreach_add_(params, speeds, alpha=-group["lr"])

@@ -102,7 +102,6 @@ def protocol(args):
     common.start_backbone(args)  # settles arch and image size, and says what it found
     ckpt = common.resume_checkpoint(args)
     test, val = common.load_data(args, "test"), common.load_data(args, "val")
-    few = bool(args.labels_per_class or args.fraction)
     results, history = (ckpt["resume"]["results"], ckpt["resume"]["history"]) if ckpt else ([], [])
     log = common.Log(args, (args.search + args.seeds) * args.epochs, history)
 
@@ -121,7 +120,7 @@ def protocol(args):
         data = common.load_labelled(args, now.seed, hold_out=searching)
         print(f"run {run + 1}/{args.search + args.seeds}: {len(data):,} labelled images of {len(data.classes)} classes, "
               f"lr {now.lr:.2g}, weight decay {now.weight_decay:.2g}, seed {now.seed}", flush=True)
-        train(now, data, val if searching else test, val if few or searching else None, log, results, ckpt)
+        train(now, data, val if searching else test, val if searching or common.few_labels(args) else None, log, results, ckpt)
         ckpt = None
 
     final = results[args.search:]
