@@ -41,10 +41,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import byol
 import common
 import simclr
 
-PRETEXTS = {"simclr": simclr}
+PRETEXTS = {"byol": byol, "simclr": simclr}
 
 
 def conjugate_gradient(matvec, b, steps, layerwise=False):
@@ -115,11 +116,11 @@ def endless(data, batch_size, whole_only):
 
 def start_pretext(args, backbone, ckpt):
     """The checkpoint's pretext task: its module, its model around the backbone, its flags, and whether its head is new."""
-    name = ckpt["config"].get("pretext", ckpt["method"])
+    name = ckpt and ckpt["config"].get("pretext", ckpt["method"])
     fresh = name not in PRETEXTS
     pretext = PRETEXTS[args.pretext if fresh else name]
     if fresh:
-        print(f"{args.ckpt} has no pretext head: a new one for {args.pretext} is warmed up first", flush=True)
+        print(f"{args.ckpt or 'a random backbone'} has no pretext head: a new one for {args.pretext} is warmed up first", flush=True)
         config = vars(pretext.parser().parse_args(["--data", args.data, "--out", args.out]))
     else:
         config = dict(ckpt["config"].get("pretext_config", ckpt["config"]))
@@ -135,16 +136,14 @@ def start_pretext(args, backbone, ckpt):
 
 def train(args):
     if args.ckpt is None:
-        common.fail("bissl.py goes on from a pretext checkpoint: give --ckpt, for example simclr.pt")
+        print("without --ckpt both levels start from random weights: BiSSL is meant to go on from a pretext checkpoint", flush=True)
     if args.lam + args.damping == 0:
         common.fail("--lam and --damping cannot both be 0: H is divided by their sum")
     lower_backbone, ckpt = common.start_backbone(args)
     pretext, lower, config, fresh_head = start_pretext(args, lower_backbone, ckpt)
     args.pretext_data = args.pretext_data or config["data"]
     args.lower_lr = config["lr"] / 5 if args.lower_lr is None else args.lower_lr
-    pretext_data = common.load_data(Namespace(**{**vars(args), "data": args.pretext_data}), "unlabeled")
-    if len(pretext_data) < args.pretext_batch_size:
-        common.fail(f"--pretext-batch-size {args.pretext_batch_size} is more than the {len(pretext_data)} images: lower it")
+    pretext_data = common.load_unlabeled(Namespace(**{**vars(args), "data": args.pretext_data}), "pretext_batch_size")
     data = common.load_labelled(args, args.seed)
     val = common.load_data(args, "val") if common.few_labels(args) else None  # else val is trained on too
 
@@ -173,18 +172,20 @@ def train(args):
         upper_batches = endless(data, args.batch_size, whole_only=False)
 
         for i, (x, _) in enumerate(itertools.islice(lower_batches, args.lower_steps)):
-            common.set_learning_rate(lower_optimizer, args.lower_lr, alternation * args.lower_steps + i,
-                                     args.alternations * args.lower_steps, warmup=args.lower_warmup * args.lower_steps)
+            step, steps = alternation * args.lower_steps + i, args.alternations * args.lower_steps
+            common.set_learning_rate(lower_optimizer, args.lower_lr, step, steps, warmup=args.lower_warmup * args.lower_steps)
             pretext_loss = pretext.loss(lower, pretext.make_views(x, config), config)
             distance = sum((t - p.detach()).square().sum() for t, p in zip(theta, phi))  # ||theta_B - phi_B||^2
             lower_optimizer.zero_grad()
             (pretext_loss + args.lam / 2 * distance).backward()
             nn.utils.clip_grad_norm_(lower.parameters(), 10)
             lower_optimizer.step()
+            if pretext is byol:
+                lower.update_target(byol.decay(config["decay"], step, steps))
             sums[0] += pretext_loss.detach() / args.lower_steps
 
         lower.to(memory_format=torch.contiguous_format)  # BatchNorm's second derivative is a third slower in channels_last
-        with frozen_statistics(lower):  # theta does not move any more: one graph for all N_U x cg_steps products
+        with frozen_statistics(lower):  # theta and a target do not move any more: one graph for all N_U x cg_steps products
             views = [view.contiguous() for view in pretext.make_views(next(lower_batches)[0], config)]
             hessian_loss = pretext.loss(lower, views, dict(config, precision="float32"))
             gradient = torch.autograd.grad(hessian_loss, theta, create_graph=True)
@@ -251,14 +252,14 @@ def warm_up_head(args, backbone, head, data):
 
 
 def warm_up_pretext_head(args, pretext, model, config, data):
-    """Train a fresh pretext head alone for --head-epochs epochs."""
+    """Train a fresh pretext head alone for --head-epochs epochs. BYOL's target stays the random one that it is predicted from."""
     optimizer = common.make_optimizer(config["optimizer"], [model.head], config["lr"], config["weight_decay"])
     for epoch in range(args.head_epochs):
         for x, _ in common.batches(data, args.pretext_batch_size, whole_only=True):
             with frozen_statistics(model.backbone):
                 loss = pretext.loss(model, pretext.make_views(x, config), config)
             optimizer.zero_grad()
-            loss.backward(inputs=tuple(model.head.parameters()))
+            loss.backward(inputs=[p for p in model.head.parameters() if p.requires_grad])
             optimizer.step()
 
 

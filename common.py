@@ -7,7 +7,7 @@ Sections, in this order:
     backbone          build_backbone, start_backbone, features, knn_accuracy
     optimisation      LARS, make_optimizer, set_learning_rate
     checkpoints       save_checkpoint, load_checkpoint, resume_checkpoint
-    logs and figures  Log, plot_curves, show_images
+    logs and figures  Log, plot_curves, plot_features, show_images
 
 Images travel as uint8 (B, 3, S, S), S being 1.15 to 1.35 times the training side; augment() turns them into normalised
 floats (B, 3, size, size). Random numbers that decide what a view looks like are drawn on the CPU, so that no step waits for
@@ -69,12 +69,15 @@ POSITIVE, NOT_NEGATIVE = number(float, 1e-12, 1e12), number(float, 0, 1e12)
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags that all scripts share, in one order. `petals` and `others` hold the defaults that depend on --data."""
+    """The flags that all scripts share, in one order. `petals` and `others` hold the defaults that depend on --data.
 
-    def __init__(self, script, doc, petals, others):
+    finishes_budget: a checkpoint with config["rest"] (COIN's) sets the defaults for the epochs that are left of its budget.
+    """
+
+    def __init__(self, script, doc, petals, others, finishes_budget=False):
         super().__init__(prog=script, description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.petals, self.others = petals, others
+        self.petals, self.others, self.finishes_budget = petals, others, finishes_budget
         self.option("--data", str, "petals, flowers, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
         self.option("--root", str, "folder for downloads and for the cache of decoded images", "data")
         self.option("--image-size", number(int, 8), "side in pixels that the network sees; with --ckpt, the checkpoint's")
@@ -94,7 +97,11 @@ class Parser(argparse.ArgumentParser):
 
     def option(self, flag, type, help, default=None, metavar=None, **kwargs):
         name = flag.strip("-").replace("-", "_")
-        shown = f"{self.petals[name]} on petals, else {self.others[name]}" if name in self.petals else default
+        if name in self.petals:
+            default_of = self.petals[name], self.others[name]
+            shown = default_of[0] if default_of[0] == default_of[1] else "{} on petals, else {}".format(*default_of)
+        else:
+            shown = default
         self.add_argument(flag, type=type, default=default, metavar=metavar or type.__name__.upper(),
                           help=f"{help} (default: {shown})".replace("%", "%%"), **kwargs)
 
@@ -104,8 +111,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
-        for name, value in (self.petals if args.data == "petals" else self.others).items():
-            if getattr(args, name) is None and not (args.ckpt and name in ("arch", "image_size")):  # these the checkpoint tells
+        defaults = dict(self.petals if args.data == "petals" else self.others)
+        if args.ckpt:  # it tells its architecture and image size, and, where it leaves a budget unfinished, how to go on
+            defaults = {name: value for name, value in defaults.items() if name not in ("arch", "image_size")}
+            config = load_checkpoint(args.ckpt)["config"]
+            if self.finishes_budget and config.get("data") == args.data:
+                defaults.update(config.get("rest", {}))
+        for name, value in defaults.items():
+            if getattr(args, name, value) is None:
                 setattr(args, name, value)
         try:
             args.device = str(torch.empty(0, device=args.device).device)
@@ -298,7 +311,7 @@ def load_data(args, split):
     pieces = [read(part) for part in parts]
     images, labels = (pieces[0][i] if len(pieces) == 1 else torch.cat([piece[i] for piece in pieces]) for i in (0, 1))
     device, classes = torch.device(args.device), pieces[0][2]
-    if device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and images.nbytes < 0.5 * memory(device):
         images = images.to(device)
     store = Store(images, labels.to(device), torch.arange(len(labels)), classes)
     if split in ("train", "val") and "val" not in own_splits:
@@ -306,6 +319,14 @@ def load_data(args, split):
         keep = held_out if split == "val" else torch.tensor(np.setdiff1d(np.arange(len(labels)), held_out.numpy()))
         store = store.subset(keep)
     return store
+
+
+def load_unlabeled(args, flag="batch_size"):
+    """The images of a pretext task: at least a batch of them, since its batches are all whole."""
+    data, batch_size = load_data(args, "unlabeled"), getattr(args, flag)
+    if len(data) < batch_size:
+        fail(f"--{flag.replace('_', '-')} {batch_size} is more than the {len(data)} images: lower it")
+    return data
 
 
 def load_probe(args):
@@ -344,15 +365,16 @@ def load_labelled(args, seed, hold_out=False):
     return store.subset(labelled_subset(store.labels, seed, per_class, args.fraction)) if few else store
 
 
-def batches(store, batch_size, shuffle=True, whole_only=False):
-    """Yields images uint8 (b, 3, S, S) and labels (b,) on the device; every image once.
+def batches(store, batch_size, shuffle=True, whole_only=False, parts=None):
+    """Yields images uint8 (b, 3, S, S) and labels (b,) on the device; every image once, or batch by batch those of `parts`.
 
     whole_only drops the rest that does not fill a batch (a pretext task wants as many negatives each step); otherwise
     the images are spread evenly over the batches, because BatchNorm cannot work on a rest of one.
     """
     device, n = store.labels.device, len(store)
-    order = torch.randperm(n) if shuffle else torch.arange(n)
-    parts = order[:n - n % batch_size].split(batch_size) if whole_only else order.tensor_split(-(-n // batch_size))
+    if parts is None:
+        order = torch.randperm(n) if shuffle else torch.arange(n)
+        parts = order[:n - n % batch_size].split(batch_size) if whole_only else order.tensor_split(-(-n // batch_size))
     if store.images.device == device:  # no copy to wait for
         for part in parts:
             yield store.images[store.rows[part].to(device, non_blocking=True)], store.labels[part.to(device, non_blocking=True)]
@@ -584,6 +606,13 @@ def backbone_shapes(arch, small_stem):
     return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
+def memory(device):
+    """Bytes that are free on a GPU; for a CPU, all that the machine has."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+
+
 def autocast(device, precision):
     """For forward passes only: losses and second derivatives are computed outside."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
@@ -661,26 +690,41 @@ class LARS(torch.optim.Optimizer):
 OPTIMIZERS = ("adamw", "lars", "sgd")
 
 
-def make_optimizer(name, modules, lr, weight_decay):
-    """adamw, lars or sgd (momentum 0.9) over the modules' parameters; biases and BatchNorm are not decayed."""
-    params = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
-              dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]
+def make_optimizer(name, modules, lr, weight_decay, scales=None):
+    """adamw, lars or sgd (momentum 0.9) over the modules' parameters; biases and BatchNorm are not decayed.
+
+    scales: what set_learning_rate multiplies the learning rate by, a number for each module (without: 1).
+    """
+    groups = []
+    for scale in dict.fromkeys(scales or [1.0]):  # each value once
+        params = [p for module, own in zip(modules, scales or [1.0] * len(modules)) if own == scale
+                  for p in module.parameters() if p.requires_grad]
+        groups += [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay, scale=scale),
+                   dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, scale=scale)]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
-    return LARS([groups[0], dict(groups[1], adapt=False)], lr=lr)
+    return LARS([dict(group, adapt=i % 2 == 0) for i, group in enumerate(groups)], lr=lr)
 
 
-def set_learning_rate(optimizer, peak, step, steps, warmup=0):
-    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017, arXiv 1608.03983).
+
+    start: the share of the cosine that an earlier stage has gone through already.
+    """
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:
-        lr = peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        lr = peak * 0.5 * (1 + math.cos(math.pi * (start + (1 - start) * (step - warmup) / max(1, steps - warmup))))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
+
+
+@torch.no_grad()
+def update_average(average, model, decay):
+    """average <- decay average + (1 - decay) model, for every parameter. BatchNorm's statistics stay each module's own."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
@@ -700,18 +744,21 @@ def is_finite(*modules):
     return all(value.isfinite().all() for module in modules for value in module.state_dict().values())
 
 
-def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None):
-    """Write one dict of plain types and tensors: backbone and head are modules or state dicts, resume what --resume needs.
+def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None, projector=None):
+    """Write one dict of plain types and tensors: backbone, head and projector are modules or state dicts, resume is what
+    --resume needs.
 
-    The backbone's state dict is one that torchvision's own resnet of that name loads (its fc aside). Weights that are not
-    finite are refused, so that the last good checkpoint stays.
+    The backbone's state dict is one that torchvision's own resnet of that name loads (its fc aside). head is what answers
+    the stage's question: a pretext task's head, or the classifier; projector, where a contrastive loss on labels stands
+    beside it, leads to that loss. Weights that are not finite are refused, so that the last good checkpoint stays.
     """
-    backbone, head = (part.state_dict() if isinstance(part, nn.Module) else part for part in (backbone, head))
-    for key, value in {**backbone, **(head or {})}.items():
+    backbone, head, projector = (part.state_dict() if isinstance(part, nn.Module) else part
+                                 for part in (backbone, head, projector))
+    for key, value in [pair for part in (backbone, head, projector) if part for pair in part.items()]:
         if not value.isfinite().all():
             fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as it was")
-    contents = dict(method=method, arch=arch, image_size=image_size, backbone=backbone, head=head, classes=classes,
-                    config=config, resume=resume)
+    contents = dict(method=method, arch=arch, image_size=image_size, backbone=backbone, head=head, projector=projector,
+                    classes=classes, config=config, resume=resume)
     try:
         write_whole(path, lambda file: torch.save(contents, file))
     except OSError as error:
@@ -746,8 +793,8 @@ def load_checkpoint(path):
         if prefix is not None:  # of a query and a key encoder, the first is the trained one
             backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
             method = f"foreign, under {prefix}" if prefix else "foreign"
-            return {**content, "backbone": backbone} if ours else dict(
-                method=method, arch=None, image_size=None, backbone=backbone, head=None, classes=None, config={}, resume=None)
+            nothing = dict(arch=None, image_size=None, head=None, projector=None, classes=None, config={}, resume=None)
+            return {**nothing, "method": method, **(content if ours else {}), "backbone": backbone}
     fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
 
 
@@ -819,6 +866,17 @@ def plot_curves(axes, history, names, x="epoch"):
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)
+
+
+def plot_features(axes, x, y, title):
+    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most."""
+    if not x.isfinite().all():  # of a run that diverged just short of infinity
+        return
+    x = F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)
+    class_means = torch.stack([x[y == label].mean(0) for label in y.unique()])  # (C, D)
+    plane = x @ torch.linalg.svd(class_means, full_matrices=False)[2][:2].T     # (n, 2)
+    axes.scatter(*plane.T.cpu().numpy(), c=y.cpu().numpy(), cmap="tab20", s=4)
+    axes.set_title(title)
 
 
 def show_images(axes, x, columns):

@@ -17,6 +17,7 @@ and val together; with few, on a subset of train that each seed draws anew, and 
 """
 import argparse
 import copy
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import coin
 import common
 
 METRICS = ("top1", "top5", "mean_class")
@@ -51,59 +53,101 @@ def evaluate(backbone, head, store, args):
     return metrics(head(x), labels)
 
 
-def train(args, data, judge, watch, log, results, resume):
-    """One run on `data`, scored on `judge` after its last epoch (appended to results) and watched on `watch`, if given."""
-    backbone, _ = common.start_backbone(args, say=False)
-    head = nn.Linear(backbone.num_features, len(data.classes)).to(args.device)
+@dataclass
+class Run:
+    """One training run of the protocol: its flags and data, where its results go, and what it goes on from after a stop."""
+    method: str
+    args: argparse.Namespace  # with this run's own learning rate, weight decay and seed
+    data: common.Store        # what it trains on
+    judge: common.Store       # what it is scored on after its last epoch
+    watch: common.Store       # what its accuracy is logged on now and then, or None
+    log: common.Log
+    results: list             # a dict for each finished run; this run's is appended
+    ckpt: dict                # the checkpoint that --resume found, or None
+
+    def start(self, model, optimizer):
+        """The first epoch to train: 0, or the one in which this run was stopped, with everything loaded."""
+        epoch = sum(line["run"] == len(self.results) + 1 for line in self.log.history)
+        if self.ckpt and epoch:  # else it holds the weights of the run before
+            optimizer.load_state_dict(self.ckpt["resume"]["optimizer"])
+            for name, part in model.named_children():
+                part.load_state_dict({**self.ckpt["resume"], **self.ckpt}[name])
+        return epoch
+
+    def finish_epoch(self, epoch, model, optimizer, total, hits):
+        """Log the epoch, score the last one, save. model: ModuleDict of backbone, head and what the method has beside them;
+        total, hits: loss and right answers of the epoch, summed over the images. False if the run is over because it diverged."""
+        args, last = self.args, epoch + 1 == self.args.epochs
+        run = dict(lr=args.lr, weight_decay=args.weight_decay, seed=args.seed)
+        if len(self.results) < args.search and not (total.isfinite() and common.is_finite(model)):
+            self.results.append(dict(run, top1=0.0))  # a pair of the search that diverges is a bad pair, not an error
+            return False
+        val_top1 = None
+        if self.watch and (last or (epoch + 1) % max(1, args.epochs // 10) == 0):
+            val_top1 = evaluate(model.backbone, model.head, self.watch, args)[0]["top1"]
+        self.log.epoch(len(self.data), run=len(self.results) + 1, loss=total / len(self.data),
+                       train_top1=100 * hits / len(self.data), val_top1=val_top1)
+        if last:
+            self.results.append({**run, **evaluate(model.backbone, model.head, self.judge, args)[0]})
+        parts = {name: part.state_dict() for name, part in model.named_children()}
+        common.save_checkpoint(
+            f"{args.out}.pt", method=self.method, arch=args.arch, image_size=args.image_size, backbone=parts.pop("backbone"),
+            head=parts.pop("head"), projector=parts.pop("projector", None), classes=self.data.classes,
+            config=common.run_config(self.log.args),
+            resume=dict(parts, optimizer=optimizer.state_dict(), history=self.log.history, results=self.results))
+        return True
+
+
+def train(run):
+    """Cross-entropy, and with --supcon what COIN's second stage adds to it."""
+    args, data = run.args, run.data
+    backbone, ckpt = common.start_backbone(args, say=False)
+    model = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(backbone.num_features, len(data.classes))))
+    if args.supcon:
+        model["projector"] = coin.start_projector(args, backbone, ckpt)
+    model.to(args.device)
     backbone.requires_grad_(not args.freeze)
-    optimizer = common.make_optimizer("sgd", [backbone, head], args.lr, args.weight_decay)
-    first_epoch = sum(line["run"] == len(results) + 1 for line in log.history)
-    if resume and first_epoch:  # else it holds the weights of the run before
-        backbone.load_state_dict(resume["backbone"])
-        head.load_state_dict(resume["head"])
-        optimizer.load_state_dict(resume["resume"]["optimizer"])
+    optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     steps_per_epoch = -(-len(data) // args.batch_size)
 
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in range(run.start(model, optimizer), args.epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
         total, hits = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
         backbone.train(not args.freeze)  # a frozen backbone keeps its BatchNorm statistics too
         for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
-            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch)
+            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
+                                     start=args.cosine_start)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
-                logits = head(backbone(x))
+                f = backbone(x)         # (B, D)
+                logits = model.head(f)  # (B, C)
+                z = model.projector(f) if args.supcon else None
             loss = F.cross_entropy(common.upcast(logits), y)
+            if args.supcon:
+                loss = loss + args.supcon * coin.supcon(z, y, args.supcon_temperature)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.detach()
+            total += loss.detach() * len(y)
             hits += (logits.detach().argmax(1) == y).sum()
-
-        run = dict(lr=args.lr, weight_decay=args.weight_decay, seed=args.seed)
-        if len(results) < args.search and not (total.isfinite() and common.is_finite(backbone, head)):
-            results.append(dict(run, top1=0.0))  # a pair of the search that diverges is a bad pair, not an error
+        if not run.finish_epoch(epoch, model, optimizer, total, hits):
             break
-        last = epoch + 1 == args.epochs
-        val_top1 = None
-        if watch and (last or (epoch + 1) % max(1, args.epochs // 10) == 0):
-            val_top1 = evaluate(backbone, head, watch, args)[0]["top1"]
-        log.epoch(len(data), run=len(results) + 1, loss=total / steps_per_epoch, train_top1=100 * hits / len(data), val_top1=val_top1)
-        if last:
-            results.append({**run, **evaluate(backbone, head, judge, args)[0]})
-        common.save_checkpoint(
-            f"{args.out}.pt", method="finetune", arch=args.arch, image_size=args.image_size, backbone=backbone,
-            head=head, classes=data.classes, config=common.run_config(log.args),
-            resume=dict(optimizer=optimizer.state_dict(), history=log.history, results=results))
 
 
-def protocol(args):
-    """Random search on the validation split, then the best pair with --seeds seeds, each scored once on test."""
-    common.start_backbone(args)  # settles arch and image size, and says what it found
+def protocol(args, method, train, panel):
+    """Random search on the validation split, then the best pair with --seeds seeds, each scored once on test.
+
+    train(run): the script's own loop; panel(axes, args, backbone, confusion): what it adds to the figure.
+    """
+    _, start = common.start_backbone(args)  # settles arch and image size, and says what it found
     ckpt = common.resume_checkpoint(args)
     test, val = common.load_data(args, "test"), common.load_data(args, "val")
     results, history = (ckpt["resume"]["results"], ckpt["resume"]["history"]) if ckpt else ([], [])
     log = common.Log(args, (args.search + args.seeds) * args.epochs, history)
+    if start and "labels_per_class" in start["config"] and common.few_labels(args) and (
+            args.seeds > 1 or start["config"]["seed"] != args.seed):
+        print(f"{args.ckpt} has learnt from the labelled images of seed {start['config']['seed']}, and each seed draws its own: "
+              "for a fair table give every seed a checkpoint made with it", flush=True)
 
     rng = np.random.default_rng(args.seed)
     pairs = 10 ** rng.uniform((-4, -5), (0, -2), (args.search, 2))  # lr 1e-4..1 and wd 1e-5..1e-2, log-uniform
@@ -120,7 +164,8 @@ def protocol(args):
         data = common.load_labelled(args, now.seed, hold_out=searching)
         print(f"run {run + 1}/{args.search + args.seeds}: {len(data):,} labelled images of {len(data.classes)} classes, "
               f"lr {now.lr:.2g}, weight decay {now.weight_decay:.2g}, seed {now.seed}", flush=True)
-        train(now, data, val if searching else test, val if searching or common.few_labels(args) else None, log, results, ckpt)
+        train(Run(method, now, data, judge=val if searching else test,
+                  watch=val if searching or common.few_labels(args) else None, log=log, results=results, ckpt=ckpt))
         ckpt = None
 
     final = results[args.search:]
@@ -132,13 +177,13 @@ def protocol(args):
     print("test  " + "  ".join(f"{name} {summary[f'test_{name}']:.2f} +- {summary[f'test_{name}_std']:.2f} %"
                                for name in METRICS) + f"  ({len(final)} seed{'s' * (len(final) > 1)})", flush=True)
     log.write([*log.history, dict(summary, runs=results)])
-    draw(args, log.history, test)
+    draw(args, log.history, test, panel)
     return summary
 
 
 def load_classifier(args, path, classes):
     """Backbone and linear head of a fine-tuning checkpoint whose head fits the classes."""
-    backbone, ckpt = common.start_backbone(argparse.Namespace(**{**vars(args), "ckpt": path}), say=args.eval)
+    backbone, ckpt = common.start_backbone(argparse.Namespace(**{**vars(args), "ckpt": path}), say=path == args.ckpt)
     weight = (ckpt["head"] or {}).get("weight")
     if weight is None or ckpt["classes"] is None or len(weight) != len(ckpt["classes"]):
         common.fail(f"{path} ({ckpt['method']}) has no classifier: fine-tune it first")
@@ -150,45 +195,55 @@ def load_classifier(args, path, classes):
     return backbone, head.to(args.device)
 
 
-def draw(args, history, test):
-    """Curves, the confusion matrix on test, and the test features before and after in the plane that class means span best."""
+def draw(args, history, test, panel):
+    """Curves, the confusion matrix on test, the test features before and after, and the method's own panel."""
     backbone, head = load_classifier(args, f"{args.out}.pt", test.classes)
     before, _ = common.start_backbone(args, say=False)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
     last_run = [dict(line, epoch=i + 1) for i, line in enumerate(history[-args.epochs:])]
     common.plot_curves(axes[0, 0], last_run, ["loss"])
     common.plot_curves(axes[0, 1], last_run, ["train_top1", "val_top1"])
-    confusion = evaluate(backbone, head, test, args)[1]
+    x, y = common.features(backbone, test, args)
+    confusion = metrics(head(x), y)[1]
     axes[0, 2].imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap="viridis", vmin=0, vmax=1)
     axes[0, 2].set(xlabel="predicted", ylabel="true", title="confusion on test, share of the true class")
     if len(test.classes) <= 20:
         axes[0, 2].set_yticks(range(len(test.classes)), test.classes)
         axes[0, 2].set_xticks(range(len(test.classes)), test.classes, rotation=90)
-    for axis, model, when in ((axes[1, 0], before, "before"), (axes[1, 1], backbone, "after")):
-        x, y = common.features(model, test, args)
-        if not x.isfinite().all():  # a run that diverged just short of infinity
-            continue
-        x = F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)
-        class_means = torch.stack([x[y == label].mean(0) for label in y.unique()])  # (C, D)
-        plane = x @ torch.linalg.svd(class_means, full_matrices=False)[2][:2].T     # (n, 2)
-        axis.scatter(*plane.T.cpu().numpy(), c=y.cpu().numpy(), cmap="tab20", s=4)
-        axis.set_title(f"test features {when} fine-tuning, where class means differ most")
-    axes[1, 2].hist((100 * confusion.diag() / confusion.sum(1).clamp(min=1)).numpy(), bins=20, range=(0, 100))
-    axes[1, 2].set(xlabel="accuracy, %", ylabel="classes", title="accuracy of the single classes on test")
+    where = "fine-tuning, where class means differ most"
+    common.plot_features(axes[1, 0], *common.features(before, test, args), f"test features before {where}")
+    common.plot_features(axes[1, 1], x, y, f"test features after {where}")
+    panel(axes[1, 2], args, backbone, confusion)
     common.save_figure(args, figure)
 
 
-def parser():
-    p = common.Parser(
-        "finetune.py", __doc__,
-        petals=dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03, weight_decay=5e-4, crop=0.5,
-                    labels_per_class=20),
-        others=dict(image_size=64, arch="resnet10", epochs=60, batch_size=32, lr=0.01, weight_decay=5e-4, crop=0.5,
-                    labels_per_class=None))
+def class_accuracies(axes, args, backbone, confusion):
+    """The panel of plain fine-tuning: how many classes are recognised how well."""
+    axes.hist((100 * confusion.diag() / confusion.sum(1).clamp(min=1)).numpy(), bins=20, range=(0, 100))
+    axes.set(xlabel="accuracy, %", ylabel="classes", title="accuracy of the single classes on test")
+
+
+def protocol_options(p):
+    """The flags of the protocol, the same for all three fine-tuning scripts."""
     p.label_options()
     p.option("--crop", common.number(float, 0.01, 1), "smallest area of a crop, as a share of the image")
     p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try on the validation split", 0)
     p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- standard deviation", 1)
+    p.option("--cosine-start", common.SHARE, "share of the cosine that is over already; after coin.py: coin's")
+
+
+PETALS = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03, weight_decay=5e-4, crop=0.5,
+              labels_per_class=20, cosine_start=0.0)
+OTHERS = dict(image_size=64, arch="resnet10", epochs=60, batch_size=32, lr=0.01, weight_decay=5e-4, crop=0.5,
+              labels_per_class=None, cosine_start=0.0)
+
+
+def parser():
+    p = common.Parser("finetune.py", __doc__, petals=dict(PETALS, supcon=0.0, supcon_temperature=0.3),
+                      others=dict(OTHERS, supcon=0.0, supcon_temperature=0.3), finishes_budget=True)
+    protocol_options(p)
+    p.option("--supcon", common.NOT_NEGATIVE, "eta: cross-entropy + ETA x SupCon; after coin.py: 0.1", metavar="ETA")
+    p.option("--supcon-temperature", common.number(float, 1e-3), "tau of SupCon; after coin.py: coin's")
     p.add_argument("--freeze", action="store_true", help="linear probe: the backbone stays as it is")
     p.add_argument("--eval", action="store_true", help="print the test accuracy of --ckpt; train and write nothing")
     return p
@@ -198,7 +253,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     with common.resumable("finetune.py", args, argv):
         if not args.eval:
-            return protocol(args)
+            return protocol(args, "finetune", train, class_accuracies)
         if args.ckpt is None:
             common.fail("--eval needs --ckpt")
         args.image_size = args.image_size or common.load_checkpoint(args.ckpt)["image_size"]

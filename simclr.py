@@ -74,9 +74,7 @@ def train(args):
     config = common.run_config(args)
     model = make_model(backbone, config).to(args.device)
     optimizer = common.make_optimizer(args.optimizer, [model], args.lr, args.weight_decay)
-    data = common.load_data(args, "unlabeled")
-    if len(data) < args.batch_size:
-        common.fail(f"--batch-size {args.batch_size} is more than the {len(data)} images: lower it")
+    data = common.load_unlabeled(args)
     probe = common.load_probe(args)
     history, steps_per_epoch = [], len(data) // args.batch_size
     if ckpt := common.resume_checkpoint(args):

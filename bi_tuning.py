@@ -1,0 +1,192 @@
+"""Bi-tuning: efficient transfer from pre-trained representations (Zhong et al. 2020, arXiv 2011.06182).
+
+Fine-tuning sees a label only through the classifier, and a batch at a time. Bi-tuning keeps, for each class, the last K images
+as a slowly moving encoder saw them, and contrasts with all of them twice: as the classifier sees features, and as a projector
+does. A class is then learnt from K + 1 images at once, however small the batch.
+
+  1. Two views of each image: the query for the network, the key for its average (a MoCo-style key encoder, decay m).
+  2. Query: h = f(x_q), logits W h + b, z_q = g(h). Key: h_k = f'(x_k), z_k = g'(h_k), no gradient.
+  3. CCE, the classifier's side: the weights of the image's class choose among h and all queued h_k, every unit length.
+     CCL, the projector's side: z_q chooses among its own z_k and all queued z_k.
+     In both, the right answers are the image itself and the keys of its class, each with the same share.
+  4. L = CE + gamma (CCE + CCL). Step f, g, W, b; then f', g' <- m f', g' + (1 - m) f, g; then the keys enter their classes'
+     rings in place of the oldest.
+
+    python bi_tuning.py --ckpt simclr.pt
+    python bi_tuning.py --ckpt resnet50.pth --data flowers --image-size 224 --backbone-lr 0.1     supervised weights
+
+MEASURED
+
+Differs from the paper in: momentum without Nesterov, as in finetune.py; slots of a ring that no image has filled yet take part in
+no softmax (the authors start from random unit vectors: --random-queue). From the authors' code in: no loop over the batch.
+"""
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import finetune
+
+
+class ClassQueue(nn.Module):
+    """The last K keys of each class, as one ring a class."""
+
+    def __init__(self, classes, size, dim):
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(classes, size, dim))                     # (C, K, D), unit length
+        self.register_buffer("entered", torch.zeros(classes, dtype=torch.long))  # (C,), how many keys a class has seen
+
+    def fill_at_random(self):
+        """The authors' start: random unit vectors in place of empty slots."""
+        self.keys.normal_().div_(self.keys.norm(dim=2, keepdim=True))
+        self.entered.fill_(self.keys.shape[1])
+
+    def filled(self):
+        """(C, K) bool"""
+        return torch.arange(self.keys.shape[1], device=self.keys.device) < self.entered[:, None]
+
+    @torch.no_grad()
+    def enqueue(self, keys, y):
+        """Put keys (B, D) into the rings of their classes y (B,), in order; of more than K of a class, the last K stay."""
+        classes, size, _ = self.keys.shape
+        y, order = y.sort(stable=True)
+        count = torch.zeros_like(self.entered).scatter_add_(0, y, torch.ones_like(y))  # (C,) keys of a class in the batch
+        first = count.cumsum(0) - count                                                # (C,) where its keys begin in `order`
+        rank = torch.arange(len(y), device=y.device) - first[y]                        # (B,) 0, 1, ... within a class
+        latest = first[y] + rank + (count[y] - 1 - rank) // size * size                # who has the slot in the end
+        self.keys[y, (self.entered[y] + rank) % size] = keys[order[latest]].to(self.keys.dtype)
+        self.entered += count
+
+
+def share_with_class(own, queued, y, filled):
+    """KL(target || softmax), batch mean; the target is uniform over the image itself and the filled slots of its class.
+
+    own (B,): logits of the images themselves; queued (B, C, K): of all keys; filled (C, K) bool.
+    """
+    queued = queued.masked_fill(~filled, -torch.inf)
+    log_sum = torch.cat([own[:, None], queued.flatten(1)], 1).logsumexp(1)           # (B,)
+    of_class = queued[torch.arange(len(y), device=y.device), y].masked_fill(~filled[y], 0)  # (B, K)
+    number = 1 + filled[y].sum(1)                                                    # (B,), K + 1 in the end
+    return (log_sum - (own + of_class.sum(1)) / number - number.log()).mean()       # sum_t t (log t - log p), t = 1/number
+
+
+def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=None):
+    """CCE (equation 5): the class's classifier weights among the image's own features and all queued ones.
+
+    h (B, D), weight (C, D), bias (C,), y (B,), queue (C, K, D + 1) unit keys of [h, 1]; filled (C, K) bool, without: all.
+    The weights are constants here: the loss moves the features.
+    """
+    filled = queue.new_ones(queue.shape[:2], dtype=torch.bool) if filled is None else filled
+    w = F.normalize(torch.cat([weight, bias[:, None]], 1).detach(), dim=1)[y]  # (B, D + 1)
+    own = (w * unit_with_one(h)).sum(1)                                        # (B,)
+    queued = torch.einsum("bd,ckd->bck", w, queue)                             # (B, C, K)
+    return share_with_class(own / temperature, queued / temperature, y, filled)
+
+
+def categorical_contrastive(z_q, z_k, y, queue, temperature, filled=None):
+    """CCL (equation 6): the image's projection among its own key and all queued ones.
+
+    z_q, z_k (B, d), normalised here, z_k a constant; y (B,); queue (C, K, d) unit keys; filled (C, K) bool, without: all.
+    """
+    filled = queue.new_ones(queue.shape[:2], dtype=torch.bool) if filled is None else filled
+    z_q, z_k = F.normalize(common.upcast(z_q), dim=1), F.normalize(common.upcast(z_k.detach()), dim=1)
+    own = (z_q * z_k).sum(1)                            # (B,)
+    queued = torch.einsum("bd,ckd->bck", z_q, queue)  # (B, C, K)
+    return share_with_class(own / temperature, queued / temperature, y, filled)
+
+
+def unit_with_one(h):
+    """[h, 1] at unit length (B, D + 1): the 1 stands for the bias."""
+    h = common.upcast(h)
+    return F.normalize(torch.cat([h, h.new_ones(len(h), 1)], 1), dim=1)
+
+
+def make_queues(args, classes, width):
+    """Queues of keys [h, 1] and z for all classes; stops where they do not fit in memory."""
+    needed, there = 4 * classes * args.keys * (width + 1 + args.dim), common.memory(args.device)
+    if needed > there / 2:
+        common.fail(f"--keys {args.keys}: the queues of {classes} classes take {needed / 1e9:.3g} GB of the {there / 1e9:.3g} GB "
+                    f"on {args.device}: lower it")
+    queues = [ClassQueue(classes, args.keys, dim) for dim in (width + 1, args.dim)]
+    if args.random_queue:
+        [queue.fill_at_random() for queue in queues]
+    return queues
+
+
+def train(run):
+    args, data = run.args, run.data
+    backbone, _ = common.start_backbone(args, say=False)
+    width, classes = backbone.num_features, len(data.classes)
+    queue_h, queue_z = make_queues(args, classes, width)
+    model = nn.ModuleDict(dict(
+        backbone=backbone, head=nn.Linear(width, classes), projector=nn.Linear(width, args.dim),
+        queue_h=queue_h, queue_z=queue_z)).to(args.device)
+    query = nn.ModuleDict(dict(backbone=backbone, projector=model.projector))
+    model["key"] = key = copy.deepcopy(query).requires_grad_(False)
+    optimizer = common.make_optimizer("sgd", [backbone, model.head, model.projector], args.lr, args.weight_decay,
+                                      scales=[args.backbone_lr, 1.0, 1.0])
+    steps_per_epoch = -(-len(data) // args.batch_size)
+
+    for epoch in range(run.start(model, optimizer), args.epochs):
+        torch.manual_seed(args.seed * 1_000_003 + epoch)
+        total, hits = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
+        model.train()
+        for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
+            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
+                                     start=args.cosine_start)
+            x_q, x_k = (common.augment(x, args.image_size, crop=(args.crop, 1)) for _ in range(2))
+            with common.autocast(args.device, args.precision):
+                h = backbone(x_q)                               # (B, D)
+                logits, z_q = model.head(h), model.projector(h)  # (B, C), (B, dim)
+                with torch.no_grad():                           # keys are constants
+                    h_k = key.backbone(x_k)                     # (B, D)
+                    z_k = key.projector(h_k)                    # (B, dim)
+            loss = F.cross_entropy(common.upcast(logits), y) + args.gamma * (
+                contrastive_cross_entropy(h, model.head.weight, model.head.bias, y, queue_h.keys, args.temperature, queue_h.filled())
+                + categorical_contrastive(z_q, z_k, y, queue_z.keys, args.temperature, queue_z.filled()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            common.update_average(key, query, args.decay)
+            queue_h.enqueue(unit_with_one(h_k), y)
+            queue_z.enqueue(F.normalize(common.upcast(z_k), dim=1), y)
+            total += loss.detach() * len(y)
+            hits += (logits.detach().argmax(1) == y).sum()
+        if not run.finish_epoch(epoch, model, optimizer, total, hits):
+            break
+
+
+def show_queue(axes, args, backbone, confusion):
+    """The panel of Bi-tuning: mean cosine similarity between the queued projections of two classes."""
+    queue = common.load_checkpoint(f"{args.out}.pt")["resume"]["queue_z"]
+    filled = torch.arange(args.keys) < queue["entered"].cpu()[:, None]
+    mean = (queue["keys"].cpu() * filled[:, :, None]).sum(1) / filled.sum(1, keepdim=True).clamp(min=1)  # (C, dim)
+    image = axes.imshow((mean @ mean.T).numpy(), cmap="coolwarm", vmin=-1, vmax=1)
+    axes.figure.colorbar(image, ax=axes)
+    axes.set(xlabel="class", ylabel="class", title="mean similarity of two classes' queued projections")
+
+
+def parser():
+    p = common.Parser("bi_tuning.py", __doc__, petals=finetune.PETALS, others=finetune.OTHERS, finishes_budget=True)
+    finetune.protocol_options(p)
+    p.option("--backbone-lr", common.NOT_NEGATIVE, "learning rate of the backbone in units of --lr; the paper has 0.1 for supervised "
+             "pre-training", 1.0)
+    p.option("--gamma", common.NOT_NEGATIVE, "weight of the two contrastive losses", 1.0)
+    p.option("--keys", common.COUNT, "K, keys queued for each class", 40)
+    p.option("--decay", common.SHARE, "m, decay of the key encoder's average", 0.999)
+    p.option("--temperature", common.number(float, 1e-3), "tau of both contrastive losses", 0.07)
+    p.option("--dim", common.COUNT, "width of the projections", 128)
+    p.add_argument("--random-queue", action="store_true", help="start from random keys, as the released code does, not from empty slots")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    with common.resumable("bi_tuning.py", args, argv):
+        return finetune.protocol(args, "bi_tuning", train, show_queue)
+
+
+if __name__ == "__main__":
+    main()

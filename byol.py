@@ -1,0 +1,188 @@
+"""BYOL: bootstrap your own latent (Grill et al. 2020, arXiv 2006.07733).
+
+The network predicts, from one view of an image, what a slow average of itself makes of another view. There are no negatives:
+what keeps all projections from becoming one constant is the predictor, and that no gradient flows into the target.
+
+  1. Draw a batch of B images; make two views x1, x2 of each, by two different augmentations (table 6).
+  2. Online: p = q(z), z = g(f(x)): f is the backbone, g the projector, q the predictor. Target: z' = g'(f'(x)), no gradient.
+  3. Loss: 2 - 2 cos(p1, z2') + 2 - 2 cos(p2, z1').
+  4. Step f, g and q. Then f', g' <- tau f', g' + (1 - tau) f, g, with tau rising from tau_base to 1 on a cosine. After the
+     training everything but f is thrown away, or all goes to bissl.py first.
+
+    python byol.py                                    petals, on any machine
+    python byol.py --data DIR --out runs/mine         DIR/train/CLASS/*.png, labels unused
+    python finetune.py --ckpt byol.pt
+
+Look at `spread` in the log: the mean standard deviation of the normalised projections. 1/sqrt(dim) is healthy, 0 is collapse.
+
+MEASURED
+
+Differs from the paper in: AdamW instead of LARS, which wants batches in the thousands (--optimizer lars); narrower heads; one forward pass
+for both views of a network, so that BatchNorm sees them together.
+"""
+import copy
+import math
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+def byol_loss(p, z):
+    """2 - 2 cos(p, z), mean over the batch (equation 2). p, z (B, D): a prediction and the target that it is for."""
+    p, z = F.normalize(common.upcast(p), dim=1), F.normalize(common.upcast(z), dim=1)
+    return (2 - 2 * (p * z).sum(1)).mean()
+
+
+def mlp(width, hidden, out):
+    return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                         nn.Linear(hidden, out, bias=False))
+
+
+class Model(nn.Module):
+    """Backbone f; in the head the projector g, the predictor q, and the target: averages f' and g' of the first two."""
+
+    def __init__(self, backbone, hidden, out):
+        super().__init__()
+        self.backbone = backbone
+        projector, predictor = mlp(backbone.num_features, hidden, out), mlp(out, hidden, out)
+        target = nn.Sequential(copy.deepcopy(backbone), copy.deepcopy(projector)).requires_grad_(False)
+        self.head = nn.ModuleDict(dict(projector=projector, predictor=predictor, target=target))
+
+    def forward(self, x):
+        z = self.head.projector(self.backbone(x))  # (B, D)
+        p = self.head.predictor(z)                 # (B, D)
+        with torch.no_grad():                      # the target is a constant
+            z_target = self.head.target(x)         # (B, D)
+        return z, p, z_target
+
+    def update_target(self, tau):
+        common.update_average(self.head.target, nn.Sequential(self.backbone, self.head.projector), tau)
+
+
+def decay(tau_base, step, steps):
+    """tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2 (section 3.2): tau_base at the first of K steps, 1 at the end."""
+    return 1 - (1 - tau_base) * (math.cos(math.pi * step / steps) + 1) / 2
+
+
+def make_model(backbone, config):
+    return Model(backbone, config["hidden"], config["dim"])
+
+
+def make_views(x, config):
+    """uint8 (B, 3, S, S) -> two random views (B, 3, size, size), the second solarised and hardly blurred"""
+    settings = dict(crop=(config["crop"], 1), jitter=config["jitter"], grey_p=config["grey"])
+    return [common.augment(x, config["image_size"], **settings, blur_p=blur, solarise_p=solarise)
+            for blur, solarise in zip(config["blur"], config["solarise"])]
+
+
+def symmetric_loss(p, z_target):
+    """Each view predicts the target's projection of the other. p, z_target (2B, D): first views, then second ones."""
+    (p1, p2), (z1, z2) = p.chunk(2), z_target.chunk(2)
+    return byol_loss(p1, z2) + byol_loss(p2, z1)
+
+
+def loss(model, views, config):
+    """The loss of one batch of views; what bissl.py minimises in its lower level."""
+    with common.autocast(views[0].device, config["precision"]):
+        _, p, z_target = model(torch.cat(views))  # one forward: BatchNorm sees both views
+    return symmetric_loss(p, z_target)
+
+
+def train(args):
+    backbone, _ = common.start_backbone(args)
+    config = common.run_config(args)
+    model = make_model(backbone, config).to(args.device)
+    optimizer = common.make_optimizer(args.optimizer, [model], args.lr, args.weight_decay)
+    data = common.load_unlabeled(args)
+    probe = common.load_probe(args)
+    history, steps_per_epoch = [], len(data) // args.batch_size
+    if ckpt := common.resume_checkpoint(args):
+        model.backbone.load_state_dict(ckpt["backbone"])
+        model.head.load_state_dict(ckpt["head"])
+        optimizer.load_state_dict(ckpt["resume"]["optimizer"])
+        history = ckpt["resume"]["history"]
+    log = common.Log(args, args.epochs, history)
+
+    for epoch in range(len(history), args.epochs):
+        torch.manual_seed(args.seed * 1_000_003 + epoch)  # order and views of an epoch do not depend on the ones before
+        total, spread = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
+        for i, (x, _) in enumerate(common.batches(data, args.batch_size, whole_only=True)):
+            step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup=args.warmup * steps_per_epoch)
+            views = make_views(x, config)
+            with common.autocast(args.device, args.precision):
+                z, p, z_target = model(torch.cat(views))
+            batch_loss = symmetric_loss(p, z_target)
+            optimizer.zero_grad()
+            batch_loss.backward()
+            optimizer.step()
+            model.update_target(decay(args.decay, step, steps))
+            total += batch_loss.detach()
+            spread += F.normalize(common.upcast(z.detach()), dim=1).std(0).mean()
+
+        knn = None
+        if probe and ((epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs):
+            knn = common.knn_probe(backbone, *probe, args)
+        log.epoch(steps_per_epoch * args.batch_size, loss=total / steps_per_epoch, spread=spread / steps_per_epoch, knn=knn)
+        common.save_checkpoint(
+            f"{args.out}.pt", method="byol", arch=args.arch, image_size=args.image_size, backbone=backbone,
+            head=model.head, classes=data.classes, config=config,
+            resume=dict(optimizer=optimizer.state_dict(), history=log.history))
+
+    draw(args, log.history, [view[:32] for view in make_views(data.images[:32].to(args.device), config)])
+    return log.history[-1]
+
+
+def draw(args, history, views):
+    """Loss, collapse monitor, decay and probe over the epochs, and two views of 32 images as the network gets them."""
+    figure, axes = plt.subplots(1, 5, figsize=(24, 4.5), width_ratios=(1, 1, 1, 1, 1.3))
+    common.plot_curves(axes[0], history, ["loss"])
+    common.plot_curves(axes[1], history, ["spread"])
+    axes[1].axhline(args.dim ** -0.5, color="green", linestyle=":")
+    axes[1].axhline(0, color="red", linestyle=":")
+    axes[1].set_title("deviation of the projections\nhealthy: 1/sqrt(dim), collapsed: 0")
+    axes[2].plot([decay(args.decay, k, 200) for k in range(201)])
+    axes[2].set_xticks([0, 200], ["0", str(args.epochs)])
+    axes[2].set(xlabel="epoch", title="tau, decay of the target's average")
+    common.plot_curves(axes[3], history, ["knn"])
+    axes[3].set_ylabel("k-NN accuracy on held-out labels, %")
+    common.show_images(axes[4], torch.stack(views, 1).flatten(0, 1), columns=8)
+    axes[4].set_title("views: each pair of columns is one image")
+    common.save_figure(args, figure)
+
+
+def parser():
+    p = common.Parser(
+        "byol.py", __doc__,
+        petals=dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
+                    crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=[0.0, 0.0], solarise=[0.0, 0.0], decay=0.99),
+        others=dict(image_size=64, arch="resnet10", epochs=500, batch_size=128, lr=2e-3, weight_decay=1e-4,
+                    crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1], solarise=[0.0, 0.2], decay=0.99))
+    p.option("--optimizer", str, "adamw, lars or sgd; the paper's LARS wants batches in the thousands", "adamw",
+             choices=common.OPTIMIZERS)
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
+    p.option("--decay", common.SHARE, "tau_base of the target's average; the paper has 0.996 for batches of 4096")
+    p.option("--hidden", common.COUNT, "width of the heads' hidden layers", 512)
+    p.option("--dim", common.COUNT, "width of the projections", 128)
+    p.option("--crop", common.number(float, 0.01, 1), "smallest area of a crop, as a share of the image")
+    p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4,
+             metavar=tuple("BCSH"))
+    p.option("--grey", common.SHARE, "probability of a grey view", 0.2)
+    p.option("--blur", common.SHARE, "probability of a blurred first and second view", nargs=2, metavar=tuple("12"))
+    p.option("--solarise", common.SHARE, "probability of a solarised first and second view", nargs=2, metavar=tuple("12"))
+    p.option("--probe-every", common.COUNT, "epochs between two k-NN probes on held-out labels", 5)
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    with common.resumable("byol.py", args, argv):
+        return train(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Core-tuning: contrast-regularised fine-tuning of self-supervised models (Zhang et al. 2021, arXiv 2102.06605).
+
+Cross-entropy alone leaves the classes of a self-supervised backbone loose. Core-tuning adds a contrastive loss on the labels,
+gives it hard pairs made by mixing features, and smooths the classifier's boundary with the same mixtures.
+
+  1. Features f = backbone(x), one view an image. For every anchor i in the batch: its hardest positive hp(i), the image of its
+     class with the lowest cosine similarity, and its hardest negative hn(i), the one of another class with the highest.
+  2. Hard positive       f+_i = l f_hp(i) + (1 - l) f_hn(i),  l ~ Beta(alpha, alpha), labels mixed alike.
+     Semi-hard negative  f-_i = (1 - l') f_i + l' f_r(i), r a random permutation, l' ~ Beta(alpha, alpha), at least 0.8.
+  3. L = L_ce^m + eta L_con^f over all 3B: soft-label cross-entropy of the classifier, and the focal contrastive loss of the
+     projections z = g(f), in which easy positives weigh less. An image's own hard positive is one of its positives.
+
+    python core_tuning.py --ckpt simclr.pt
+    python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     same search and seeds as finetune.py
+    python finetune.py --ckpt core_tuning.pt --eval                  its checkpoint is a fine-tuned one
+
+MEASURED
+
+Differs from the paper in: momentum without Nesterov, as in finetune.py. From the authors' code in: hardest positives are found among the
+positives alone (theirs takes the smallest entry of a matrix that is 0 everywhere else, mostly the anchor itself); gradients
+flow through the mixtures; positives are told by their labels, not by a hash that overflows; one forward pass a step.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import finetune
+
+
+def hardest(f, y):
+    """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor, itself where there is none."""
+    itself, same = torch.eye(len(f), dtype=torch.bool, device=f.device), y[:, None] == y
+    f = F.normalize(f.detach(), dim=1)
+    similarity, anchor = f @ f.T, torch.arange(len(f), device=f.device)
+    least, hp = similarity.masked_fill(~same | itself, torch.inf).min(1)
+    most, hn = similarity.masked_fill(same, -torch.inf).max(1)
+    return torch.where(least < torch.inf, hp, anchor), torch.where(most > -torch.inf, hn, anchor)
+
+
+def hard_pairs(f, y, num_classes, alpha):
+    """Hard positives and semi-hard negatives made in feature space, and their labels (section 4.2).
+
+    f (B, D), y (B,) int -> f_pos (B, D), y_pos (B, C), f_neg (B, D), y_neg (B, C); labels are shares that add up to 1.
+    """
+    beta = torch.distributions.Beta(torch.tensor(alpha, dtype=f.dtype), torch.tensor(alpha, dtype=f.dtype))
+    l_pos, l_neg = beta.sample((2, len(f), 1)).to(f.device, non_blocking=True)  # (B, 1) each
+    l_neg = l_neg.clamp(min=0.8)                                                # stays close to the other image
+    labels = F.one_hot(y, num_classes).to(f.dtype)                              # (B, C)
+    hp, hn = hardest(f, y)
+    r = torch.randperm(len(f)).to(f.device, non_blocking=True)
+    f_pos, y_pos = (l_pos * v[hp] + (1 - l_pos) * v[hn] for v in (f, labels))
+    f_neg, y_neg = ((1 - l_neg) * v + l_neg * v[r] for v in (f, labels))
+    return f_pos, y_pos, f_neg, y_neg
+
+
+def positive_pairs(labels, batch):
+    """P_i as a bool matrix (n, n): the others with i's label, and for an image i < batch its own hard positive batch + i.
+
+    labels (n, C): soft. A mixture of two classes has a label of its own; one of two images of a class has the class's.
+    """
+    n, (share, label) = len(labels), labels.max(1)
+    number = torch.arange(n, device=labels.device)
+    label = torch.where(share > 1 - 1e-4, label, -1 - number)  # mixtures: a label that no other row has
+    positives = (label[:, None] == label) & (number[:, None] != number)
+    return positives | ((number[:, None] < batch) & (number == number[:, None] + batch))
+
+
+def focal_contrastive(z, positives, temperature):
+    """Focal contrastive loss (equation 5), mean over the anchors that have a positive.
+
+    L_i = -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij,  p_ij = exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau)
+    z (n, D), normalised here; positives (n, n) bool, row i marks P_i, nothing on the diagonal.
+    """
+    z = F.normalize(common.upcast(z), dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(~positives, 0)
+    number = positives.sum(1)                                                # (n,) |P_i|
+    per_anchor = -((1 - log_p.exp()) * log_p).sum(1) / number.clamp(min=1)  # not a positive: log_p = 0 adds nothing
+    return per_anchor.sum() / (number > 0).sum().clamp(min=1)
+
+
+def train(run):
+    args, data = run.args, run.data
+    backbone, _ = common.start_backbone(args, say=False)
+    width, classes = backbone.num_features, len(data.classes)
+    model = nn.ModuleDict(dict(
+        backbone=backbone, head=nn.Linear(width, classes, bias=False),
+        projector=nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, args.dim)))).to(args.device)
+    optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
+    steps_per_epoch = -(-len(data) // args.batch_size)
+
+    for epoch in range(run.start(model, optimizer), args.epochs):
+        torch.manual_seed(args.seed * 1_000_003 + epoch)
+        total, hits = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
+        model.train()
+        for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
+            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
+                                     start=args.cosine_start)
+            x = common.augment(x, args.image_size, crop=(args.crop, 1))
+            with common.autocast(args.device, args.precision):
+                f = backbone(x)  # (B, D)
+            f = common.upcast(f)
+            f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
+            features = torch.cat([f, f_pos, f_neg])                                  # (3B, D)
+            labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])    # (3B, C)
+            logits, z = model.head(features), model.projector(features)              # (3B, C), (3B, dim)
+            loss = F.cross_entropy(logits, labels) + args.eta * focal_contrastive(
+                z, positive_pairs(labels, len(y)), args.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(y)
+            hits += (logits[:len(y)].detach().argmax(1) == y).sum()
+        if not run.finish_epoch(epoch, model, optimizer, total, hits):
+            break
+
+
+def show_hard_pairs(axes, args, backbone, confusion):
+    """The panel of Core-tuning: eight anchors of a training batch, under each its hardest positive and its hardest negative."""
+    data = common.load_labelled(args, args.seed)
+    data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:args.batch_size])
+    hp, hn = hardest(*common.features(backbone, data, args))
+    x, _ = next(common.batches(data, len(data), shuffle=False))
+    x = common.test_crop(x, args.image_size)
+    common.show_images(axes, torch.cat([x[:8], x[hp[:8]], x[hn[:8]]]), columns=min(8, len(x)))
+    axes.set_title("anchor, hardest positive, hardest negative\nin one training batch, after fine-tuning")
+
+
+def parser():
+    p = common.Parser("core_tuning.py", __doc__, petals=finetune.PETALS, others=finetune.OTHERS, finishes_budget=True)
+    finetune.protocol_options(p)
+    p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes it between 0.1 and 10", 0.1)
+    p.option("--alpha", common.number(float, 1e-3), "the mixtures' shares are drawn from Beta(alpha, alpha)", 1.0)
+    p.option("--temperature", common.number(float, 1e-3), "tau of the focal contrastive loss", 0.07)
+    p.option("--dim", common.COUNT, "width of the projections", 256)
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    with common.resumable("core_tuning.py", args, argv):
+        return finetune.protocol(args, "core_tuning", train, show_hard_pairs)
+
+
+if __name__ == "__main__":
+    main()
