@@ -35,7 +35,7 @@ class ClassQueue(nn.Module):
 
     def __init__(self, classes, size, dim):
         super().__init__()
-        self.register_buffer("keys", torch.zeros(classes, size, dim))                     # (C, K, D), unit length
+        self.register_buffer("keys", torch.zeros(classes, size, dim))            # (C, K, D), unit length
         self.register_buffer("entered", torch.zeros(classes, dtype=torch.long))  # (C,), how many keys a class has seen
 
     def fill_at_random(self):
@@ -68,7 +68,7 @@ def share_with_class(own, queued, y, filled):
     queued = queued.masked_fill(~filled, -torch.inf)
     log_sum = torch.cat([own[:, None], queued.flatten(1)], 1).logsumexp(1)           # (B,)
     of_class = queued[torch.arange(len(y), device=y.device), y].masked_fill(~filled[y], 0)  # (B, K)
-    number = 1 + filled[y].sum(1)                                                    # (B,), K + 1 in the end
+    number = (1 + filled[y].sum(1)).to(own.dtype)                                    # (B,), K + 1 in the end
     return (log_sum - (own + of_class.sum(1)) / number - number.log()).mean()       # sum_t t (log t - log p), t = 1/number
 
 

@@ -118,7 +118,8 @@ def start_pretext(args, backbone, ckpt):
     """The checkpoint's pretext task: its module, its model around the backbone, its flags, and whether its head is new."""
     name = ckpt and ckpt["config"].get("pretext", ckpt["method"])
     fresh = name not in PRETEXTS
-    pretext = PRETEXTS[args.pretext if fresh else name]
+    args.pretext = args.pretext if fresh else name
+    pretext = PRETEXTS[args.pretext]
     if fresh:
         print(f"{args.ckpt or 'a random backbone'} has no pretext head: a new one for {args.pretext} is warmed up first", flush=True)
         config = vars(pretext.parser().parse_args(["--data", args.data, "--out", args.out]))
@@ -225,7 +226,7 @@ def train(args):
         common.save_checkpoint(
             f"{args.out}.pt", method="bissl", arch=args.arch, image_size=args.image_size, backbone=lower_backbone,
             head=lower.head, classes=data.classes,
-            config=dict(common.run_config(args), pretext=pretext.__name__, pretext_config=config),
+            config=dict(common.run_config(args), pretext_config=config),
             resume=dict(upper_backbone=upper_backbone.state_dict(), upper_head=upper_head.state_dict(),
                         lower_optimizer=lower_optimizer.state_dict(), upper_optimizer=upper_optimizer.state_dict(),
                         history=log.history))

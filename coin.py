@@ -64,7 +64,8 @@ def s_dbw(x, y):
     """Cluster validity index S_Dbw = Scat + Dens_bw (Halkidi and Vazirgiannis 2001, ICDM), lower is better.
 
     x (n, D), y (n,). Scat: how large the classes' variances are beside the whole's. Dens_bw: how many points lie around the
-    middle between two classes' means, beside those around the means; "around" is within the classes' mean deviation.
+    middle between two classes' means, beside those around the means (at least 1 is divided by); "around" is within stdev,
+    which in hundreds of dimensions is so near that no point is, and S_Dbw is Scat.
     """
     x = x.double()
     member = (y[:, None] == y.unique()).double()                  # (n, C)
@@ -75,7 +76,7 @@ def s_dbw(x, y):
     scat = spread.mean() / x.var(0, correction=0).norm().clamp(min=1e-300)
     radius = spread.sum().sqrt() / classes                        # "stdev"
     distance = torch.cdist(x, mean, compute_mode="donot_use_mm_for_euclid_dist").square()  # (n, C)
-    apart = torch.cdist(mean, mean).square()                      # (C, C)
+    apart = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist").square()  # (C, C)
     own = (member * distance).sum(1, keepdim=True)                # (n, 1), to the mean of its own class
     middle = (own + distance) / 2 - member @ apart / 4            # (n, C), to (v_own + v_j) / 2: parallelogram law
     near_middle = member.T @ (middle <= radius ** 2).double()     # (C, C), points of class i around u_ij
@@ -91,11 +92,11 @@ def balanced_batches(labels, batch_size, per_class):
     """Batches of per_class images of each of batch_size // per_class classes; as many images an epoch as there are, or fewer.
 
     labels (n,) -> list of index tensors. Classes are drawn anew for each batch whatever their size, so that images of a small
-    one come up more often. Where there are too few classes for a batch, each gives more.
+    one come up more often. Where there are too few classes for a batch, each gives more; with too few images, fewer.
     """
-    members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-    classes = min(len(members), batch_size // per_class)
-    per_class = batch_size // classes
+    members, batch_size = [(labels == label).nonzero()[:, 0] for label in labels.unique()], min(batch_size, len(labels))
+    classes = min(len(members), max(2, batch_size // per_class))
+    per_class = batch_size // classes if classes == len(members) else min(per_class, batch_size // classes)
     steps = max(1, len(labels) // (classes * per_class))
     chosen = torch.stack([torch.randperm(len(members))[:classes] for _ in range(steps)])  # (steps, classes)
     parts = torch.empty(steps, classes, per_class, dtype=torch.long)
@@ -107,12 +108,15 @@ def balanced_batches(labels, batch_size, per_class):
     return list(parts.flatten(1))
 
 
-def say_positives(labels, batch_size, balanced):
+def say_positives(labels, batch_size, balanced=0):
     """Stop where no class has two images, and say so where most anchors of a batch have no positive."""
     size = torch.bincount(labels).cpu().double()
     if size.max() < 2:
         common.fail("every class has one labelled image: SupCon has no positives. Give --labels-per-class 2 or more")
-    expected = ((size * (size - 1)).sum() / len(labels) / (len(labels) - 1) * (min(batch_size, len(labels)) - 1)).item()
+    n, steps = len(labels), -(-len(labels) // batch_size)
+    small, larger = divmod(n, steps)  # common.batches makes `larger` batches of small + 1 images, the others of small
+    others = small * (larger * (small + 1) + (steps - larger) * (small - 1)) / n  # in an image's batch, on average
+    expected = others * ((size * (size - 1)).sum() / n / (n - 1)).item()
     if expected < 1 and not balanced:
         print(f"an anchor has {expected:.2f} positives in a batch of {batch_size} on average: a larger --batch-size has more, "
               "and so has coin.py --balanced 4", flush=True)

@@ -56,7 +56,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: an int or a float within bounds."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or value == math.inf:
             bounds = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return value
@@ -115,8 +115,13 @@ class Parser(argparse.ArgumentParser):
         if args.ckpt:  # it tells its architecture and image size, and, where it leaves a budget unfinished, how to go on
             defaults = {name: value for name, value in defaults.items() if name not in ("arch", "image_size")}
             config = load_checkpoint(args.ckpt)["config"]
-            if self.finishes_budget and config.get("data") == args.data:
+            if self.finishes_budget and Path(config.get("data", "")) == Path(args.data):
                 defaults.update(config.get("rest", {}))
+        given = [name for name in ("labels_per_class", "fraction") if getattr(args, name, None) is not None]
+        if len(given) == 2:
+            self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
+        if given:  # what was asked for, and not the other one by default
+            defaults = {name: value for name, value in defaults.items() if name not in ("labels_per_class", "fraction")}
         for name, value in defaults.items():
             if getattr(args, name, value) is None:
                 setattr(args, name, value)

@@ -61,7 +61,7 @@ def positive_pairs(labels, batch):
     """
     n, (share, label) = len(labels), labels.max(1)
     number = torch.arange(n, device=labels.device)
-    label = torch.where(share > 1 - 1e-4, label, -1 - number)  # mixtures: a label that no other row has
+    label = torch.where(share > 1 - 1e-6, label, -1 - number)  # mixtures: a label that no other row has
     positives = (label[:, None] == label) & (number[:, None] != number)
     return positives | ((number[:, None] < batch) & (number == number[:, None] + batch))
 
@@ -131,7 +131,7 @@ def parser():
     p = common.Parser("core_tuning.py", __doc__, petals=finetune.PETALS, others=finetune.OTHERS, finishes_budget=True)
     finetune.protocol_options(p)
     p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes it between 0.1 and 10", 0.1)
-    p.option("--alpha", common.number(float, 1e-3), "the mixtures' shares are drawn from Beta(alpha, alpha)", 1.0)
+    p.option("--alpha", common.number(float, 1e-3, 1e6), "the mixtures' shares are drawn from Beta(alpha, alpha)", 1.0)
     p.option("--temperature", common.number(float, 1e-3), "tau of the focal contrastive loss", 0.07)
     p.option("--dim", common.COUNT, "width of the projections", 256)
     return p

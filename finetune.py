@@ -105,6 +105,8 @@ def train(run):
     model = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(backbone.num_features, len(data.classes))))
     if args.supcon:
         model["projector"] = coin.start_projector(args, backbone, ckpt)
+        if not run.results:  # once is enough
+            coin.say_positives(data.labels, args.batch_size)
     model.to(args.device)
     backbone.requires_grad_(not args.freeze)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)

@@ -1,34 +1,54 @@
-"""How fast the slice is, each figure a ratio to something timed in the same process on the same machine, in turn with it.
+"""How fast the scripts are, each figure a ratio to something timed in the same process on the same machine, in turn with it.
 
-    python tests/bench_speed.py                 every row, about 6 minutes on two CPU cores; on the GPU where there is one
+    python tests/bench_speed.py                 every row, about 6 minutes on two fast CPU cores; on the GPU where there is one
+    python tests/bench_speed.py bi byol         these groups of rows only
 
-Prints the table and writes tests/results/speed.csv; rows measured on another device stay in that file.
+Prints the table and writes tests/results/speed.csv; rows that were not measured anew stay in that file.
   step     images/s of the SimCLR step with data and augmentation / images/s of forward + backward on one fixed tensor
   views    two views a picture, uint8 128 -> 96 px / torchvision.transforms.v2 an image at a time, one DataLoader worker a core
   hvp      one Hessian-vector product on a kept graph / forward + backward of the same batch
   products the 8 x 5 products of a BiSSL alternation, graph built once / built anew for each product
+  bi       Bi-tuning's two losses and the enqueue, forward + backward / a loop over the samples written from the equations
+  tuning   a training step of each method that learns from labels / of plain fine-tuning, same batch and backbone
+  byol     a training step of BYOL / of SimCLR
 """
+import collections
 import copy
 import csv
 import os
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 from torchvision.transforms import v2
 
+import bi_tuning
 import bissl
+import byol
+import coin
 import common
+import core_tuning
+import finetune
 import simclr
 
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.csv"
 FIELDS = ("device", "row", "setting", "ours", "reference", "unit", "ratio", "aim")
 VIEWS = dict(crop=(0.2, 1), jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.2, blur_p=0.5)
+
+
+def cpu_name():
+    """"x86_64 CPU" and what its vector unit is, which decides the figures more than its clock."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    widest = next((unit for unit in ("avx512_bf16", "avx512f", "avx2") if unit in flags), "")
+    return f"{platform.machine()} CPU {widest}".strip()
 
 
 def seconds(work, device):
@@ -140,10 +160,134 @@ def hessian_rows(device):
             for row, (ours, reference, ratio), aim in (("hvp", one, "<= 2.6"), ("products", forty, "<= 0.75"))]
 
 
-def main():
+def slow_bi_losses(h, z_q, z_k, weight, bias, y, queue_h, queue_z, tau):
+    """Both losses of Bi-tuning a sample at a time: KL between the uniform target and the softmax over all candidates."""
+    total = 0
+    for i in range(len(y)):
+        c = int(y[i])
+        w = F.normalize(torch.cat([weight[c], bias[c:c + 1]]).detach(), dim=0)
+        for anchor, own, queue in ((w, F.normalize(torch.cat([h[i], h.new_ones(1)]), dim=0), queue_h),
+                                   (F.normalize(z_q[i], dim=0), F.normalize(z_k[i], dim=0), queue_z)):
+            candidates = torch.cat([own[None], *[torch.stack(list(keys)) for keys in queue]])  # the image itself, then C x K keys
+            size = len(queue[c])
+            target = torch.zeros(len(candidates), device=h.device)
+            target[0] = 1 / (size + 1)
+            target[1 + c * size:1 + (c + 1) * size] = 1 / (size + 1)
+            log_p = (candidates @ anchor / tau).log_softmax(0)
+            total = total + F.kl_div(log_p, target, reduction="sum")
+    return total / len(y)
+
+
+def bi_row(device):
+    B, C, K, D, d, tau = 48, 200, 40, 512, 128, 0.07
+    h, z_q = (torch.randn(B, width, device=device, requires_grad=True) for width in (D, d))
+    h_k, z_k, y = torch.randn(B, D, device=device), torch.randn(B, d, device=device), torch.randint(C, (B,), device=device)
+    weight, bias = torch.randn(C, D, device=device), torch.randn(C, device=device)
+    queues = [bi_tuning.ClassQueue(C, K, width).to(device) for width in (D + 1, d)]
+    [queue.fill_at_random() for queue in queues]
+    rings = [[collections.deque(keys, maxlen=K) for keys in queue.keys] for queue in queues]
+    keys = bi_tuning.unit_with_one(h_k), F.normalize(z_k, dim=1)
+    value = {}
+
+    def ours():
+        queue_h, queue_z = queues
+        loss = bi_tuning.contrastive_cross_entropy(h, weight, bias, y, queue_h.keys, tau, queue_h.filled()) \
+            + bi_tuning.categorical_contrastive(z_q, z_k, y, queue_z.keys, tau, queue_z.filled())
+        loss.backward()
+        queue_h.enqueue(keys[0], y)
+        queue_z.enqueue(keys[1], y)
+        value["ours"] = loss.item()
+
+    def reference():
+        loss = slow_bi_losses(h, z_q, z_k, weight, bias, y, *rings, tau)
+        loss.backward()
+        for ring, new in zip(rings, keys):
+            for key, label in zip(new, y.tolist()):
+                ring[label].append(key)
+        value["reference"] = loss.item()
+
+    ours, reference, ratio = in_turn(ours, reference, device, 15)
+    assert abs(value["ours"] - value["reference"]) < 1e-3 * abs(value["reference"])  # the same work was done
+    return dict(row="bi losses", setting=f"B {B}, C {C}, K {K}, D {D}, d {d}, losses + enqueue, forward + backward", ours=ours,
+                reference=reference, unit="s", ratio=ratio, aim="<= 0.2")
+
+
+def tuning_rows(device):
+    """Two steps of each script's own train(), on a store in memory."""
+    arch, size, batch, precision = ("resnet50", 96, 256, "bfloat16") if device == "cuda" else ("resnet18", 64, 128, "float32")
+    classes, side = 100, common.store_side(size)
+    images = torch.randint(0, 256, (2 * batch, 3, side, side), dtype=torch.uint8).to(device)
+    labels = (torch.arange(2 * batch) % classes).to(device)
+    data = common.Store(images, labels, torch.arange(2 * batch), [str(label) for label in range(classes)])
+    backbone = common.build_backbone(arch, size <= 40).to(device)
+
+    folder = tempfile.gettempdir()
+
+    def two_steps(script, *flags):
+        argv = ["--data", "petals", "--arch", arch, "--image-size", str(size), "--batch-size", str(batch), "--epochs", "1", "--lr", "1e-4",
+                "--device", device, "--precision", precision, "--out", f"{folder}/x", *flags]
+        args = script.parser().parse_args(argv)
+        run = SimpleNamespace(args=args, data=data, results=[1], start=lambda *ignored: 0, finish_epoch=lambda *ignored: True)
+        return lambda: script.train(run)
+
+    def coin_steps():
+        projector = coin.make_projector(backbone.num_features, 256).to(device)
+        optimizer = common.make_optimizer("sgd", [backbone, projector], 1e-4, 5e-4)
+        for x, y in common.batches(data, batch):
+            with common.autocast(device, precision):
+                z = projector(backbone(common.augment(x, size, crop=(0.5, 1))))
+            loss = coin.supcon(z, y, 0.3)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    plain, start_backbone = two_steps(finetune), common.start_backbone
+    common.start_backbone = lambda args, say=True: (backbone, None)  # the same one for all, and no time spent on making it
+    rows = []
+    for name, work, aim in (("core_tuning", two_steps(core_tuning), "<= 1.15"), ("bi_tuning", two_steps(bi_tuning), "<= 1.45"),
+                            ("coin", coin_steps, "<= 1.05"), ("finetune --supcon", two_steps(finetune, "--supcon", "0.1"), "<= 1.05")):
+        ours, reference, ratio = in_turn(work, plain, device, 7)
+        rows.append(dict(row=f"{name} step", setting=f"{arch}, {size} px, batch {batch}, {classes} classes, {precision}",
+                         ours=ours / 2, reference=reference / 2, unit="s", ratio=ratio, aim=aim))
+    common.start_backbone = start_backbone
+    return rows
+
+
+def byol_row(device):
+    arch, size, batch, precision = ("resnet50", 96, 1024, "bfloat16") if device == "cuda" else ("resnet18", 64, 128, "float32")
+    model, config, data = pretext(device, arch, size, batch)
+    config["precision"] = precision
+    config_byol = dict(config, hidden=512, blur=[1.0, 0.1], solarise=[0.0, 0.2])
+    model_byol = byol.make_model(copy.deepcopy(model.backbone), config_byol).to(device)
+
+    def steps(script, model, config):
+        optimizer = common.make_optimizer("adamw", [model], 1e-3, 1e-4)
+
+        def step():
+            for x, _ in common.batches(data, batch, whole_only=True):
+                loss = script.loss(model, script.make_views(x, config), config)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if script is byol:
+                    model.update_target(0.99)
+        return step
+
+    ours, reference, ratio = in_turn(steps(byol, model_byol, config_byol), steps(simclr, model, config), device, 5)
+    return dict(row="byol step", setting=f"{arch}, {size} px, batch {batch}, {precision}, against simclr", ours=ours / 2,
+                reference=reference / 2, unit="s", ratio=ratio, aim="<= 1.45")
+
+
+GROUPS = {"step": step_row, "views": views_row, "hvp": hessian_rows, "bi": bi_row, "tuning": tuning_rows, "byol": byol_row}
+
+
+def main(groups):
+    if unknown := set(groups) - GROUPS.keys():
+        raise SystemExit(f"no rows {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    rows = [dict(row, device=name) for row in (step_row(device), views_row(device), *hessian_rows(device))]
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    measured = [GROUPS[group](device) for group in groups or GROUPS]
+    rows = [dict(row, device=name) for part in measured for row in (part if isinstance(part, list) else [part])]
     for row in rows:
         for key in ("ours", "reference", "ratio"):
             row[key] = f"{row[key]:.4g}"
@@ -151,7 +295,8 @@ def main():
     others = []
     if RESULTS.exists():
         with open(RESULTS, newline="") as file:
-            others = [row for row in csv.DictReader(file) if row["device"] != name]
+            new = {(row["device"], row["row"]) for row in rows}
+            others = [row for row in csv.DictReader(file) if (row["device"], row["row"]) not in new]
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -160,4 +305,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

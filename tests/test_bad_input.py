@@ -11,19 +11,28 @@ import pytest
 import torch
 from PIL import Image
 
+import bi_tuning
 import bissl
+import byol
+import coin
 import common
+import core_tuning
 import finetune
 import simclr
 from conftest import ROOT, write_folder
 
-SCRIPTS = {"simclr": simclr, "bissl": bissl, "finetune": finetune}
+SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
+           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--device", "cpu",
          "--precision", "float32", "--out", "out"]
 USUAL = {"simclr": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+         "byol": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+         "coin": [*SMALL, "--arch", "resnet10", "--epochs", "2", "--alpha", "0.5"],
          "bissl": [*SMALL, "--ckpt", "simclr.pt", "--alternations", "1", "--lower-steps", "1", "--upper-steps", "1",
                    "--head-epochs", "1", "--pretext-batch-size", "8"],
-         "finetune": [*SMALL, "--arch", "resnet10", "--epochs", "1"]}
+         "finetune": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+         "core_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+         "bi_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"]}
 
 
 class RunsCode:
@@ -42,6 +51,9 @@ def place(tmp_path_factory):
     write_folder(place / "single", classes=("a",))
     write_folder(place / "four", classes=("a", "b", "c", "d"))
     write_folder(place / "few", classes=("a", "b"), per_class=3)
+    write_folder(place / "lonely", classes=("a", "b"), per_class=9)
+    for path in sorted((place / "lonely" / "train" / "b").iterdir())[1:]:
+        path.unlink()
     shutil.rmtree(place / "no_test" / "test")
     (place / "empty").mkdir()
     for path in (place / "hollow" / "train" / "b").iterdir():
@@ -62,6 +74,9 @@ def place(tmp_path_factory):
     (place / "code.pt").write_bytes(pickle.dumps({"state_dict": RunsCode()}))
     torch.save({"note": "no weights", "fc.weight": torch.zeros(2, 2)}, place / "headonly.pt")
     backbone = common.load_checkpoint(place / "simclr.pt")["backbone"]
+    odd = common.load_checkpoint(place / "coin.pt")
+    torch.save({**odd, "projector": {"2.weight": torch.zeros(2, 2)}}, place / "odd_projector.pt")
+    torch.save({**common.load_checkpoint(place / "byol.pt"), "head": {}}, place / "byol_without_head.pt")
     torch.save({**backbone, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}, place / "misshapen.pt")
     torch.save({key: value for key, value in backbone.items() if key != "layer3.0.bn1.weight"}, place / "missing.pt")
     for ending in ("pt", "jsonl", "png"):
@@ -88,6 +103,12 @@ ROWS = [
     ("finetune", "--ckpt simclr.pt --arch resnet18", "resnet18"),
     ("simclr", "--ckpt garbage.pt", "garbage.pt"),
     ("bissl", "--ckpt garbage.pt", "garbage.pt"),
+    ("bissl", "--ckpt byol_without_head.pt", "byol_without_head.pt"),
+    ("byol", "--ckpt garbage.pt", "garbage.pt"),
+    ("coin", "--ckpt misshapen.pt", "layer1.0.conv1.weight"),
+    ("core_tuning", "--ckpt nowhere.pt", "nowhere.pt"),
+    ("bi_tuning", "--ckpt missing.pt", "layer3.0.bn1.weight"),
+    ("finetune", "--ckpt odd_projector.pt --supcon 0.1", "odd_projector.pt"),
     # data
     ("simclr", "--data petunias", "petals, flowers"),
     ("bissl", "--data petunias", "petals, flowers"),
@@ -101,12 +122,28 @@ ROWS = [
     ("finetune", "--data broken", "broken/train/b/7.png"),
     ("simclr", "--data all_broken", ".png"),
     ("simclr", "--data few", "--batch-size"),
+    ("byol", "--data few", "--batch-size"),
+    ("byol", "--data petunias", "petals, flowers"),
+    ("coin", "--data petunias", "petals, flowers"),
+    ("core_tuning", "--data petunias", "petals, flowers"),
+    ("bi_tuning", "--data petunias", "petals, flowers"),
+    ("coin", "--data no_test", "no_test/test"),
+    ("core_tuning", "--data broken", "broken/train/b/7.png"),
+    ("bi_tuning", "--data hollow", "classes b"),
+    ("coin", "--data single", "one class"),
+    ("core_tuning", "--data single", "one class"),
+    ("bi_tuning", "--data single", "one class"),
+    ("coin", "--labels-per-class 1", "no positives"),
+    ("finetune", "--labels-per-class 1 --supcon 0.1", "no positives"),
     ("bissl", "--pretext-data few", "--pretext-batch-size"),
     ("bissl", "--data single", "one class"),
     ("finetune", "--data single", "one class"),
     # evaluation
     ("finetune", "--eval", "--ckpt"),
     ("finetune", "--eval --ckpt simclr.pt", "no classifier"),
+    ("finetune", "--eval --ckpt byol.pt", "no classifier"),
+    ("finetune", "--eval --ckpt coin.pt", "no classifier"),
+    ("finetune", "--eval --ckpt bi_tuning.pt --data four", "3 classes"),
     ("finetune", "--eval --ckpt finetune.pt --data four", "3 classes"),
     # command line
     ("simclr", "--colour 1", "--colour"),
@@ -143,6 +180,34 @@ ROWS = [
     ("bissl", "--lower-lr -1", "--lower-lr"),
     ("bissl", "--head-epochs -1", "--head-epochs"),
     ("bissl", "--probe-every 0", "--probe-every"),
+    ("byol", "--decay 2", "--decay"),
+    ("byol", "--blur 2 0", "--blur"),
+    ("byol", "--blur 0.5", "--blur"),
+    ("byol", "--solarise 0 -1", "--solarise"),
+    ("byol", "--dim 0", "--dim"),
+    ("coin", "--alpha 0", "--alpha"),
+    ("coin", "--alpha 1", "--alpha"),
+    ("coin", "--alpha 2", "--alpha"),
+    ("coin", "--epochs 1", "--alpha"),
+    ("coin", "--eta -1", "--eta"),
+    ("coin", "--temperature 0", "--temperature"),
+    ("coin", "--balanced 5", "--balanced"),
+    ("coin", "--labels-per-class 13", "--labels-per-class"),
+    ("core_tuning", "--alpha 0", "--alpha"),
+    ("core_tuning", "--eta -1", "--eta"),
+    ("core_tuning", "--temperature 0", "--temperature"),
+    ("core_tuning", "--labels-per-class 13", "--labels-per-class"),
+    ("core_tuning", "--seeds 0", "--seeds"),
+    ("bi_tuning", "--keys 0", "--keys"),
+    ("bi_tuning", "--keys 1000000000", "--keys"),
+    ("bi_tuning", "--gamma -1", "--gamma"),
+    ("bi_tuning", "--decay -1", "--decay"),
+    ("bi_tuning", "--backbone-lr -1", "--backbone-lr"),
+    ("bi_tuning", "--temperature 0", "--temperature"),
+    ("bi_tuning", "--labels-per-class 13", "--labels-per-class"),
+    ("finetune", "--supcon -1", "--supcon"),
+    ("finetune", "--supcon-temperature 0", "--supcon-temperature"),
+    ("finetune", "--cosine-start 2", "--cosine-start"),
     ("finetune", "--crop 2", "--crop"),
     ("finetune", "--labels-per-class 13", "--labels-per-class"),
     ("finetune", "--labels-per-class -1", "--labels-per-class"),
@@ -157,6 +222,10 @@ ROWS = [
     ("simclr", "--out finetune --resume", "finetune.pt"),
     ("finetune", "--out simclr --resume", "simclr.pt"),
     ("bissl", "--out simclr --resume", "simclr.pt"),
+    ("byol", "--out simclr --resume", "simclr.pt"),
+    ("coin", "--out coin --resume --alpha 0.4", "--alpha"),
+    ("core_tuning", "--out bi_tuning --resume", "bi_tuning.pt"),
+    ("bi_tuning", "--out bi_tuning --resume --keys 3", "--keys"),
     ("finetune", "--out headonly --resume", "headonly.pt"),
     ("finetune", "--out missing --resume", "missing.pt"),
 ]
@@ -179,13 +248,14 @@ def test_one_line_says_what_is_wrong_and_no_file_changes(place, monkeypatch, cap
     assert not (place / "pwned").exists()
 
 
-def test_bissl_without_a_checkpoint_asks_for_one(place, monkeypatch, capsys):
+@pytest.mark.parametrize("script", ["coin", "finetune", "core_tuning", "bi_tuning"])
+def test_a_class_with_one_image_and_batches_of_one_class_are_trained_on(place, tmp_path, monkeypatch, script):
     monkeypatch.chdir(place)
-    with pytest.raises(SystemExit) as stop:
-        bissl.main([*SMALL, "--arch", "resnet10"])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message.count("\n") == 1 and "--ckpt" in message
+    more = ["--supcon", "0.1"] if script == "finetune" else []
+    result = SCRIPTS[script].main([*USUAL[script], "--data", "lonely", "--batch-size", "4", "--out", str(tmp_path / "out"), *more])
+    assert all(value == value for value in result.values() if value is not None)
+    ckpt = common.load_checkpoint(tmp_path / "out.pt")
+    assert all(value.isfinite().all() for value in ckpt["backbone"].values())
 
 
 def test_a_real_command_with_bad_input_prints_one_line_without_a_traceback(place):
@@ -196,7 +266,8 @@ def test_a_real_command_with_bad_input_prints_one_line_without_a_traceback(place
 
 
 @pytest.mark.parametrize("script, count", [
-    ("simclr", "--epochs"), ("bissl", "--alternations"), ("finetune", "--epochs")])
+    ("simclr", "--epochs"), ("byol", "--epochs"), ("coin", "--epochs"), ("bissl", "--alternations"), ("finetune", "--epochs"),
+    ("core_tuning", "--epochs"), ("bi_tuning", "--epochs")])
 def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(place, tmp_path, monkeypatch, capsys, script, count):
     monkeypatch.chdir(place)
     real, checkpoint = common.set_learning_rate, tmp_path / "out.pt"
@@ -206,7 +277,7 @@ def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(place, tmp_path, m
 
     monkeypatch.setattr(common, "set_learning_rate", diverge_after_the_first_checkpoint)
     with pytest.raises(SystemExit) as stop:
-        SCRIPTS[script].main([*USUAL[script], count, "3", "--out", str(tmp_path / "out")])
+        SCRIPTS[script].main([*USUAL[script], count, "6" if script == "coin" else "3", "--out", str(tmp_path / "out")])
     message = capsys.readouterr().err
     assert stop.value.code == 2
     assert "try a lower" in message and message.count("\n") == 1

@@ -9,19 +9,30 @@ import time
 import pytest
 import torch
 
+import bi_tuning
 import bissl
+import byol
+import coin
 import common
+import core_tuning
 import finetune
 import simclr
 from conftest import ROOT, write_folder
 
-SCRIPTS = {"simclr": simclr, "bissl": bissl, "finetune": finetune}
+SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
+           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 RUNS = {"simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
+        "byol": ["byol", "--arch", "resnet10", "--epochs", "3"],
+        "coin": ["coin", "--ckpt", "start.pt", "--epochs", "4", "--alpha", "0.75", "--balanced", "3"],
         "bissl": ["bissl", "--ckpt", "start.pt", "--alternations", "3", "--lower-steps", "2", "--upper-steps", "1",
                   "--head-epochs", "1", "--cg-steps", "2", "--pretext-batch-size", "8"],
-        "finetune": ["finetune", "--ckpt", "start.pt", "--epochs", "3"],
+        "byol_bissl": ["bissl", "--ckpt", "byol.pt", "--alternations", "2", "--lower-steps", "2", "--upper-steps", "1",
+                       "--head-epochs", "1", "--cg-steps", "2", "--pretext-batch-size", "8"],
+        "finetune": ["finetune", "--ckpt", "start.pt", "--epochs", "3", "--supcon", "0.1"],
+        "core_tuning": ["core_tuning", "--ckpt", "start.pt", "--epochs", "3"],
+        "bi_tuning": ["bi_tuning", "--ckpt", "start.pt", "--epochs", "3", "--keys", "5", "--random-queue"],
         "search": ["finetune", "--ckpt", "start.pt", "--epochs", "2", "--search", "2", "--seeds", "2"]}
-LONG = {"simclr": ["--epochs", "8"], "bissl": ["--alternations", "5"], "finetune": ["--epochs", "8"]}
+LONG = {script: ["--alternations", "5"] if script == "bissl" else ["--epochs", "8"] for script in SCRIPTS}
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +52,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         run("simclr", "start", "--epochs", "1")
+        run("byol", "byol", "--epochs", "1")
     return place
 
 
@@ -48,7 +60,7 @@ def place(tmp_path_factory):
 def inside(place, monkeypatch):
     monkeypatch.chdir(place)
     for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "draw", lambda *ignored: None)  # the figures take longer than these runs
+        monkeypatch.setattr(script, "draw", lambda *ignored: None, raising=False)  # the figures take longer than these runs
 
 
 def command(name, out, *more):
@@ -93,7 +105,7 @@ def same(a, b):
 def assert_same_run(out, whole):
     """Same weights, same optimiser, same log: each epoch once."""
     ours, theirs = common.load_checkpoint(f"{out}.pt"), common.load_checkpoint(f"{whole}.pt")
-    for part in ("backbone", "head", "resume"):
+    for part in ("backbone", "head", "projector", "resume"):
         assert same(ours[part], theirs[part]), part
     assert read(f"{out}.jsonl") == read(f"{whole}.jsonl")
 
@@ -123,7 +135,9 @@ def stop_at_save(monkeypatch, number, when, error=Stop):
 @pytest.mark.parametrize("name, save, when", [
     ("simclr", 1, "before"),    # there is no checkpoint yet: --resume simply starts
     ("simclr", 2, "before"), ("simclr", 2, "after"),
-    ("bissl", 1, "after"), ("bissl", 2, "before"),
+    ("byol", 2, "before"), ("coin", 2, "after"),
+    ("bissl", 1, "after"), ("bissl", 2, "before"), ("byol_bissl", 1, "after"),
+    ("core_tuning", 2, "before"), ("bi_tuning", 2, "before"), ("bi_tuning", 1, "after"),
     ("finetune", 1, "after"), ("finetune", 2, "before"),
     ("search", 2, "before"),    # in the last of the two epochs of the first run
     ("search", 2, "after"),     # between two runs of the search

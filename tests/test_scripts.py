@@ -12,20 +12,32 @@ import torch
 import torchvision
 from PIL import Image
 
+import bi_tuning
 import bissl
+import byol
+import coin
 import common
+import core_tuning
 import finetune
 import simclr
 from conftest import ROOT, write_folder
 
-SCRIPTS = {"simclr": simclr, "bissl": bissl, "finetune": finetune}
+SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
+           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
+FINE_TUNING = ("finetune", "core_tuning", "bi_tuning")
 SHARED_FLAGS = ["--data", "--root", "--image-size", "--arch", "--ckpt", "--out", "--epochs", "--batch-size", "--lr",
                 "--weight-decay", "--seed", "--device", "--resume"]
 SMALL = ["--image-size", "16", "--batch-size", "8", "--device", "cpu", "--precision", "float32"]
 SHORT = {"simclr": ["--epochs", "1", "--arch", "resnet10"],
-         "bissl": ["--ckpt", "simclr.pt", "--alternations", "1", "--lower-steps", "2", "--upper-steps", "2",
-                   "--head-epochs", "1", "--pretext-batch-size", "8"],
-         "finetune": ["--ckpt", "bissl.pt", "--epochs", "1"]}
+         "byol": ["--epochs", "1", "--arch", "resnet10"],
+         "coin": ["--epochs", "2", "--alpha", "0.5"],
+         "bissl": ["--alternations", "1", "--lower-steps", "2", "--upper-steps", "2", "--head-epochs", "1",
+                   "--pretext-batch-size", "8"],
+         "finetune": ["--epochs", "1"],
+         "core_tuning": ["--epochs", "1"],
+         "bi_tuning": ["--epochs", "1", "--keys", "4"]}
+START = {"coin": "simclr.pt", "bissl": "simclr.pt", "finetune": "bissl.pt", "core_tuning": "coin.pt", "bi_tuning": "coin.pt"}
+FEW_PETALS = {"unlabeled": 32, "train": 60, "val": 30, "test": 30}
 EMOJI = ROOT.parent / "shared" / "data" / "emoji"
 
 
@@ -38,33 +50,27 @@ def here(folder, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    """Figures take longer than these runs: only the real commands and the fixture `starts` draw them."""
+    """Figures take longer than these runs: only the real commands of the fixture `starts` draw them."""
     for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "draw", lambda *ignored: None)
+        monkeypatch.setattr(script, "draw", lambda *ignored: None, raising=False)
 
 
-@pytest.fixture(scope="module")
-def starts(tmp_path_factory):
-    """Checkpoints to start from: each script's own and torchvision's."""
-    place = tmp_path_factory.mktemp("starts")
-    write_folder(place / "pictures")
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18().state_dict(), place / "torchvision.pt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        for script in SCRIPTS:
-            run(script)
-    return place
+def short(script, *more, ckpt="", data="pictures"):
+    """The short command line; what comes later in `more` replaces what it has. Without ckpt: the script's START."""
+    start = START.get(script) if ckpt == "" else ckpt
+    return [*SMALL, "--data", data, "--root", "root", *SHORT[script], *(["--ckpt", start] if start else []), *more]
 
 
-def run(script, *more, data="pictures"):
-    """main() with the short settings; what comes later in `more` replaces them."""
-    return SCRIPTS[script].main([*SMALL, "--data", data, "--root", "root", *SHORT[script], *more])
+def run(script, *more, **named):
+    return SCRIPTS[script].main(short(script, *more, **named))
+
+
+def from_scratch(script, *more):
+    return run(script, "--arch", "resnet10", *more, ckpt=None)
 
 
 def new_finetune(*more):
-    """finetune.main() from scratch."""
-    return finetune.main([*SMALL, "--data", "pictures", "--root", "root", "--arch", "resnet10", "--epochs", "1", *more])
+    return from_scratch("finetune", *more)
 
 
 def files(place):
@@ -77,26 +83,63 @@ def lines(path):
 
 # ------------------------------------------------------------------------------------------------- whole chains
 
-def test_the_three_commands_run_one_after_the_other_and_write_only_to_root_and_out(here):
-    before = set(files(here))
-    for script in SCRIPTS:
-        argv = [*SMALL, "--data", "pictures", "--root", "cache", *SHORT[script], "--out", f"runs/{script}"]
-        argv = [f"runs/{word}" if word.endswith(".pt") else word for word in argv]
-        done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *argv], capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-    new = {name for name in set(files(here)) - before if not name.startswith("cache/")}
-    assert new == {f"runs/{script}.{ending}" for script in SCRIPTS for ending in ("pt", "jsonl", "png")}
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    """What the seven real commands write, one stage after the other, and torchvision.pt, to start from."""
+    place = tmp_path_factory.mktemp("starts")
+    write_folder(place / "pictures")
+    for together in (["simclr", "byol"], ["coin", "bissl"], FINE_TUNING):
+        runs = [subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *short(script)], cwd=place, text=True,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                for script in together]
+        for run in runs:
+            errors = run.communicate()[1]
+            assert run.returncode == 0, errors
+    written = {name for name in files(place) if not name.startswith(("root/", "pictures/"))}
+    assert written == {f"{script}.{ending}" for script in SCRIPTS for ending in ("pt", "jsonl", "png")}
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), place / "torchvision.pt")
+    return place
 
 
-def test_the_three_scripts_run_on_petals(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "PETAL_SPLITS", {"unlabeled": 32, "train": 60, "val": 30, "test": 30})
+def test_the_seven_commands_run_one_after_the_other_and_write_only_to_root_and_out(starts):
     for script in SCRIPTS:
-        few = [] if script == "simclr" else ["--labels-per-class", "3"]
-        result = run(script, *few, data="petals")
+        assert common.load_checkpoint(starts / f"{script}.pt")["method"] == script
+        assert lines(starts / f"{script}.jsonl")
+
+
+FEW_LABELS = ("--labels-per-class", "3")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """A folder with the checkpoints START.pt and START-MIDDLE.pt that lead to the last stage, all on few petals."""
+    place = tmp_path_factory.mktemp("stages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(common, "PETAL_SPLITS", FEW_PETALS)
+        for script in SCRIPTS.values():
+            patch.setattr(script, "draw", lambda *ignored: None, raising=False)
+        for start in ("simclr", "byol"):
+            run(start, data="petals")
+        for start in ("scratch", "simclr", "byol"):
+            for middle in ("coin", "bissl"):
+                run(middle, *FEW_LABELS, "--out", f"{start}-{middle}", data="petals",
+                    ckpt=None if start == "scratch" else f"{start}.pt")
+    return place
+
+
+@pytest.mark.parametrize("tuning", FINE_TUNING)
+@pytest.mark.parametrize("middle", ["", "-coin", "-bissl"])
+@pytest.mark.parametrize("start", ["scratch", "simclr", "byol"])
+def test_every_chain_of_stages_ends_with_a_test_accuracy_that_eval_repeats(stages, monkeypatch, start, middle, tuning):
+    monkeypatch.chdir(stages)
+    monkeypatch.setattr(common, "PETAL_SPLITS", FEW_PETALS)
+    result = run(tuning, *FEW_LABELS, data="petals", ckpt=None if start + middle == "scratch" else f"{start}{middle}.pt")
     assert 0 <= result["test_top1"] <= 100
-    assert common.load_checkpoint("finetune.pt")["classes"][0] == "3 round"
+    assert common.load_checkpoint(f"{tuning}.pt")["classes"][0] == "3 round"
+    again = finetune.main(["--ckpt", f"{tuning}.pt", "--eval", "--device", "cpu", "--precision", "float32"])
+    assert again["test_top1"] == result["test_top1"]
 
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason="the emoji pictures are not here")
@@ -110,18 +153,19 @@ def test_finetune_runs_on_the_emoji_pictures(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ what is written
 
-@pytest.mark.parametrize("script, unit", [("simclr", "epoch"), ("bissl", "alternation")])
+@pytest.mark.parametrize("script, unit", [("simclr", "epoch"), ("byol", "epoch"), ("bissl", "alternation")])
 def test_the_log_holds_one_line_an_epoch_and_main_returns_the_last(starts, monkeypatch, script, unit):
     monkeypatch.chdir(starts)
-    count = {"simclr": "--epochs", "bissl": "--alternations"}[script]
+    count = {"bissl": "--alternations"}.get(script, "--epochs")
     result = run(script, count, "3", "--out", "three")
     assert [line[unit] for line in lines("three.jsonl")] == [1, 2, 3]
     assert lines("three.jsonl")[-1] == result
 
 
-def test_the_log_of_finetune_ends_with_the_test_accuracy_that_main_returns(here):
-    result = new_finetune("--epochs", "3")
-    *epochs, last = lines("finetune.jsonl")
+@pytest.mark.parametrize("script", FINE_TUNING)
+def test_the_log_of_fine_tuning_ends_with_the_test_accuracy_that_main_returns(here, script):
+    result = from_scratch(script, "--epochs", "3")
+    *epochs, last = lines(f"{script}.jsonl")
     assert [line["epoch"] for line in epochs] == [1, 2, 3]
     assert not any("test_top1" in line for line in epochs)
     assert {name: last[name] for name in result} == result
@@ -153,7 +197,7 @@ def test_help_names_the_shared_flags_in_the_common_order_and_every_default(scrip
 
 # ------------------------------------------------------------------------------------------------ starting points
 
-@pytest.mark.parametrize("start", ["simclr", "bissl", "finetune", "torchvision"])
+@pytest.mark.parametrize("start", [*SCRIPTS, "torchvision"])
 def test_freeze_starts_from_the_checkpoint_and_changes_no_bit_of_the_backbone(starts, monkeypatch, start):
     monkeypatch.chdir(starts)
     run("finetune", "--ckpt", f"{start}.pt", "--freeze", "--epochs", "2", "--out", "frozen")
@@ -162,10 +206,11 @@ def test_freeze_starts_from_the_checkpoint_and_changes_no_bit_of_the_backbone(st
     assert after.keys() == {key for key in before if not key.startswith("fc.")}
 
 
-@pytest.mark.parametrize("start", ["simclr", "bissl", "torchvision"])
-def test_finetune_without_freeze_trains_backbone_and_head(starts, monkeypatch, start):
+@pytest.mark.parametrize("tuning, start", [*[("finetune", start) for start in ("simclr", "byol", "coin", "bissl", "torchvision")],
+                                           ("core_tuning", "torchvision"), ("bi_tuning", "torchvision")])
+def test_fine_tuning_trains_the_backbone_whatever_it_comes_from(starts, monkeypatch, tuning, start):
     monkeypatch.chdir(starts)
-    result = run("finetune", "--ckpt", f"{start}.pt", "--out", "tuned")
+    result = run(tuning, "--ckpt", f"{start}.pt", "--out", "tuned")
     before, after = (common.load_checkpoint(name)["backbone"] for name in (f"{start}.pt", "tuned.pt"))
     changed = {key: not torch.equal(after[key], before[key]) for key in after}
     assert changed["conv1.weight"] and changed["layer4.0.conv2.weight"]
@@ -217,9 +262,10 @@ def unequal(here):
     return here
 
 
-def test_search_and_seeds_give_mean_and_deviation_over_the_final_runs(unequal, monkeypatch):
-    result = new_finetune("--search", "2", "--seeds", "2")
-    runs = lines("finetune.jsonl")[-1]["runs"]
+@pytest.mark.parametrize("script", FINE_TUNING)
+def test_search_and_seeds_give_mean_and_deviation_over_the_final_runs(unequal, script):
+    result = from_scratch(script, "--search", "2", "--seeds", "2")
+    runs = lines(f"{script}.jsonl")[-1]["runs"]
     assert len(runs) == 4 and [one["seed"] for one in runs[2:]] == [0, 1]
     scores = torch.tensor([one["top1"] for one in runs[2:]], dtype=torch.float64)
     assert result["test_top1"] == pytest.approx(scores.mean().item())
@@ -264,11 +310,13 @@ def test_a_pair_that_diverges_does_not_stop_the_search(here, monkeypatch, rate, 
 
 # ------------------------------------------------------------------------------------------------------- learning
 
-def test_finetune_learns_easy_classes_in_a_few_epochs(here):
-    assert new_finetune("--epochs", "4")["test_top1"] > 80  # chance is 33
+@pytest.mark.parametrize("script", FINE_TUNING)
+def test_fine_tuning_learns_easy_classes_in_a_few_epochs(here, script):
+    assert from_scratch(script, "--epochs", "4")["test_top1"] > 80  # chance is 33
 
 
-def test_the_loss_of_simclr_falls(here):
-    run("simclr", "--epochs", "6", "--lr", "0.003")
-    losses = [line["loss"] for line in lines("simclr.jsonl")]
+@pytest.mark.parametrize("script", ["simclr", "byol", "coin"])
+def test_the_loss_falls(here, script):
+    from_scratch(script, "--epochs", "8", "--lr", "0.003" if script != "coin" else "0.03")
+    losses = [line["loss"] for line in lines(f"{script}.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 0.2
