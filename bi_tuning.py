@@ -160,22 +160,27 @@ def train(run):
 
 def show_queue(axes, args, backbone, confusion):
     """The panel of Bi-tuning: mean cosine similarity between the queued projections of two classes."""
-    queue = common.load_checkpoint(f"{args.out}.pt")["resume"]["queue_z"]
+    ckpt = common.load_checkpoint(f"{args.out}.pt")
+    queue, classes = ckpt["resume"]["queue_z"], ckpt["classes"]
     filled = torch.arange(args.keys) < queue["entered"].cpu()[:, None]
     mean = (queue["keys"].cpu() * filled[:, :, None]).sum(1) / filled.sum(1, keepdim=True).clamp(min=1)  # (C, dim)
     image = axes.imshow((mean @ mean.T).numpy(), cmap="coolwarm", vmin=-1, vmax=1)
     axes.figure.colorbar(image, ax=axes)
-    axes.set(xlabel="class", ylabel="class", title="mean similarity of two classes' queued projections")
+    axes.set_title("mean similarity of queued projections")
+    if len(classes) <= 20:
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
 
 
 def parser():
-    p = common.Parser("bi_tuning.py", __doc__, petals=finetune.PETALS, others=finetune.OTHERS, finishes_budget=True)
+    p = common.Parser("bi_tuning.py", __doc__, petals=dict(finetune.PETALS, decay=0.99),
+                      others=dict(finetune.OTHERS, decay=0.999), finishes_budget=True)
     finetune.protocol_options(p)
     p.option("--backbone-lr", common.NOT_NEGATIVE, "learning rate of the backbone in units of --lr; the paper has 0.1 for supervised "
              "pre-training", 1.0)
     p.option("--gamma", common.NOT_NEGATIVE, "weight of the two contrastive losses", 1.0)
     p.option("--keys", common.COUNT, "K, keys queued for each class", 40)
-    p.option("--decay", common.SHARE, "m, decay of the key encoder's average", 0.999)
+    p.option("--decay", common.SHARE, "m, decay of the key encoder's average; the paper's 0.999 hardly moves in short runs")
     p.option("--temperature", common.number(float, 1e-3), "tau of both contrastive losses", 0.07)
     p.option("--dim", common.COUNT, "width of the projections", 128)
     p.add_argument("--random-queue", action="store_true", help="start from random keys, as the released code does, not from empty slots")

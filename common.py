@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
         self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in petals:
-            self.option("--epochs", COUNT, "passes over the images")
+            self.option("--epochs", COUNT, "passes over the images" + ("; after coin.py: those it left" if finishes_budget else ""))
         self.option("--batch-size", number(int, 4), "images a step; BatchNorm needs a few")
         self.option("--lr", POSITIVE, "peak learning rate")
         self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")

@@ -130,7 +130,7 @@ def show_hard_pairs(axes, args, backbone, confusion):
 def parser():
     p = common.Parser("core_tuning.py", __doc__, petals=finetune.PETALS, others=finetune.OTHERS, finishes_budget=True)
     finetune.protocol_options(p)
-    p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes it between 0.1 and 10", 0.1)
+    p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes it between 0.1 and 10", 1.0)
     p.option("--alpha", common.number(float, 1e-3, 1e6), "the mixtures' shares are drawn from Beta(alpha, alpha)", 1.0)
     p.option("--temperature", common.number(float, 1e-3), "tau of the focal contrastive loss", 0.07)
     p.option("--dim", common.COUNT, "width of the projections", 256)

@@ -7,7 +7,8 @@ split, the best pair is trained with several seeds, and the test split is looked
     python finetune.py --ckpt simclr.pt                      fine-tune; without --ckpt: the same from scratch
     python finetune.py --ckpt simclr.pt --freeze             linear probe: only the classifier learns
     python finetune.py --ckpt simclr.pt --search 20 --seeds 5     what a table needs: mean +- std over 5 seeds
-    python finetune.py --ckpt finetune.pt --eval             accuracy of a finished run, no training
+    python finetune.py --ckpt coin.pt                        COIN's second stage: its last epochs, with --supcon 0.1
+    python finetune.py --ckpt finetune.pt --eval             accuracy of a finished run, no training; core_tuning.pt, bi_tuning.pt too
 
 Measured on petals, default flags (20 labels a class, 5 seeds, test top-1): 19.7 +- 1.8 % from scratch, 70.0 +- 5.5 % from SimCLR;
 20 seconds a run on two CPU cores.
