@@ -146,7 +146,7 @@ def train(args):
     args.lower_lr = config["lr"] / 5 if args.lower_lr is None else args.lower_lr
     pretext_data = common.load_unlabeled(Namespace(**{**vars(args), "data": args.pretext_data}), "pretext_batch_size")
     data = common.load_labelled(args, args.seed)
-    val = common.load_data(args, "val") if common.few_labels(args) else None  # else val is trained on too
+    val = common.load_held_out(args, data)
 
     upper_backbone = copy.deepcopy(lower_backbone)
     upper_head = nn.Linear(upper_backbone.num_features, len(data.classes)).to(args.device)
@@ -253,7 +253,7 @@ def warm_up_head(args, backbone, head, data):
 
 
 def warm_up_pretext_head(args, pretext, model, config, data):
-    """Train a fresh pretext head alone for --head-epochs epochs. BYOL's target stays the random one that it is predicted from."""
+    """Train a fresh pretext head alone for --head-epochs epochs. BYOL's target stays the backbone under a random projector."""
     optimizer = common.make_optimizer(config["optimizer"], [model.head], config["lr"], config["weight_decay"])
     for epoch in range(args.head_epochs):
         for x, _ in common.batches(data, args.pretext_batch_size, whole_only=True):

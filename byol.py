@@ -3,7 +3,7 @@
 The network predicts, from one view of an image, what a slow average of itself makes of another view. There are no negatives:
 what keeps all projections from becoming one constant is the predictor, and that no gradient flows into the target.
 
-  1. Draw a batch of B images; make two views x1, x2 of each, by two different augmentations (table 6).
+  1. Draw a batch of B images; make two views x1, x2 of each, by two augmentations (appendix B).
   2. Online: p = q(z), z = g(f(x)): f is the backbone, g the projector, q the predictor. Target: z' = g'(f'(x)), no gradient.
   3. Loss: 2 - 2 cos(p1, z2') + 2 - 2 cos(p2, z1').
   4. Step f, g and q. Then f', g' <- tau f', g' + (1 - tau) f, g, with tau rising from tau_base to 1 on a cosine. After the
@@ -64,7 +64,7 @@ class Model(nn.Module):
 
 
 def decay(tau_base, step, steps):
-    """tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2 (section 3.2): tau_base at the first of K steps, 1 at the end."""
+    """tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2 ("Implementation details"): tau_base at the first of K steps, 1 at the end."""
     return 1 - (1 - tau_base) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
@@ -73,10 +73,16 @@ def make_model(backbone, config):
 
 
 def make_views(x, config):
-    """uint8 (B, 3, S, S) -> two random views (B, 3, size, size), the second solarised and hardly blurred"""
+    """uint8 (B, 3, S, S) -> two random views (B, 3, size, size); blur and solarise have a probability for each"""
     settings = dict(crop=(config["crop"], 1), jitter=config["jitter"], grey_p=config["grey"])
     return [common.augment(x, config["image_size"], **settings, blur_p=blur, solarise_p=solarise)
             for blur, solarise in zip(config["blur"], config["solarise"])]
+
+
+def outputs(model, views, config):
+    """z, p, z_target (2B, D) of both views, the first ones first; one forward a network: BatchNorm sees both views."""
+    with common.autocast(views[0].device, config["precision"]):
+        return model(torch.cat(views))
 
 
 def symmetric_loss(p, z_target):
@@ -87,8 +93,7 @@ def symmetric_loss(p, z_target):
 
 def loss(model, views, config):
     """The loss of one batch of views; what bissl.py minimises in its lower level."""
-    with common.autocast(views[0].device, config["precision"]):
-        _, p, z_target = model(torch.cat(views))  # one forward: BatchNorm sees both views
+    _, p, z_target = outputs(model, views, config)
     return symmetric_loss(p, z_target)
 
 
@@ -113,9 +118,7 @@ def train(args):
         for i, (x, _) in enumerate(common.batches(data, args.batch_size, whole_only=True)):
             step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup=args.warmup * steps_per_epoch)
-            views = make_views(x, config)
-            with common.autocast(args.device, args.precision):
-                z, p, z_target = model(torch.cat(views))
+            z, p, z_target = outputs(model, make_views(x, config), config)
             batch_loss = symmetric_loss(p, z_target)
             optimizer.zero_grad()
             batch_loss.backward()
@@ -133,7 +136,7 @@ def train(args):
             head=model.head, classes=data.classes, config=config,
             resume=dict(optimizer=optimizer.state_dict(), history=log.history))
 
-    draw(args, log.history, [view[:32] for view in make_views(data.images[:32].to(args.device), config)])
+    draw(args, log.history, make_views(data.images[:32].to(args.device), config))
     return log.history[-1]
 
 

@@ -13,8 +13,10 @@ nothing is added to the budget.
     python coin.py --ckpt simclr.pt          the first 42 of 60 epochs
     python finetune.py --ckpt coin.pt        the other 18: together what `python finetune.py --ckpt simclr.pt` sees
 
-Look at S_Dbw, printed at the end: how compact and how far apart the classes of the test features are, before and after (lower is
-better). MEASURED
+Look at S_Dbw, printed at the end: how compact the classes of the test features are beside the whole, before and after (lower is
+better). It is there to read, not to choose flags by: that is what the validation images and their k-NN accuracy are for.
+
+MEASURED
 
 Differs from the paper in: momentum without Nesterov and a classifier with bias, as in finetune.py, so that rows differ in the method
 alone; S_Dbw is the index of Halkidi and Vazirgiannis (2001), the authors took Tong's variant. From the authors' code in: the
@@ -45,12 +47,13 @@ def supcon(z, y, temperature):
 
 
 def make_projector(num_features, dim):
+    """g: (B, num_features) -> (B, dim)"""
     return nn.Sequential(nn.Linear(num_features, num_features), nn.ReLU(), nn.Linear(num_features, dim))
 
 
 def start_projector(args, backbone, ckpt):
-    """For finetune.py's --supcon: the checkpoint's projector, or a new one where it has none."""
-    if ckpt is None or ckpt["projector"] is None:
+    """For finetune.py's --supcon: the checkpoint's projector, or a new one where it has none of this kind."""
+    if ckpt is None or "2.weight" not in (ckpt["projector"] or {}):
         return make_projector(backbone.num_features, 256)
     try:
         projector = make_projector(backbone.num_features, len(ckpt["projector"]["2.weight"]))
@@ -130,7 +133,8 @@ def train(args):
         common.fail(f"--balanced {args.balanced} leaves no two classes for --batch-size {args.batch_size}")
     backbone, _ = common.start_backbone(args)
     data, test = common.load_labelled(args, args.seed), common.load_data(args, "test")
-    val = common.load_data(args, "val") if common.few_labels(args) else None  # else val is trained on too
+    common.check_classes(args, test.classes, data.classes, "test")
+    val = common.load_held_out(args, data)
     say_positives(data.labels, args.batch_size, args.balanced)
     print(f"{coin_epochs} of {args.epochs} epochs: {len(data):,} labelled images of {len(data.classes)} classes", flush=True)
     before = common.features(backbone, test, args)
@@ -196,16 +200,17 @@ def parser():
     p = common.Parser(
         "coin.py", __doc__,
         petals=dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03, weight_decay=5e-4, crop=0.5,
-                    labels_per_class=20),
+                    labels_per_class=20, temperature=0.1),
         others=dict(image_size=64, arch="resnet10", epochs=60, batch_size=32, lr=0.01, weight_decay=5e-4, crop=0.5,
-                    labels_per_class=None))
+                    labels_per_class=None, temperature=0.3))
     p.label_options()
     p.option("--crop", common.number(float, 0.01, 1), "smallest area of a crop, as a share of the image")
     p.option("--alpha", common.SHARE, "share of --epochs, the whole budget, that SupCon alone gets", 0.7)
     p.option("--eta", common.NOT_NEGATIVE, "weight of SupCon beside cross-entropy that finetune.py takes over", 0.1)
-    p.option("--temperature", common.number(float, 1e-3), "tau of SupCon", 0.3)
+    p.option("--temperature", common.number(float, 1e-3), "tau of SupCon; the authors have 0.3")
     p.option("--dim", common.COUNT, "width of the projections", 256)
-    p.option("--balanced", common.FROM_ZERO, "images of each class in a batch of fewer classes; 0: plain batches", 0)
+    p.option("--balanced", common.FROM_ZERO, "images of each class in a batch, which then holds --batch-size / BALANCED classes; 0: plain "
+             "batches", 0)
     p.option("--probe-every", common.COUNT, "epochs between two k-NN probes (only with few labels: val is held out then)", 5)
     return p
 

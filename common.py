@@ -117,6 +117,8 @@ class Parser(argparse.ArgumentParser):
             config = load_checkpoint(args.ckpt)["config"]
             if self.finishes_budget and Path(config.get("data", "")) == Path(args.data):
                 defaults.update(config.get("rest", {}))
+        if args.ckpt and not getattr(args, "eval", False) and Path(args.ckpt).resolve() == Path(f"{args.out}.pt").resolve():
+            fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
         given = [name for name in ("labels_per_class", "fraction") if getattr(args, name, None) is not None]
         if len(given) == 2:
             self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
@@ -314,6 +316,8 @@ def load_data(args, split):
     parts = ["train", "val"] if split == "trainval" and "val" in own_splits else [
         "train" if split == "trainval" or (split == "val" and "val" not in own_splits) else split]
     pieces = [read(part) for part in parts]
+    for part, piece in zip(parts, pieces):
+        check_classes(args, piece[2], pieces[0][2], part)
     images, labels = (pieces[0][i] if len(pieces) == 1 else torch.cat([piece[i] for piece in pieces]) for i in (0, 1))
     device, classes = torch.device(args.device), pieces[0][2]
     if device.type == "cuda" and images.nbytes < 0.5 * memory(device):
@@ -324,6 +328,13 @@ def load_data(args, split):
         keep = held_out if split == "val" else torch.tensor(np.setdiff1d(np.arange(len(labels)), held_out.numpy()))
         store = store.subset(keep)
     return store
+
+
+def check_classes(args, classes, expected, split):
+    """Labels are positions in the list of classes: a split that lacks a class would shift them."""
+    if classes != expected:
+        odd = sorted(set(classes) ^ set(expected))
+        fail(f"{args.data}: {split} does not have the classes of the other splits: {', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}")
 
 
 def load_unlabeled(args, flag="batch_size"):
@@ -339,6 +350,7 @@ def load_probe(args):
     if Path(args.data).is_dir() and not (Path(args.data) / "train").is_dir():
         return None
     probe = load_data(args, "train"), load_data(args, "val")
+    check_classes(args, probe[1].classes, probe[0].classes, "val")
     return probe if len(probe[0].classes) > 1 else None
 
 
@@ -368,6 +380,15 @@ def load_labelled(args, seed, hold_out=False):
     if len(store.classes) < 2:
         fail(f"{args.data} has only one class, {store.classes[0]}: there is nothing to tell apart")
     return store.subset(labelled_subset(store.labels, seed, per_class, args.fraction)) if few else store
+
+
+def load_held_out(args, data):
+    """val for a stage that trains on the labelled `data`, or None where all labels are asked for: val is among them then."""
+    if not few_labels(args):
+        return None
+    val = load_data(args, "val")
+    check_classes(args, val.classes, data.classes, "val")
+    return val
 
 
 def batches(store, batch_size, shuffle=True, whole_only=False, parts=None):

@@ -13,7 +13,7 @@ split, the best pair is trained with several seeds, and the test split is looked
 Measured on petals, default flags (20 labels a class, 5 seeds, test top-1): 19.7 +- 1.8 % from scratch, 70.0 +- 5.5 % from SimCLR;
 20 seconds a run on two CPU cores.
 
-Differs from the paper in: 60 epochs instead of 400, no weight decay on biases and BatchNorm. With all labels, the last runs train on train
+Differs from the authors' in: 60 epochs instead of 400, batches of 32 instead of 256, no weight decay on biases and BatchNorm. With all labels, the last runs train on train
 and val together; with few, on a subset of train that each seed draws anew, and the search is judged on the whole of val.
 """
 import argparse
@@ -30,6 +30,44 @@ import coin
 import common
 
 METRICS = ("top1", "top5", "mean_class")
+
+
+def train(run):
+    """Cross-entropy, and with --supcon what COIN's second stage adds to it."""
+    args, data = run.args, run.data
+    backbone, ckpt = common.start_backbone(args, say=False)
+    model = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(backbone.num_features, len(data.classes))))
+    if args.supcon:
+        model["projector"] = coin.start_projector(args, backbone, ckpt)
+        if not run.results:  # once is enough
+            coin.say_positives(data.labels, args.batch_size)
+    model.to(args.device)
+    backbone.requires_grad_(not args.freeze)
+    optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
+    steps_per_epoch = -(-len(data) // args.batch_size)
+
+    for epoch in range(run.start(model, optimizer), args.epochs):
+        torch.manual_seed(args.seed * 1_000_003 + epoch)
+        total, hits = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
+        backbone.train(not args.freeze)  # a frozen backbone keeps its BatchNorm statistics too
+        for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
+            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
+                                     start=args.cosine_start)
+            x = common.augment(x, args.image_size, crop=(args.crop, 1))
+            with common.autocast(args.device, args.precision):
+                f = backbone(x)         # (B, D)
+                logits = model.head(f)  # (B, C)
+                z = model.projector(f) if args.supcon else None
+            loss = F.cross_entropy(common.upcast(logits), y)
+            if args.supcon:
+                loss = loss + args.supcon * coin.supcon(z, y, args.supcon_temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(y)
+            hits += (logits.detach().argmax(1) == y).sum()
+        if not run.finish_epoch(epoch, model, optimizer, total, hits):
+            break
 
 
 def metrics(logits, labels):
@@ -83,13 +121,15 @@ class Run:
         if len(self.results) < args.search and not (total.isfinite() and common.is_finite(model)):
             self.results.append(dict(run, top1=0.0))  # a pair of the search that diverges is a bad pair, not an error
             return False
+        score = evaluate(model.backbone, model.head, self.judge, args)[0] if last else None
         val_top1 = None
         if self.watch and (last or (epoch + 1) % max(1, args.epochs // 10) == 0):
-            val_top1 = evaluate(model.backbone, model.head, self.watch, args)[0]["top1"]
+            val_top1 = (score if last and self.watch is self.judge else
+                        evaluate(model.backbone, model.head, self.watch, args)[0])["top1"]
         self.log.epoch(len(self.data), run=len(self.results) + 1, loss=total / len(self.data),
                        train_top1=100 * hits / len(self.data), val_top1=val_top1)
         if last:
-            self.results.append({**run, **evaluate(model.backbone, model.head, self.judge, args)[0]})
+            self.results.append({**run, **score})
         parts = {name: part.state_dict() for name, part in model.named_children()}
         common.save_checkpoint(
             f"{args.out}.pt", method=self.method, arch=args.arch, image_size=args.image_size, backbone=parts.pop("backbone"),
@@ -97,44 +137,6 @@ class Run:
             config=common.run_config(self.log.args),
             resume=dict(parts, optimizer=optimizer.state_dict(), history=self.log.history, results=self.results))
         return True
-
-
-def train(run):
-    """Cross-entropy, and with --supcon what COIN's second stage adds to it."""
-    args, data = run.args, run.data
-    backbone, ckpt = common.start_backbone(args, say=False)
-    model = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(backbone.num_features, len(data.classes))))
-    if args.supcon:
-        model["projector"] = coin.start_projector(args, backbone, ckpt)
-        if not run.results:  # once is enough
-            coin.say_positives(data.labels, args.batch_size)
-    model.to(args.device)
-    backbone.requires_grad_(not args.freeze)
-    optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
-    steps_per_epoch = -(-len(data) // args.batch_size)
-
-    for epoch in range(run.start(model, optimizer), args.epochs):
-        torch.manual_seed(args.seed * 1_000_003 + epoch)
-        total, hits = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
-        backbone.train(not args.freeze)  # a frozen backbone keeps its BatchNorm statistics too
-        for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
-            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
-                                     start=args.cosine_start)
-            x = common.augment(x, args.image_size, crop=(args.crop, 1))
-            with common.autocast(args.device, args.precision):
-                f = backbone(x)         # (B, D)
-                logits = model.head(f)  # (B, C)
-                z = model.projector(f) if args.supcon else None
-            loss = F.cross_entropy(common.upcast(logits), y)
-            if args.supcon:
-                loss = loss + args.supcon * coin.supcon(z, y, args.supcon_temperature)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(y)
-            hits += (logits.detach().argmax(1) == y).sum()
-        if not run.finish_epoch(epoch, model, optimizer, total, hits):
-            break
 
 
 def protocol(args, method, train, panel):
@@ -147,10 +149,16 @@ def protocol(args, method, train, panel):
     test, val = common.load_data(args, "test"), common.load_data(args, "val")
     results, history = (ckpt["resume"]["results"], ckpt["resume"]["history"]) if ckpt else ([], [])
     log = common.Log(args, (args.search + args.seeds) * args.epochs, history)
-    if start and "labels_per_class" in start["config"] and common.few_labels(args) and (
-            args.seeds > 1 or start["config"]["seed"] != args.seed):
-        print(f"{args.ckpt} has learnt from the labelled images of seed {start['config']['seed']}, and each seed draws its own: "
-              "for a fair table give every seed a checkpoint made with it", flush=True)
+    if start and "labels_per_class" in start["config"]:  # a stage that has seen labels
+        seen = argparse.Namespace(**start["config"])
+        same = (seen.labels_per_class, seen.fraction, seen.seed) == (args.labels_per_class, args.fraction, args.seed)
+        if common.few_labels(args) and not (same and args.seeds == 1):
+            print(f"{args.ckpt} has learnt from other labelled images (--labels-per-class {seen.labels_per_class} --fraction "
+                  f"{seen.fraction} --seed {seen.seed}) than these flags draw: for a fair table make one for each seed", flush=True)
+        if args.search and not common.few_labels(seen):
+            print(f"{args.ckpt} has learnt from val too, on which this search is judged: accuracies on val are too high", flush=True)
+    if args.cosine_start:
+        print(f"{args.epochs} epochs are left of the budget: goes on at {args.cosine_start:.0%} of the cosine", flush=True)
 
     rng = np.random.default_rng(args.seed)
     pairs = 10 ** rng.uniform((-4, -5), (0, -2), (args.search, 2))  # lr 1e-4..1 and wd 1e-5..1e-2, log-uniform
@@ -165,6 +173,8 @@ def protocol(args, method, train, panel):
                 now.lr, now.weight_decay = best["lr"], best["weight_decay"]
         searching = run < args.search
         data = common.load_labelled(args, now.seed, hold_out=searching)
+        for split, store in (("val", val), ("test", test)):
+            common.check_classes(args, store.classes, data.classes, split)
         print(f"run {run + 1}/{args.search + args.seeds}: {len(data):,} labelled images of {len(data.classes)} classes, "
               f"lr {now.lr:.2g}, weight decay {now.weight_decay:.2g}, seed {now.seed}", flush=True)
         train(Run(method, now, data, judge=val if searching else test,
@@ -216,7 +226,7 @@ def draw(args, history, test, panel):
     where = "fine-tuning, where class means differ most"
     common.plot_features(axes[1, 0], *common.features(before, test, args), f"test features before {where}")
     common.plot_features(axes[1, 1], x, y, f"test features after {where}")
-    panel(axes[1, 2], args, backbone, confusion)
+    panel(axes[1, 2], argparse.Namespace(**{**vars(args), "seed": args.seed + args.seeds - 1}), backbone, confusion)  # the last run's
     common.save_figure(args, figure)
 
 
@@ -259,7 +269,10 @@ def main(argv=None):
             return protocol(args, "finetune", train, class_accuracies)
         if args.ckpt is None:
             common.fail("--eval needs --ckpt")
-        args.image_size = args.image_size or common.load_checkpoint(args.ckpt)["image_size"]
+        ckpt = common.load_checkpoint(args.ckpt)
+        if ckpt["classes"] is None:
+            common.fail(f"{args.ckpt} ({ckpt['method']}) has no classifier: fine-tune it first")
+        args.image_size = args.image_size or ckpt["image_size"]
         test = common.load_data(args, "test")
         scores, _ = evaluate(*load_classifier(args, args.ckpt, test.classes), test, args)
         print("test  " + "  ".join(f"{name} {scores[name]:.2f} %" for name in METRICS))

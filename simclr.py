@@ -105,7 +105,7 @@ def train(args):
             head=model.head, classes=data.classes, config=config,
             resume=dict(optimizer=optimizer.state_dict(), history=log.history))
 
-    draw(args, log.history, [view[:32] for view in make_views(data.images[:32].to(args.device), config)])
+    draw(args, log.history, make_views(data.images[:32].to(args.device), config))
     return log.history[-1]
 
 

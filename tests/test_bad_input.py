@@ -54,6 +54,10 @@ def place(tmp_path_factory):
     write_folder(place / "lonely", classes=("a", "b"), per_class=9)
     for path in sorted((place / "lonely" / "train" / "b").iterdir())[1:]:
         path.unlink()
+    write_folder(place / "unlike", splits=("train", "val"))
+    write_folder(place / "unlike", classes=("a", "c"), splits=("test",))
+    write_folder(place / "unlike_val", splits=("train", "test"))
+    write_folder(place / "unlike_val", classes=("a", "c"), splits=("val",))
     shutil.rmtree(place / "no_test" / "test")
     (place / "empty").mkdir()
     for path in (place / "hollow" / "train" / "b").iterdir():
@@ -77,6 +81,7 @@ def place(tmp_path_factory):
     odd = common.load_checkpoint(place / "coin.pt")
     torch.save({**odd, "projector": {"2.weight": torch.zeros(2, 2)}}, place / "odd_projector.pt")
     torch.save({**common.load_checkpoint(place / "byol.pt"), "head": {}}, place / "byol_without_head.pt")
+    torch.save(backbone, place / "foreign.pt")
     torch.save({**backbone, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}, place / "misshapen.pt")
     torch.save({key: value for key, value in backbone.items() if key != "layer3.0.bn1.weight"}, place / "missing.pt")
     for ending in ("pt", "jsonl", "png"):
@@ -130,6 +135,14 @@ ROWS = [
     ("coin", "--data no_test", "no_test/test"),
     ("core_tuning", "--data broken", "broken/train/b/7.png"),
     ("bi_tuning", "--data hollow", "classes b"),
+    ("simclr", "--data unlike_val", "val does not have the classes"),
+    ("byol", "--data unlike_val", "val does not have the classes"),
+    ("coin", "--data unlike", "test does not have the classes"),
+    ("bissl", "--data unlike_val", "val does not have the classes"),
+    ("finetune", "--data unlike", "test does not have the classes"),
+    ("finetune", "--data unlike_val --labels-per-class 2", "val does not have the classes"),
+    ("core_tuning", "--data unlike", "test does not have the classes"),
+    ("bi_tuning", "--data unlike", "test does not have the classes"),
     ("coin", "--data single", "one class"),
     ("core_tuning", "--data single", "one class"),
     ("bi_tuning", "--data single", "one class"),
@@ -142,6 +155,7 @@ ROWS = [
     ("finetune", "--eval", "--ckpt"),
     ("finetune", "--eval --ckpt simclr.pt", "no classifier"),
     ("finetune", "--eval --ckpt byol.pt", "no classifier"),
+    ("finetune", "--eval --ckpt foreign.pt", "no classifier"),
     ("finetune", "--eval --ckpt coin.pt", "no classifier"),
     ("finetune", "--eval --ckpt bi_tuning.pt --data four", "3 classes"),
     ("finetune", "--eval --ckpt finetune.pt --data four", "3 classes"),
@@ -154,6 +168,8 @@ ROWS = [
     ("simclr", "--device toaster", "toaster"),
     ("simclr", "--device cuda", "cuda"),
     ("finetune", "--out blocker/x", "blocker/x"),
+    ("finetune", "--ckpt finetune.pt --out finetune", "another --out"),
+    ("coin", "--ckpt ./simclr.pt --out simclr", "another --out"),
     # numbers that make no sense
     ("simclr", "--image-size 0", "--image-size"),
     ("simclr", "--batch-size 0", "--batch-size"),
@@ -211,6 +227,9 @@ ROWS = [
     ("finetune", "--crop 2", "--crop"),
     ("finetune", "--labels-per-class 13", "--labels-per-class"),
     ("finetune", "--labels-per-class -1", "--labels-per-class"),
+    ("finetune", "--labels-per-class 2 --fraction 0.5", "give one"),
+    ("finetune", "--lr inf", "--lr"),
+    ("coin", "--temperature inf", "--temperature"),
     ("finetune", "--fraction 0", "--fraction"),
     ("finetune", "--fraction 2", "--fraction"),
     ("finetune", "--seeds 0", "--seeds"),

@@ -473,10 +473,8 @@ def test_supcon_makes_a_projector_where_there_is_none_and_trains_it(inside, star
     assert all((saved[0][key] - saved[1][key]).abs().max() > 1e-6 for key in saved[0])
 
 
-@pytest.mark.parametrize("projector", [
-    {"0.weight": torch.zeros(5, 5), "0.bias": torch.zeros(5), "2.weight": torch.zeros(8, 5), "2.bias": torch.zeros(8)},
-    {"weight": torch.zeros(8, 256), "bias": torch.zeros(8)}])  # that of bi_tuning.py
-def test_a_projector_that_does_not_fit_is_named_with_its_file(inside, capsys, projector):
+def test_a_projector_that_does_not_fit_is_named_with_its_file(inside, capsys):
+    projector = {"0.weight": torch.zeros(5, 5), "0.bias": torch.zeros(5), "2.weight": torch.zeros(8, 5), "2.bias": torch.zeros(8)}
     torch.save({**common.load_checkpoint("coin.pt"), "projector": projector}, "misfit.pt")
     assert "misfit.pt" in ends_with_one_line(
         capsys, finetune.main, [*AFTER_COIN, "--ckpt", "misfit.pt", "--epochs", "1", "--out", "never"])

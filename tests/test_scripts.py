@@ -251,6 +251,23 @@ def test_finetune_trains_on_as_many_labelled_images_as_asked_for(here, monkeypat
     assert seen == [images]  # 3 classes of 12; a fifth of each (2) is held out where there is a choice to make
 
 
+@pytest.mark.parametrize("coin_flags, flags, said", [
+    ("--labels-per-class 3", "--labels-per-class 3", ""),
+    ("--labels-per-class 3", "--labels-per-class 3 --seed 1", "other labelled images"),
+    ("--labels-per-class 3", "--labels-per-class 3 --seeds 2", "other labelled images"),
+    ("--labels-per-class 0", "--labels-per-class 3", "other labelled images"),
+    ("--labels-per-class 3", "--fraction 0.5", "other labelled images"),
+    ("--labels-per-class 3", "--labels-per-class 3 --search 1", ""),
+    ("--labels-per-class 0", "--labels-per-class 0 --search 1", "learnt from val"),
+    ("--labels-per-class 0", "--labels-per-class 0", "")])
+def test_fine_tuning_says_where_an_earlier_stage_has_seen_labels_that_it_should_not(here, capsys, coin_flags, flags, said):
+    run("coin", *coin_flags.split(), "--arch", "resnet10", ckpt=None)
+    capsys.readouterr()
+    run("finetune", *flags.split(), ckpt="coin.pt")
+    printed = capsys.readouterr().out
+    assert ("has learnt from" in printed) == bool(said) and said in printed
+
+
 # --------------------------------------------------------------------------------------------------------- search
 
 @pytest.fixture
