@@ -242,15 +242,15 @@ def test_the_two_views_are_drawn_apart(flags):
 def watch(patch):
     """A list that byol.py and bissl.py fill: what they do, in order, and the whole pretext model as it then is."""
     events, models = [], []
-    forward, update, solve, save = byol.Model.forward, byol.Model.update_target, bissl.inverse_hvp, common.save_checkpoint
+    outputs, update, solve, save = byol.outputs, byol.Model.update_target, bissl.inverse_hvp, common.save_checkpoint
 
     def note(kind, model=None, **more):
         models.append(model or models[-1])
         events.append(Namespace(kind=kind, state=copy.deepcopy(models[-1].state_dict()), **more))
 
-    def noting_forward(model, x):
+    def noting_outputs(model, views, config):
         note("forward", model)
-        events[-1].z, *rest = forward(model, x)
+        events[-1].z, *rest = outputs(model, views, config)
         return events[-1].z, *rest
 
     def noting_update(model, tau):
@@ -268,7 +268,7 @@ def watch(patch):
         note("saved")
         save(*args, **kwargs)
 
-    patch.setattr(byol.Model, "forward", noting_forward)
+    patch.setattr(byol, "outputs", noting_outputs)
     patch.setattr(byol.Model, "update_target", noting_update)
     patch.setattr(bissl, "inverse_hvp", noting_solve)
     patch.setattr(common, "save_checkpoint", noting_save)
@@ -314,7 +314,7 @@ def aligned(pretrained, tmp_path_factory):
 
 
 def updates(events):
-    """Of each training step: the forward pass, before and after the target's update, and what follows."""
+    """Of each training step: the forward passes, before and after the target's update, and what follows."""
     return [events[i - 1:i + 3] for i, event in enumerate(events) if event.kind == "update"]
 
 
@@ -378,11 +378,20 @@ def test_a_whole_upper_stage_leaves_target_and_theta_and_all_statistics_alone_to
             assert same(event.state.values(), last_update.state.values())
 
 
-def test_each_lower_step_is_one_forward_pass_to_every_statistic_and_the_hessian_is_none(aligned):
+def test_each_lower_step_is_one_forward_pass_a_view_to_every_statistic_and_the_hessian_is_none(aligned):
     counts = lambda event: {int(value) for key, value in event.state.items() if key.endswith("num_batches_tracked")}
-    assert counts(aligned.events[0]) == {4}  # byol.py's four steps
-    assert [counts(event) for event in aligned.events if event.kind == "updated"] == [{5}, {6}, {7}, {8}]
-    assert counts(aligned.events[-1]) == {8}
+    assert counts(aligned.events[0]) == {8}  # byol.py's four steps
+    assert [counts(event) for event in aligned.events if event.kind == "updated"] == [{10}, {12}, {14}, {16}]
+    assert counts(aligned.events[-1]) == {16}
+
+
+def test_each_view_meets_batchnorm_on_its_own():
+    model, config = byol.make_model(common.build_backbone("resnet10", True), dict(hidden=8, dim=4)), dict(precision="float32")
+    views = torch.randn(6, 3, 16, 16), 5 + 3 * torch.randn(6, 3, 16, 16)
+    together = byol.outputs(model, views, config)
+    for place, view in ((slice(0, 6), views[0]), (slice(6, 12), views[1])):
+        for part_of, alone in zip(together, model(view)):
+            torch.testing.assert_close(part_of[place], alone)
 
 
 def slow_hessian_product(model, views, vector, step=1e-5):
