@@ -12,7 +12,6 @@ Prints the table and writes tests/results/speed.csv; rows that were not measured
   tuning   a training step of each method that learns from labels / of plain fine-tuning, same batch and backbone
   byol     a training step of BYOL / of SimCLR
 """
-import collections
 import copy
 import csv
 import os
@@ -168,12 +167,12 @@ def slow_bi_losses(h, z_q, z_k, weight, bias, y, queue_h, queue_z, tau):
         w = F.normalize(torch.cat([weight[c], bias[c:c + 1]]).detach(), dim=0)
         for anchor, own, queue in ((w, F.normalize(torch.cat([h[i], h.new_ones(1)]), dim=0), queue_h),
                                    (F.normalize(z_q[i], dim=0), F.normalize(z_k[i], dim=0), queue_z)):
-            candidates = torch.cat([own[None], *[torch.stack(list(keys)) for keys in queue]])  # the image itself, then C x K keys
-            size = len(queue[c])
-            target = torch.zeros(len(candidates), device=h.device)
+            logits = torch.cat([(own * anchor).sum()[None], queue.flatten(0, 1) @ anchor])  # the image itself, then C x K keys
+            size = queue.shape[1]
+            target = torch.zeros(len(logits), device=h.device)
             target[0] = 1 / (size + 1)
             target[1 + c * size:1 + (c + 1) * size] = 1 / (size + 1)
-            log_p = (candidates @ anchor / tau).log_softmax(0)
+            log_p = (logits / tau).log_softmax(0)
             total = total + F.kl_div(log_p, target, reduction="sum")
     return total / len(y)
 
@@ -185,7 +184,7 @@ def bi_row(device):
     weight, bias = torch.randn(C, D, device=device), torch.randn(C, device=device)
     queues = [bi_tuning.ClassQueue(C, K, width).to(device) for width in (D + 1, d)]
     [queue.fill_at_random() for queue in queues]
-    rings = [[collections.deque(keys, maxlen=K) for keys in queue.keys] for queue in queues]
+    rings = [queue.keys.clone() for queue in queues]
     keys = bi_tuning.unit_with_one(h_k), F.normalize(z_k, dim=1)
     value = {}
 
@@ -202,8 +201,8 @@ def bi_row(device):
         loss = slow_bi_losses(h, z_q, z_k, weight, bias, y, *rings, tau)
         loss.backward()
         for ring, new in zip(rings, keys):
-            for key, label in zip(new, y.tolist()):
-                ring[label].append(key)
+            for key, label in zip(new, y.tolist()):  # the oldest first
+                ring[label] = torch.cat([ring[label, 1:], key[None]])
         value["reference"] = loss.item()
 
     ours, reference, ratio = in_turn(ours, reference, device, 15)
