@@ -15,7 +15,8 @@ does. A class is then learnt from K + 1 images at once, however small the batch.
     python bi_tuning.py --ckpt simclr.pt
     python bi_tuning.py --ckpt resnet50.pth --data flowers --image-size 224 --backbone-lr 0.1     supervised weights
 
-MEASURED
+Measured on petals, one SimCLR run, 20 labels a class, 3 seeds: test top-1 81.3 +- 3.3 %, against 78.3 +- 4.8 % of plain fine-tuning; seed by
+seed, on the same labelled images, 1.8 to 4.7 points more. A step costs 1.3 plain ones.
 
 Differs from the paper in: momentum without Nesterov, as in finetune.py; the backbone learns at the rate of the rest (--backbone-lr 0.1); on
 petals m is 0.99, because in 420 steps an average of 0.999 hardly leaves its start; slots of a ring that no image has filled yet take part in

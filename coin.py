@@ -16,9 +16,11 @@ nothing is added to the budget.
 Look at S_Dbw, printed at the end: how compact the classes of the test features are beside the whole, before and after (lower is
 better). It is there to read, not to choose flags by: that is what the validation images and their k-NN accuracy are for.
 
-MEASURED
+Measured on petals, one SimCLR run, 20 labels a class, 3 seeds: test top-1 76.9 +- 0.6 % after both stages, against 78.3 +- 4.8 % of plain
+fine-tuning: no gain. S_Dbw fell from 0.86 to 0.51 - 0.57.
 
-Differs from the paper in: momentum without Nesterov and a classifier with bias, as in finetune.py, so that rows differ in the method
+Differs from the paper in: tau 0.1 on petals, where 42 epochs of 0.3 ended at 48 % k-NN accuracy on validation images and 0.1 at 75 %;
+momentum without Nesterov and a classifier with bias, as in finetune.py, so that rows differ in the method
 alone; S_Dbw is the index of Halkidi and Vazirgiannis (2001), the authors took Tong's variant. From the authors' code in: the
 mean over P(i) as in the paper (theirs divides by the batch); any budget (theirs switches stages at 70 of 100 epochs, hard-coded).
 """
