@@ -17,8 +17,8 @@ Look at `spread` in the log: the mean standard deviation of the normalised proje
 
 MEASURED
 
-Differs from the paper in: AdamW instead of LARS, which wants batches in the thousands (--optimizer lars); narrower heads; tau_base 0.99,
-because runs are short; on 32 px petals neither blur nor solarise.
+Differs from the paper in: SGD instead of LARS, which wants batches in the thousands (--optimizer lars); narrower heads; tau_base 0.99,
+because runs are short; on 32 px petals no blur and the strongest brightness and contrast jitter.
 """
 import copy
 import math

@@ -36,7 +36,7 @@ def write(path, **changes):
     """A small checkpoint of ours at path; returns what was written."""
     contents = dict(
         method="simclr", arch="resnet10", image_size=32, backbone=common.build_backbone("resnet10", True),
-        head=nn.Linear(256, 4), classes=["a", "b"], config=dict(lr=0.1, data="petals"), resume=dict(history=[]))
+        head=nn.Linear(256, 4), projector=nn.Linear(256, 8), classes=["a", "b"], config=dict(lr=0.1, data="petals"), resume=dict(history=[]))
     contents.update(changes)
     common.save_checkpoint(path, **contents)
     return contents
@@ -50,8 +50,16 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert loaded.keys() == saved.keys()
     for name in ("method", "arch", "image_size", "classes", "config", "resume"):
         assert loaded[name] == saved[name]
-    for name in ("backbone", "head"):
+    for name in ("backbone", "head", "projector"):
         assert_same(loaded[name], saved[name].state_dict())
+
+
+def test_a_checkpoint_of_before_there_were_projectors_is_read_as_one_without(tmp_path):
+    write(tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    del content["projector"]
+    torch.save(content, tmp_path / "old.pt")
+    assert common.load_checkpoint(tmp_path / "old.pt")["projector"] is None
 
 
 def test_a_checkpoint_starts_the_backbone_that_it_holds(tmp_path):
