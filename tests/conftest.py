@@ -10,6 +10,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Models this small lose time with more threads, which wait for each other; and the order in which numbers are added, so the
+# last bit of a resumed run, depends on how many there are.
+torch.set_num_threads(1)
+
 
 def write_folder(root, classes=("a", "b", "c"), per_class=12, side=20, splits=("train", "test")):
     """An ImageFolder of noise pictures, each class around a colour of its own."""

@@ -35,15 +35,6 @@ RUNS = {"simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
 LONG = {script: ["--alternations", "5"] if script == "bissl" else ["--epochs", "8"] for script in SCRIPTS}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The order in which numbers are added depends on the number of threads, and so does the last bit of the sum."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with pictures and start.pt, in which the runs of this file are made."""
