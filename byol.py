@@ -15,9 +15,9 @@ what keeps all projections from becoming one constant is the predictor, and that
 
 Look at `spread` in the log: the mean standard deviation of the normalised projections. 1/sqrt(dim) is healthy, 0 is collapse.
 
-Measured on petals: no gain yet. Default flags, stopped after 8 of 24 epochs: 17.8 % k-NN accuracy, where a random network has 16.5 and
-SimCLR 49 after 10. `spread` stays at 0.067, so the projections are not constant, but they come to tell little more than the
-pictures' brightness (README). A step costs 1.3 of SimCLR's.
+Measured on petals, default flags, stopped after 8 of 24 epochs, one seed: 46.7 % on test after fine-tuning on 20 labels a class, against
+19.4 % from scratch; SimCLR is far ahead with 82 % after 24. k-NN accuracy is 17.8 %, hardly more than a random network's 16.5:
+`spread` stays at 0.067, but the features tell mostly the pictures' brightness (README). A step costs 1.3 of SimCLR's.
 
 Differs from the paper in: SGD instead of LARS, which wants batches in the thousands (--optimizer lars); narrower heads; tau_base 0.99,
 because runs are short; on 32 px petals no blur and the strongest brightness and contrast jitter.
