@@ -30,7 +30,6 @@ of 10, at which five steps solve the system for the default network. From the au
 in the paper (--layerwise for theirs); a fresh Hessian batch each alternation; one first-order graph for all its products; a
 NaN stops the run.
 """
-import contextlib
 import copy
 import itertools
 import math
@@ -77,7 +76,7 @@ def damped_hessian(gradient, params, damping):
     def matvec(v):
         slope = sum((s * t).sum() for s, t in zip(gradient, v))
         Hv = torch.autograd.grad(slope, params, retain_graph=True, materialize_grads=True)  # Pearlmutter 1994
-        return tuple(s + t / damping for s, t in zip(v, Hv))
+        return tuple(s + t / damping for s, t in zip(v, common.average(Hv)))
     return matvec
 
 
@@ -94,19 +93,6 @@ def inverse_hvp(loss, params, vector, damping, steps, layerwise=False, gradient=
 
 def norm(tensors):
     return torch.stack(torch._foreach_norm(list(tensors))).norm()
-
-
-@contextlib.contextmanager
-def frozen_statistics(model):
-    """BatchNorm uses the batch's own statistics as in training, but leaves its running averages as they are."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
 
 
 def endless(data, batch_size, whole_only):
@@ -126,7 +112,7 @@ def start_pretext(args, backbone, ckpt):
     else:
         config = dict(ckpt["config"].get("pretext_config", ckpt["config"]))
     config.update(image_size=args.image_size, precision=args.precision)
-    model = pretext.make_model(backbone, config).to(args.device)
+    model = common.place(pretext.make_model(backbone, config), args.device)
     if not fresh:
         try:
             model.head.load_state_dict(ckpt["head"])
@@ -152,6 +138,7 @@ def train(args):
     upper_head = nn.Linear(upper_backbone.num_features, len(data.classes)).to(args.device)
     lower_optimizer = common.make_optimizer(config["optimizer"], [lower], args.lower_lr, config["weight_decay"])
     upper_optimizer = common.make_optimizer("sgd", [upper_backbone, upper_head], args.lr, args.weight_decay)
+    upper = nn.ModuleList([upper_backbone, upper_head])
     theta, phi = tuple(lower_backbone.parameters()), tuple(upper_backbone.parameters())
     history, damping = [], args.lam + args.damping
     if state := common.resume_checkpoint(args):
@@ -179,6 +166,7 @@ def train(args):
             distance = sum((t - p.detach()).square().sum() for t, p in zip(theta, phi))  # ||theta_B - phi_B||^2
             lower_optimizer.zero_grad()
             (pretext_loss + args.lam / 2 * distance).backward()
+            common.average_gradients(lower)
             nn.utils.clip_grad_norm_(lower.parameters(), 10)
             lower_optimizer.step()
             if pretext is byol:
@@ -186,7 +174,7 @@ def train(args):
             sums[0] += pretext_loss.detach() / args.lower_steps
 
         lower.to(memory_format=torch.contiguous_format)  # BatchNorm's second derivative is a third slower in channels_last
-        with frozen_statistics(lower):  # theta and a target do not move any more: one graph for all N_U x cg_steps products
+        with common.frozen_statistics(lower, second_order=True):  # theta and a target do not move any more: one graph for all N_U x cg_steps products
             views = [view.contiguous() for view in pretext.make_views(next(lower_batches)[0], config)]
             hessian_loss = pretext.loss(lower, views, dict(config, precision="float32"))
             gradient = torch.autograd.grad(hessian_loss, theta, create_graph=True)
@@ -195,18 +183,21 @@ def train(args):
                                      args.alternations * args.upper_steps)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
-                with frozen_statistics(lower_backbone):
+                with common.frozen_statistics(lower_backbone):
                     theta_logits = upper_head(lower_backbone(x))  # (B, C)
                 phi_logits = upper_head(upper_backbone(x))        # (B, C)
             theta_loss, phi_loss = (F.cross_entropy(common.upcast(logits), y) for logits in (theta_logits, phi_logits))
-            g_theta = torch.autograd.grad(theta_loss, theta, retain_graph=True)
+            g_theta = common.average(torch.autograd.grad(theta_loss, theta, retain_graph=True))
             upper_optimizer.zero_grad()
             (theta_loss + phi_loss).backward(inputs=(*phi, *upper_head.parameters()))
+            common.average_gradients(upper)
             implicit = inverse_hvp(hessian_loss, theta, g_theta, damping, args.cg_steps, args.layerwise, gradient)
             torch._foreach_add_([p.grad for p in phi], implicit)
             upper_optimizer.step()
             sums[1:] += torch.stack([theta_loss.detach(), phi_loss.detach()]) / args.upper_steps
 
+        common.average_statistics(nn.ModuleList([lower, upper]))
+        sums, = common.average([sums])
         product = damped_hessian(gradient, theta, damping)(implicit)
         residual = (norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)).item()
         if sums[0].isfinite() and not math.isfinite(residual):  # else the lower level is to blame, and the log says so
@@ -246,6 +237,7 @@ def warm_up_head(args, backbone, head, data):
             loss = F.cross_entropy(head(common.upcast(x)), y)
             optimizer.zero_grad()
             loss.backward()
+            common.average_gradients(head)
             optimizer.step()
     backbone.train()
     if args.head_epochs:
@@ -257,10 +249,11 @@ def warm_up_pretext_head(args, pretext, model, config, data):
     optimizer = common.make_optimizer(config["optimizer"], [model.head], config["lr"], config["weight_decay"])
     for epoch in range(args.head_epochs):
         for x, _ in common.batches(data, args.pretext_batch_size, whole_only=True):
-            with frozen_statistics(model.backbone):
+            with common.frozen_statistics(model.backbone):
                 loss = pretext.loss(model, pretext.make_views(x, config), config)
             optimizer.zero_grad()
             loss.backward(inputs=[p for p in model.head.parameters() if p.requires_grad])
+            common.average_gradients(model.head)
             optimizer.step()
 
 

@@ -102,7 +102,7 @@ def loss(model, views, config):
 def train(args):
     backbone, _ = common.start_backbone(args)
     config = common.run_config(args)
-    model = make_model(backbone, config).to(args.device)
+    model = common.place(make_model(backbone, config), args.device)
     optimizer = common.make_optimizer(args.optimizer, [model], args.lr, args.weight_decay)
     data = common.load_unlabeled(args)
     probe = common.load_probe(args)
@@ -124,15 +124,18 @@ def train(args):
             batch_loss = symmetric_loss(p, z_target)
             optimizer.zero_grad()
             batch_loss.backward()
+            common.average_gradients(model)
             optimizer.step()
             model.update_target(decay(args.decay, step, steps))
             total += batch_loss.detach()
             spread += F.normalize(common.upcast(z.detach()), dim=1).std(0).mean()
 
+        common.average_statistics(model)
+        total, spread = common.average([total / steps_per_epoch, spread / steps_per_epoch])
         knn = None
         if probe and ((epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs):
             knn = common.knn_probe(backbone, *probe, args)
-        log.epoch(steps_per_epoch * args.batch_size, loss=total / steps_per_epoch, spread=spread / steps_per_epoch, knn=knn)
+        log.epoch(steps_per_epoch * args.batch_size, loss=total, spread=spread, knn=knn)
         common.save_checkpoint(
             f"{args.out}.pt", method="byol", arch=args.arch, image_size=args.image_size, backbone=backbone,
             head=model.head, classes=data.classes, config=config,

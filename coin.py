@@ -39,13 +39,15 @@ def supcon(z, y, temperature):
     z (B, D), normalised here; y (B,) int. 0, with a graph, where no anchor has a positive.
     """
     z = F.normalize(common.upcast(z), dim=1)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive = (y[:, None] == y) & ~itself                               # (B, B), row i: P(i)
-    similarity = (z @ z.T / temperature).masked_fill(itself, -torch.inf)  # a != i
-    log_p = similarity - similarity.logsumexp(1, keepdim=True)           # (B, B)
+    every, labels = common.gather(z), common.gather(y)                   # (N, D), (N,): N = B times the number of processes
+    column = torch.arange(len(every), device=z.device)
+    itself = common.share(column)[:, None] == column                     # (B, N): own anchors, all candidates
+    positive = (y[:, None] == labels) & ~itself                          # (B, N), row i: P(i)
+    similarity = (z @ every.T / temperature).masked_fill(itself, -torch.inf)  # a != i
+    log_p = similarity - similarity.logsumexp(1, keepdim=True)           # (B, N)
     number = positive.sum(1)                                             # (B,) |P(i)|
     per_anchor = -log_p.masked_fill(~positive, 0).sum(1) / number.clamp(min=1)
-    return per_anchor.sum() / (number > 0).sum().clamp(min=1)
+    return per_anchor.sum() * common.world() / common.all_sum((number > 0).sum()).clamp(min=1)
 
 
 def make_projector(num_features, dim):
@@ -141,7 +143,8 @@ def train(args):
     print(f"{coin_epochs} of {args.epochs} epochs: {len(data):,} labelled images of {len(data.classes)} classes", flush=True)
     before = common.features(backbone, test, args)
     projector = make_projector(backbone.num_features, args.dim).to(args.device)
-    optimizer = common.make_optimizer("sgd", [backbone, projector], args.lr, args.weight_decay)
+    model = nn.ModuleList([backbone, projector])
+    optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     history, labels = [], data.labels.cpu()
     if ckpt := common.resume_checkpoint(args):
         backbone.load_state_dict(ckpt["backbone"])
@@ -152,10 +155,10 @@ def train(args):
 
     for epoch in range(len(history), coin_epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
-        parts = balanced_batches(labels, args.batch_size, args.balanced) if args.balanced else None
+        parts = [common.share(part) for part in balanced_batches(labels, args.batch_size, args.balanced)] if args.balanced else None
         steps_per_epoch = len(parts) if parts else -(-len(data) // args.batch_size)
         total, images = torch.zeros((), device=args.device), 0
-        for i, (x, y) in enumerate(common.batches(data, args.batch_size, parts=parts)):
+        for i, (x, y) in enumerate(common.feed(data, parts) if parts else common.batches(data, args.batch_size)):
             common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
@@ -163,10 +166,13 @@ def train(args):
             loss = supcon(z, y, args.temperature)
             optimizer.zero_grad()
             loss.backward()
+            common.average_gradients(model)
             optimizer.step()
             total += loss.detach() * len(y)
             images += len(y)
 
+        common.average_statistics(model)
+        total, images = common.all_sum(total), images * common.world()
         knn = None
         if val and ((epoch + 1) % args.probe_every == 0 or epoch + 1 == coin_epochs):
             knn = common.knn_probe(backbone, data, val, args)

@@ -2,6 +2,7 @@
 
 Sections, in this order:
     command line      Parser, fail, resumable
+    several devices   join_processes, share, gather, average_gradients
     data              Store, petals, load_data, labelled_subset, batches
     augmentations     augment, test_crop and the batched operations under them
     backbone          build_backbone, start_backbone, features, knn_accuracy
@@ -12,9 +13,13 @@ Sections, in this order:
 Images travel as uint8 (B, 3, S, S), S being 1.15 to 1.35 times the training side; augment() turns them into normalised
 floats (B, 3, size, size). Random numbers that decide what a view looks like are drawn on the CPU, so that no step waits for
 the device to learn how many images an operation is for; each epoch seeds them anew, so that a resumed run repeats them.
+
+Under torchrun every process holds the same weights and makes the same random draws; of each batch it takes its share. What
+a process computes on its share becomes the whole batch's by gather() (rows) and average_gradients().
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -31,6 +36,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
@@ -93,6 +99,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--device", str, "cpu, cuda, cuda:1, ...", "cuda" if torch.cuda.is_available() else "cpu")
         self.option("--precision", str, "float32 or bfloat16 for the forward pass; None is bfloat16 on a GPU that has it, else "
                     "float32, since a CPU without bfloat16 is slow at it", choices=("float32", "bfloat16"), metavar="TYPE")
+        self.add_argument("--compile", action="store_true", help="compile the backbone: minutes at the start, faster steps after that")
         self.add_argument("--resume", action="store_true", help="go on from OUT.pt where a stopped run left it")
 
     def option(self, flag, type, help, default=None, metavar=None, **kwargs):
@@ -127,6 +134,11 @@ class Parser(argparse.ArgumentParser):
         for name, value in defaults.items():
             if getattr(args, name, value) is None:
                 setattr(args, name, value)
+        args.device = join_processes(args.device)
+        for name in ("batch_size", "pretext_batch_size"):
+            if (size := getattr(args, name, 0)) % world() or 0 < size < 2 * world():
+                fail(f"--{name.replace('_', '-')} {size} cannot be shared by {world()} processes: make it a multiple of {world()}, "
+                     f"two images each or more")
         try:
             args.device = str(torch.empty(0, device=args.device).device)
         except (RuntimeError, AssertionError) as error:
@@ -136,8 +148,9 @@ class Parser(argparse.ArgumentParser):
             args.precision = "bfloat16" if half else "float32"
         try:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(f"{args.out}.try", lambda file: None)
-            os.remove(f"{args.out}.try")
+            if rank() == 0:
+                write_whole(f"{args.out}.try", lambda file: None)
+                os.remove(f"{args.out}.try")
         except OSError as error:
             fail(f"cannot write to --out {args.out}: {error.strerror}")
         return args
@@ -148,16 +161,132 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def resumable(script, args, argv):
-    """Ctrl-C ends with the command that goes on; running out of device memory ends as bad input does."""
+    """Ctrl-C, or the loss of another process, ends with how to go on; running out of device memory ends as bad input does."""
     command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
     try:
         yield
+        if dist.is_torchelastic_launched():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         command += "" if args.resume else " --resume"
         print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. Go on with: {command}", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
         fail(f"out of memory on {args.device}: lower --batch-size or --image-size ({str(error).split('.')[0]})")
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
+            raise
+        fail(f"another process of this run has stopped; {args.out}.pt holds the last finished epoch, if any. Go on with --resume, "
+             "with any number of processes")
+
+
+# ---------------------------------------------------------------------------------------------- several devices
+
+def world():
+    """Number of processes that work on this run: 1, or what `torchrun --nproc-per-node` says."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """This process's number among them; 0 alone prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_processes(device):
+    """Under torchrun, meet the other processes (nccl on GPUs, gloo on CPUs); returns the device of this one."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if torch.device(device).type == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                fail(f"{device}: this machine has {torch.cuda.device_count()} GPUs, one process for each is the most")
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def place(module, device):
+    """The module on its device; with several GPUs, BatchNorm takes its statistics over the whole batch."""
+    if world() > 1 and torch.device(device).type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return module.to(device)
+
+
+@functools.cache
+def alone():
+    """The process group of this process alone."""
+    return [dist.new_group([number]) for number in range(world())][rank()]
+
+
+def share(rows):
+    """This process's rows (n // world) of a batch (n, ...) that all know: every world-th; a rest that does not go round is left."""
+    return rows[:len(rows) - len(rows) % world()][rank()::world()]
+
+
+class Gather(torch.autograd.Function):
+    """share() undone: the rows of all processes in the batch's order. Gradients, and theirs, go back to where a row came from."""
+
+    @staticmethod
+    def forward(ctx, own):
+        every = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(world())]
+        dist.all_gather(every, own.contiguous())
+        return torch.stack(every, 1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumShare.apply(gradient)
+
+
+class SumShare(torch.autograd.Function):
+    """Sum over all processes, of which each keeps its share: what Gather's derivative is, and the other way round."""
+
+    @staticmethod
+    def forward(ctx, every):
+        return share(all_sum(every)).clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Gather.apply(gradient)
+
+
+def gather(own):
+    """Rows (b, ...) of each process -> those of the whole batch (b world, ...) on every process, with a graph."""
+    return Gather.apply(own) if world() > 1 else own
+
+
+def all_sum(x):
+    """Sum of a tensor over all processes, without a graph."""
+    if world() > 1:
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+    return x
+
+
+def average(tensors):
+    """Each tensor's mean over all processes, sent as one message."""
+    if world() == 1 or not tensors:
+        return tuple(tensors)
+    parts = (all_sum(torch.cat([t.flatten() for t in tensors])) / world()).split([t.numel() for t in tensors])
+    return tuple(part.view(t.shape) for part, t in zip(parts, tensors))
+
+
+@torch.no_grad()
+def average_gradients(module):
+    """After backward(): losses are means over a process's share, so the mean of the gradients is the whole batch's."""
+    if world() > 1:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        for gradient, mean in zip(gradients, average(gradients)):
+            gradient.copy_(mean)
+
+
+@torch.no_grad()
+def average_statistics(module):
+    """BatchNorm's running statistics, which on CPUs are those of a process's own images, become the same everywhere."""
+    if world() > 1:
+        statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        for statistic, mean in zip(statistics, average(statistics)):
+            statistic.copy_(mean)
 
 
 # --------------------------------------------------------------------------------------------------------- data
@@ -391,35 +520,44 @@ def load_held_out(args, data):
     return val
 
 
-def batches(store, batch_size, shuffle=True, whole_only=False, parts=None):
-    """Yields images uint8 (b, 3, S, S) and labels (b,) on the device; every image once, or batch by batch those of `parts`.
+def batches(store, batch_size, shuffle=True, whole_only=False):
+    """Yields images uint8 (b, 3, S, S) and labels (b,) on the device: every image once, of each batch this process's share.
 
     whole_only drops the rest that does not fill a batch (a pretext task wants as many negatives each step); otherwise
     the images are spread evenly over the batches, because BatchNorm cannot work on a rest of one.
     """
-    device, n = store.labels.device, len(store)
-    if parts is None:
-        order = torch.randperm(n) if shuffle else torch.arange(n)
-        parts = order[:n - n % batch_size].split(batch_size) if whole_only else order.tensor_split(-(-n // batch_size))
-    if store.images.device == device:  # no copy to wait for
+    n = len(store)
+    order = torch.randperm(n) if shuffle else torch.arange(n)
+    parts = (share(order[:n - n % batch_size]).split(batch_size // world()) if whole_only
+             else share(order).tensor_split(-(-n // batch_size)))
+    yield from feed(store, parts)
+
+
+def feed(store, parts):
+    """Yields images and labels, on the device, of each index tensor in `parts`."""
+    device = store.labels.device
+    if store.images.is_cuda:  # no copy to wait for
         for part in parts:
             yield store.images[store.rows[part].to(device, non_blocking=True)], store.labels[part.to(device, non_blocking=True)]
         return
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def fetch(part):  # gathers on the host and copies on the side stream, while the device computes the batch before
-        host = store.images[store.rows[part]].pin_memory()
-        with torch.cuda.stream(stream):
-            return host.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
+    def fetch(part):
+        images = torch.empty(len(part), *store.images.shape[1:], dtype=torch.uint8, pin_memory=bool(stream))
+        torch.index_select(store.images, 0, store.rows[part], out=images)
+        with torch.cuda.stream(stream):  # without a GPU this does nothing
+            return images.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
 
-    ahead = fetch(parts[0])
-    for part in (*parts[1:], None):
-        torch.cuda.current_stream(device).wait_stream(stream)
-        now = ahead
-        for tensor in now:
-            tensor.record_stream(torch.cuda.current_stream(device))
-        ahead = fetch(part) if part is not None else None
-        yield now
+    with ThreadPoolExecutor(1) as reader:  # reads and copies the next batch while the device computes this one
+        ahead = reader.submit(fetch, parts[0])
+        for part in (*parts[1:], None):
+            now = ahead.result()
+            ahead = reader.submit(fetch, part) if part is not None else None
+            if stream:
+                torch.cuda.current_stream(device).wait_stream(stream)
+                for tensor in now:
+                    tensor.record_stream(torch.cuda.current_stream(device))
+            yield now
 
 
 # ----------------------------------------------------------------------------------------------- augmentations
@@ -518,42 +656,57 @@ def crop_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), tries=10):
     return torch.stack([top, left, height, width], 1)
 
 
-def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0, solarise_p=0, out=None):
+def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0, solarise_p=0):
     """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size).
 
     Crop with flip, then colour jitter (brightness, contrast, saturation, hue; in an order drawn once a batch), grey, blur
     (sigma 0.1 to 2 pixels, kernel a tenth of the side), solarise. Everything else is drawn for each image.
     """
-    if x.device.type == "cpu" and len(x) > 64:  # parts that fit the processor's cache: twice as fast
-        out = torch.empty(len(x), 3, size, size, memory_format=torch.channels_last)
-        for part, place in zip(x.split(64), out.split(64)):
-            augment(part, size, crop, jitter, jitter_p, grey_p, blur_p, solarise_p, place)
-        return out
-    count, device = len(x), x.device
-    send = lambda values: values.to(device, non_blocking=True)
-    chosen = lambda p: send((torch.rand(count) < p).nonzero()[:, 0])
-    box = crop_boxes(count, x.shape[-1], crop)
-    x = resample(x.float(), send(box), send(torch.rand(count) < 0.5), size).div_(255)
+    count = len(x) * world()  # views are drawn for the whole batch, so that they do not depend on the number of processes
+    uniform = lambda low, high: torch.empty(count).uniform_(low, high)
+    view = dict(box=crop_boxes(count, x.shape[-1], crop), flip=torch.rand(count) < 0.5)
+    order = torch.randperm(4).tolist() if any(jitter) else []
     if any(jitter):
-        rows = chosen(jitter_p)
-        part = x[rows]
-        uniform = lambda low, high: send(torch.empty(len(rows)).uniform_(low, high))
-        for i in torch.randperm(4).tolist():
-            if jitter[i]:
-                operation = (brightness, contrast, saturation, hue)[i]
-                low = -jitter[i] if operation is hue else max(0, 1 - jitter[i])
-                part = operation(part, uniform(low, jitter[i] if operation is hue else 1 + jitter[i]))
-        x[rows] = part
-    if grey_p:
-        rows = chosen(grey_p)
-        x[rows] = grey(x[rows]).expand(-1, 3, -1, -1)
+        view["jittered"] = torch.rand(count) < jitter_p
+        view["factors"] = torch.stack([uniform(max(0, 1 - v), 1 + v) for v in jitter[:3]] + [uniform(-jitter[3], jitter[3])], 1)
+    for name, p in (("grey", grey_p), ("blurred", blur_p), ("solarised", solarise_p)):
+        if p:
+            view[name] = torch.rand(count) < p
     if blur_p:
-        rows = chosen(blur_p)
-        x[rows] = blur(x[rows], send(torch.empty(len(rows)).uniform_(0.1, 2)), max(3, size // 10 // 2 * 2 + 1))
-    if solarise_p:
-        rows = chosen(solarise_p)
+        view["sigma"] = uniform(0.1, 2)
+    view = {name: share(values) for name, values in view.items()}
+    operations = [i for i in order if jitter[i]]
+    out = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
+    at_once = 64 if x.device.type == "cpu" else max(1, len(x))  # parts that fit the processor's cache: twice as fast
+    for i in range(0, len(x), at_once):
+        part = slice(i, i + at_once)
+        make_view(x[part], size, {name: values[part] for name, values in view.items()}, operations, out[part])
+    return out
+
+
+def make_view(x, size, view, operations, out):
+    """What augment() has drawn for the images x, done to them; `operations` are the colour jitter's, in order."""
+    send = lambda values: values.to(x.device, non_blocking=True)
+    rows_of = lambda name: view[name].nonzero()[:, 0]  # on the CPU: the device is not waited for
+    x = resample(x.float(), send(view["box"]), send(view["flip"]), size).div_(255)
+    if operations:
+        rows = rows_of("jittered")
+        factors, rows = send(view["factors"][rows]), send(rows)
+        part = x[rows]
+        for i in operations:
+            part = (brightness, contrast, saturation, hue)[i](part, factors[:, i])
+        x[rows] = part
+    if "grey" in view:
+        rows = send(rows_of("grey"))
+        x[rows] = grey(x[rows]).expand(-1, 3, -1, -1)
+    if "blurred" in view:
+        rows = rows_of("blurred")
+        sigma, rows = send(view["sigma"][rows]), send(rows)
+        x[rows] = blur(x[rows], sigma, max(3, size // 10 // 2 * 2 + 1))
+    if "solarised" in view:
+        rows = send(rows_of("solarised"))
         x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
-    return normalise(x, out)
+    normalise(x, out)
 
 
 def test_crop(x, size):
@@ -601,7 +754,7 @@ def start_backbone(args, say=True):
     """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles args.arch and image_size."""
     torch.manual_seed(args.seed)
     if args.ckpt is None:
-        return build_backbone(args.arch, args.image_size <= 40).to(args.device), None
+        return finish_backbone(build_backbone(args.arch, args.image_size <= 40), args), None
     ckpt = load_checkpoint(args.ckpt)
     args.image_size = args.image_size or ckpt["image_size"]
     if args.image_size is None:
@@ -623,7 +776,35 @@ def start_backbone(args, say=True):
     if say:
         print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(expected)} backbone tensors matched"
               + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
-    return backbone.to(args.device), ckpt
+    return finish_backbone(backbone, args), ckpt
+
+
+def finish_backbone(backbone, args):
+    backbone = place(backbone, args.device)
+    if args.compile:
+        backbone.compile()
+    return backbone
+
+
+@contextlib.contextmanager
+def frozen_statistics(model, second_order=False):
+    """BatchNorm uses the batch's own statistics as in training, but leaves its running averages as they are.
+
+    second_order: leave out what has no second derivative, torch.compile and statistics over several processes.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    groups = [getattr(layer, "process_group", None) for layer in layers]
+    for layer in layers:
+        layer.track_running_stats = False
+        if second_order and world() > 1:
+            layer.process_group = alone()
+    try:
+        compiled = second_order and "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            yield
+    finally:
+        for layer, group in zip(layers, groups):
+            layer.track_running_stats, layer.process_group = True, group
 
 
 def backbone_shapes(arch, small_stem):
@@ -654,11 +835,14 @@ def features(backbone, store, args):
     """Backbone features float32 (n, D) and labels (n,) of a store, in evaluation mode, in the store's order."""
     training, out = backbone.training, []
     backbone.eval()
-    for x, _ in batches(store, 512, shuffle=False):
+    for x, _ in feed(store, torch.arange(rank(), len(store), world()).split(512)):
         with autocast(args.device, args.precision):
             out.append(upcast(backbone(test_crop(x, args.image_size))))
     backbone.train(training)
-    return torch.cat(out), store.labels
+    own = torch.cat(out)
+    every = own.new_zeros(len(store), own.shape[1])
+    every[rank()::world()] = own
+    return all_sum(every), store.labels
 
 
 def knn_accuracy(memory, memory_labels, query, query_labels, k=20, temperature=0.1):
@@ -747,6 +931,24 @@ def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
         group["lr"] = lr * group.get("scale", 1.0)
 
 
+def chunked_backward(model, embed, loss, x, chunk):
+    """Gradient caching (Gao et al. 2021, arXiv 2101.06983): loss(z).backward() for z = embed(x), in the memory of `chunk` images.
+
+    embed: images (b, ...) -> their embeddings (b, ...), by model; loss: all embeddings (B, ...) -> scalar. Embeds chunk by
+    chunk without a graph, takes the loss's gradient at the embeddings, embeds again and lets that gradient flow into the
+    parameters. Exact but for BatchNorm, which sees a chunk at a time. Returns the loss.
+    """
+    parts, before = x.split(chunk), torch.get_rng_state()
+    with torch.no_grad(), frozen_statistics(model):
+        z = torch.cat([upcast(embed(part)) for part in parts]).requires_grad_()
+    value = loss(z)
+    gradient, = torch.autograd.grad(value, z)
+    torch.set_rng_state(before)  # the same views again
+    for part, slope in zip(parts, gradient.split(chunk)):
+        upcast(embed(part)).backward(slope)
+    return value
+
+
 @torch.no_grad()
 def update_average(average, model, decay):
     """average <- decay average + (1 - decay) model, for every parameter. BatchNorm's statistics stay each module's own."""
@@ -785,10 +987,13 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
             fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as it was")
     contents = dict(method=method, arch=arch, image_size=image_size, backbone=backbone, head=head, projector=projector,
                     classes=classes, config=config, resume=resume)
-    try:
-        write_whole(path, lambda file: torch.save(contents, file))
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
+    if rank() == 0:
+        try:
+            write_whole(path, lambda file: torch.save(contents, file))
+        except OSError as error:
+            fail(f"cannot write {path}: {error.strerror}")
+    if world() > 1:
+        dist.barrier()  # who reads it next may be another process
 
 
 def load_checkpoint(path):
@@ -849,7 +1054,7 @@ def resume_checkpoint(args):
 
 def run_config(args):
     """The flags that decide what a run computes, as plain types."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "device", "root", "out")}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "device", "root", "out", "compile")}
 
 
 # --------------------------------------------------------------------------------------------- logs and figures
@@ -878,6 +1083,8 @@ class Log:
         self.write(self.history)
 
     def write(self, lines):
+        if rank():
+            return
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_whole(f"{self.args.out}.jsonl", lambda file: file.write(text.encode()))
 
@@ -916,5 +1123,6 @@ def show_images(axes, x, columns):
 
 def save_figure(args, figure):
     figure.tight_layout()
-    write_whole(f"{args.out}.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    if rank() == 0:
+        write_whole(f"{args.out}.png", lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)

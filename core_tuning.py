@@ -102,7 +102,7 @@ def train(run):
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
                 f = backbone(x)  # (B, D)
-            f = common.upcast(f)
+            f, y = common.gather(common.upcast(f)), common.gather(y)  # of all processes: each mixes and contrasts the whole batch
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
             features = torch.cat([f, f_pos, f_neg])                                  # (3B, D)
             labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])    # (3B, C)
@@ -111,9 +111,10 @@ def train(run):
                 z, positive_pairs(labels, len(y)), args.temperature)
             optimizer.zero_grad()
             loss.backward()
+            common.average_gradients(model)
             optimizer.step()
-            total += loss.detach() * len(y)
-            hits += (logits[:len(y)].detach().argmax(1) == y).sum()
+            total += loss.detach() * len(x)
+            hits += common.share(logits[:len(y)].detach().argmax(1) == y).sum()
         if not run.finish_epoch(epoch, model, optimizer, total, hits):
             break
 
@@ -123,7 +124,7 @@ def show_hard_pairs(axes, args, backbone, confusion):
     data = common.load_labelled(args, args.seed)
     data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:args.batch_size])
     hp, hn = hardest(*common.features(backbone, data, args))
-    x, _ = next(common.batches(data, len(data), shuffle=False))
+    x, _ = next(common.feed(data, [torch.arange(len(data))]))
     x = common.test_crop(x, args.image_size)
     common.show_images(axes, torch.cat([x[:8], x[hp[:8]], x[hn[:8]]]), columns=min(8, len(x)))
     axes.set_title("anchor, hardest positive, hardest negative\nin one training batch, after fine-tuning")

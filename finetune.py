@@ -63,6 +63,7 @@ def train(run):
                 loss = loss + args.supcon * coin.supcon(z, y, args.supcon_temperature)
             optimizer.zero_grad()
             loss.backward()
+            common.average_gradients(model)
             optimizer.step()
             total += loss.detach() * len(y)
             hits += (logits.detach().argmax(1) == y).sum()
@@ -115,8 +116,10 @@ class Run:
 
     def finish_epoch(self, epoch, model, optimizer, total, hits):
         """Log the epoch, score the last one, save. model: ModuleDict of backbone, head and what the method has beside them;
-        total, hits: loss and right answers of the epoch, summed over the images. False if the run is over because it diverged."""
+        total, hits: loss and right answers of the epoch, summed over this process's images. False if the run is over because it diverged."""
         args, last = self.args, epoch + 1 == self.args.epochs
+        common.average_statistics(model)
+        total, hits, images = common.all_sum(total), common.all_sum(hits), len(self.data) - len(self.data) % common.world()
         run = dict(lr=args.lr, weight_decay=args.weight_decay, seed=args.seed)
         if len(self.results) < args.search and not (total.isfinite() and common.is_finite(model)):
             self.results.append(dict(run, top1=0.0))  # a pair of the search that diverges is a bad pair, not an error
@@ -126,8 +129,7 @@ class Run:
         if self.watch and (last or (epoch + 1) % max(1, args.epochs // 10) == 0):
             val_top1 = (score if last and self.watch is self.judge else
                         evaluate(model.backbone, model.head, self.watch, args)[0])["top1"]
-        self.log.epoch(len(self.data), run=len(self.results) + 1, loss=total / len(self.data),
-                       train_top1=100 * hits / len(self.data), val_top1=val_top1)
+        self.log.epoch(images, run=len(self.results) + 1, loss=total / images, train_top1=100 * hits / images, val_top1=val_top1)
         if last:
             self.results.append({**run, **score})
         parts = {name: part.state_dict() for name, part in model.named_children()}

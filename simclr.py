@@ -31,11 +31,13 @@ def nt_xent(z1, z2, temperature):
 
     z1, z2 (B, D): projections of the two views, normalised here; row i of one belongs to row i of the other.
     """
-    z = F.normalize(common.upcast(torch.cat([z1, z2])), dim=1)   # (2B, D)
-    similarity = z @ z.T / temperature                           # (2B, 2B)
-    similarity = similarity.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)  # k != i
-    partner = torch.arange(len(z), device=z.device).roll(len(z1))  # i + B, i - B
-    return F.cross_entropy(similarity, partner)                  # -log( exp(s_ij) / sum_{k != i} exp(s_ik) )
+    z1, z2 = (F.normalize(common.upcast(z), dim=1) for z in (z1, z2))
+    every1, every2 = common.gather(torch.stack([z1, z2], 1)).unbind(1)         # (N, D), N = B times the number of processes
+    similarity = torch.cat([z1, z2]) @ torch.cat([every1, every2]).T / temperature  # (2B, 2N): own anchors, all candidates
+    row = common.share(torch.arange(len(every1), device=z1.device))            # (B,) where own images stand among all
+    itself, partner = torch.cat([row, row + len(every1)]), torch.cat([row + len(every1), row])
+    similarity = similarity.scatter(1, itself[:, None], -torch.inf)            # k != i
+    return F.cross_entropy(similarity, partner)                                # -log( exp(s_ij) / sum_{k != i} exp(s_ik) )
 
 
 class Model(nn.Module):
@@ -62,17 +64,21 @@ def make_views(x, config):
     return [common.augment(x, config["image_size"], **settings) for _ in range(2)]
 
 
+def embed(model, views, config):
+    """Projections z1, z2 of a batch of views, (B, D) each."""
+    with common.autocast(views[0].device, config["precision"]):
+        return model(torch.cat(views)).chunk(2)  # one forward: BatchNorm sees both views
+
+
 def loss(model, views, config):
     """NT-Xent of one batch of views; what bissl.py minimises in its lower level."""
-    with common.autocast(views[0].device, config["precision"]):
-        z1, z2 = model(torch.cat(views)).chunk(2)  # one forward: BatchNorm sees both views
-    return nt_xent(z1, z2, config["temperature"])
+    return nt_xent(*embed(model, views, config), config["temperature"])
 
 
 def train(args):
     backbone, _ = common.start_backbone(args)
     config = common.run_config(args)
-    model = make_model(backbone, config).to(args.device)
+    model = common.place(make_model(backbone, config), args.device)
     optimizer = common.make_optimizer(args.optimizer, [model], args.lr, args.weight_decay)
     data = common.load_unlabeled(args)
     probe = common.load_probe(args)
@@ -90,16 +96,24 @@ def train(args):
         for i, (x, _) in enumerate(common.batches(data, args.batch_size, whole_only=True)):
             common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
                                      warmup=args.warmup * steps_per_epoch)
-            batch_loss = loss(model, make_views(x, config), config)
             optimizer.zero_grad()
-            batch_loss.backward()
+            if args.chunk:
+                batch_loss = common.chunked_backward(
+                    model, lambda part: torch.stack(embed(model, make_views(part, config), config), 1),
+                    lambda z: nt_xent(*z.unbind(1), args.temperature), x, args.chunk)
+            else:
+                batch_loss = loss(model, make_views(x, config), config)
+                batch_loss.backward()
+            common.average_gradients(model)
             optimizer.step()
             total += batch_loss.detach()
 
+        common.average_statistics(model)
+        total, = common.average([total / steps_per_epoch])
         knn = None
         if probe and ((epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs):
             knn = common.knn_probe(backbone, *probe, args)
-        log.epoch(steps_per_epoch * args.batch_size, loss=total / steps_per_epoch, knn=knn)
+        log.epoch(steps_per_epoch * args.batch_size, loss=total, knn=knn)
         common.save_checkpoint(
             f"{args.out}.pt", method="simclr", arch=args.arch, image_size=args.image_size, backbone=backbone,
             head=model.head, classes=data.classes, config=config,
@@ -129,6 +143,7 @@ def parser():
                     crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.0))
     p.option("--optimizer", str, "adamw, lars or sgd; the paper's LARS wants batches in the thousands", "adamw",
              choices=common.OPTIMIZERS)
+    p.option("--chunk", common.FROM_ZERO, "images in memory at once, for batches that do not fit; twice the forward passes; 0: all", 0)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
     p.option("--temperature", common.number(float, 1e-3), "tau of NT-Xent", 0.2)
     p.option("--hidden", common.COUNT, "width of the projector's hidden layer", 256)

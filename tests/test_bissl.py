@@ -235,7 +235,7 @@ def batchnorm_network():
 def test_frozen_statistics_are_not_moved_by_a_forward_in_training_mode():
     model = batchnorm_network()
     before = copy.deepcopy(model.state_dict())
-    with bissl.frozen_statistics(model):
+    with common.frozen_statistics(model):
         model(torch.randn(6, 3, 8, 8))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -243,7 +243,7 @@ def test_frozen_statistics_are_not_moved_by_a_forward_in_training_mode():
 def test_frozen_statistics_do_not_change_the_output():
     model, x = batchnorm_network(), torch.randn(6, 3, 8, 8)
     usual = copy.deepcopy(model)(x)  # with the batch's own mean and variance, as always in training
-    with bissl.frozen_statistics(model):
+    with common.frozen_statistics(model):
         assert torch.equal(model(x), usual)
 
 
@@ -256,14 +256,14 @@ def moves(model):
 
 def test_statistics_move_again_afterwards():
     model = batchnorm_network()
-    with bissl.frozen_statistics(model):
+    with common.frozen_statistics(model):
         pass
     assert moves(model)
 
 
 def test_statistics_move_again_after_an_error():
     model = batchnorm_network()
-    with pytest.raises(ValueError), bissl.frozen_statistics(model):
+    with pytest.raises(ValueError), common.frozen_statistics(model):
         raise ValueError
     assert moves(model)
 

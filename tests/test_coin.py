@@ -318,20 +318,18 @@ def test_one_image_a_class_ends_coin(capsys, balanced):
 @pytest.fixture
 def steps(monkeypatch):
     """(learning rates of all groups, images) of each optimizer step; what it shows between two steps it must learn from."""
-    steps, waiting, batches, step = [], [], common.batches, torch.optim.SGD.step
+    steps, waiting, augment, step = [], [], common.augment, torch.optim.SGD.step
 
-    def count(*args, shuffle=True, **named):
-        for x, y in batches(*args, shuffle=shuffle, **named):
-            if shuffle:  # else it is an evaluation
-                waiting.append(len(x))
-            yield x, y
+    def count(x, *args, **named):  # evaluations look at centre crops
+        waiting.append(len(x))
+        return augment(x, *args, **named)
 
     def note(self, *args, **named):
         steps.append(([group["lr"] for group in self.param_groups], sum(waiting)))
         waiting.clear()
         return step(self, *args, **named)
 
-    monkeypatch.setattr(common, "batches", count)
+    monkeypatch.setattr(common, "augment", count)
     monkeypatch.setattr(torch.optim.SGD, "step", note)
     return steps
 
