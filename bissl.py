@@ -187,10 +187,10 @@ def train(args):
                     theta_logits = upper_head(lower_backbone(x))  # (B, C)
                 phi_logits = upper_head(upper_backbone(x))        # (B, C)
             theta_loss, phi_loss = (F.cross_entropy(common.upcast(logits), y) for logits in (theta_logits, phi_logits))
-            g_theta = common.average(torch.autograd.grad(theta_loss, theta, retain_graph=True))
-            upper_optimizer.zero_grad()
-            (theta_loss + phi_loss).backward(inputs=(*phi, *upper_head.parameters()))
-            common.average_gradients(upper)
+            slopes = common.average(torch.autograd.grad(theta_loss + phi_loss, (*theta, *upper.parameters())))
+            g_theta = slopes[:len(theta)]
+            for p, slope in zip(upper.parameters(), slopes[len(theta):]):
+                p.grad = slope
             implicit = inverse_hvp(hessian_loss, theta, g_theta, damping, args.cg_steps, args.layerwise, gradient)
             torch._foreach_add_([p.grad for p in phi], implicit)
             upper_optimizer.step()

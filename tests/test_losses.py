@@ -230,3 +230,73 @@ def test_the_learning_rate_is_set_in_every_group():
     optimizer = torch.optim.SGD([dict(params=[weight]), dict(params=[bias])], lr=123)
     common.set_learning_rate(optimizer, 3.0, 0, 10)
     assert [group["lr"] for group in optimizer.param_groups] == [3, 3]
+
+
+# ------------------------------------------------------------------------------------------- gradient caching
+
+def toy(width=6):
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 4)).double()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 50])
+def test_chunked_backward_gives_the_gradient_of_the_whole_batch(chunk):
+    model, x, noise = toy(), torch.randn(7, 5, dtype=torch.float64), []
+
+    def embed(part):  # two views of each image, drawn here
+        views = [part + torch.randn(part.shape, dtype=part.dtype) for _ in range(2)]
+        noise.append(torch.stack(views, 1))
+        return torch.stack([model(view) for view in views], 1)
+
+    loss = lambda z: simclr.nt_xent(*z.unbind(1), 0.3)
+    value = common.chunked_backward(model, embed, loss, x, chunk)
+    found = [p.grad.clone() for p in model.parameters()]
+    half = len(noise) // 2
+    assert torch.equal(torch.cat(noise[:half]), torch.cat(noise[half:]))  # the same views in both passes
+    views = torch.cat(noise[:half])
+    whole = loss(torch.stack([model(view) for view in views.unbind(1)], 1))
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    assert value.item() == pytest.approx(whole.item(), abs=1e-12)
+    for gradient, right in zip(found, expected):
+        torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-12)
+
+
+def test_chunked_backward_adds_to_gradients_and_moves_batchnorm_once():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    x = torch.randn(8, 5)
+    common.chunked_backward(model, model, lambda z: z.square().sum(), x, 4)
+    assert model[1].num_batches_tracked == 2  # two chunks, and not also the pass without a graph
+    once = model[0].weight.grad.clone()
+    common.chunked_backward(model, model, lambda z: z.square().sum(), x, 4)
+    torch.testing.assert_close(model[0].weight.grad, 2 * once)
+
+
+def saved_bytes(model, call):
+    """The most bytes beside the weights that autograd held at once for backward passes during a call."""
+    held, most, weights = 0, 0, {p.data_ptr() for p in model.parameters()}
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal held, most
+            self.tensor, self.bytes = tensor, 0 if tensor.data_ptr() in weights else tensor.nbytes
+            held += self.bytes
+            most = max(most, held)
+
+        def __del__(self):
+            nonlocal held
+            held -= self.bytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        call()
+    return most
+
+
+def test_memory_grows_with_the_chunk_and_not_with_the_batch():
+    model = common.build_backbone("resnet10", True)
+    loss = lambda z: simclr.nt_xent(z, z.roll(1, 1), 0.3)
+    pictures = lambda batch: torch.randn(batch, 3, 16, 16)
+    peak = {(batch, chunk): saved_bytes(model, lambda: common.chunked_backward(model, model, loss, pictures(batch), chunk))
+            for batch, chunk in ((16, 8), (64, 8), (64, 32))}
+    assert peak[64, 8] < 1.1 * peak[16, 8]  # the loss itself keeps its 64 x 64 similarities
+    assert peak[64, 32] > 3 * peak[64, 8]
+    whole = saved_bytes(model, lambda: loss(model(pictures(64))).backward())
+    assert peak[64, 8] < whole / 6
