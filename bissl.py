@@ -38,7 +38,6 @@ from argparse import Namespace
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import byol
@@ -198,7 +197,7 @@ def train(args):
                 with frozen_statistics(lower_backbone):
                     theta_logits = upper_head(lower_backbone(x))  # (B, C)
                 phi_logits = upper_head(upper_backbone(x))        # (B, C)
-            theta_loss, phi_loss = (F.cross_entropy(common.upcast(logits), y) for logits in (theta_logits, phi_logits))
+            theta_loss, phi_loss = (common.task_loss(logits, y) for logits in (theta_logits, phi_logits))
             g_theta = torch.autograd.grad(theta_loss, theta, retain_graph=True)
             upper_optimizer.zero_grad()
             (theta_loss + phi_loss).backward(inputs=(*phi, *upper_head.parameters()))
@@ -243,7 +242,7 @@ def warm_up_head(args, backbone, head, data):
         for x, y in common.batches(data, args.batch_size):
             with torch.no_grad(), common.autocast(args.device, args.precision):
                 x = backbone(common.augment(x, args.image_size, crop=(args.crop, 1)))
-            loss = F.cross_entropy(head(common.upcast(x)), y)
+            loss = common.task_loss(head(common.upcast(x)), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -18,14 +18,18 @@ import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
+import signal
+import socket
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+import xml.etree.ElementTree
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -36,6 +40,11 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -78,8 +87,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=script, description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.petals, self.others, self.finishes_budget = petals, others, finishes_budget
-        self.option("--data", str, "petals, flowers, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
-        self.option("--root", str, "folder for downloads and for the cache of decoded images", "data")
+        self.option("--data", str, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
+        self.option("--root", str, "folder of the data sets (downloaded where they are absent) and of the cache of decoded images", "data")
         self.option("--image-size", number(int, 8), "side in pixels that the network sees; with --ckpt, the checkpoint's")
         self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's", choices=ARCHS, metavar="ARCH")
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
@@ -166,7 +175,7 @@ def resumable(script, args, argv):
 class Store:
     """Decoded images in memory. Image i of the store is images[rows[i]] with label labels[i]."""
     images: torch.Tensor  # uint8 (N, 3, S, S): on the device where it fits, else on the host (perhaps memory-mapped)
-    labels: torch.Tensor  # int64 (n,) on the device
+    labels: torch.Tensor  # int64 (n,) on the device; voc07's (n, 20): 1 present, 0 absent, -1 ignored
     rows: torch.Tensor    # int64 (n,) on the CPU
     classes: list
 
@@ -226,72 +235,276 @@ def petals(count, side, seed):
     return torch.cat(images), labels
 
 
-def read_image(path):
-    """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named."""
+def read_image(path, side=None):
+    """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named.
+
+    side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 of its size in much less time; that
+    is enough where it leaves twice that side, the rest is shrunk with care afterwards.
+    """
     try:
         with Image.open(path) as image:
+            if side:
+                image.draft(None, (2 * side, 2 * side))  # does nothing to other formats
             if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it at 255
                 image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"broken image file {path}: {error}") from None
 
 
-class Flowers(torchvision.datasets.Flowers102):
-    def _check_integrity(self):  # torchvision accepts the original archive's checksums alone; a copy or a part will do
-        folder = Path(self.root) / "flowers-102"
-        return all((folder / name).exists() for name in ("jpg", "imagelabels.mat", "setid.mat"))
+sets, fetch = torchvision.datasets, torchvision.datasets.utils.download_and_extract_archive
+PATHS = dict(download=True, loader=str)  # torchvision's data sets then give the path of an image for the image
+
+
+def listed(dataset):
+    """(paths, labels, classes) of a data set that gives paths."""
+    return *zip(*(dataset[i] for i in range(len(dataset)))), dataset.classes
+
+
+def any_copy(published, *needed):
+    """A data set class of torchvision that accepts files with the published checksums alone: here a copy or a part will do."""
+    present = lambda self: all((Path(self.root) / path).exists() for path in needed)
+    meta = dict(getattr(published, "meta", {}), md5=None)
+    return type(published.__name__, (published,), dict(_check_integrity=present, meta=meta))
+
+
+def read_cifar(published, root, split):
+    data = any_copy(published, published.base_folder)(root, split == "train", download=True)
+    return data.data, data.targets, data.classes
+
+
+def read_stl10(root, split):
+    data = any_copy(sets.STL10, "stl10_binary")(root, split, download=True)
+    return data.data.transpose(0, 2, 3, 1), data.labels, data.classes
+
+
+def read_cub200(root, split):
+    folder = root / "CUB_200_2011"
+    if not folder.exists():
+        fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", root, md5="97eceeb196236b17998738112f37df78")
+    files, labels, training, classes = (  # a line holds a number and its value
+        dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
+        for name in ("images", "image_class_labels", "train_test_split", "classes"))
+    chosen = [i for i in files if training[i] == str(int(split == "train"))]
+    return [folder / "images" / files[i] for i in chosen], [int(labels[i]) - 1 for i in chosen], list(classes.values())
+
+
+def read_sun397(root, split):
+    """The first of the official partitions, 50 + 50 images a class; torchvision knows none."""
+    paths, labels, classes = listed(sets.SUN397(root, **PATHS))
+    label, folder = dict(zip(paths, labels)), root / "SUN397"
+    if not (folder / "Testing_01.txt").exists():
+        fetch("https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip", folder)
+    chosen = (folder / ("Training_01.txt" if split == "train" else "Testing_01.txt")).read_text().split()  # /a/abbey/sun_x.jpg
+    return [f"{folder}{line}" for line in chosen], [label[f"{folder}{line}"] for line in chosen], classes
+
+
+def read_voc07(root, split):
+    """Labels 1 present, 0 absent, -1 ignored: all objects of the class in the image are marked difficult."""
+    there = (root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt").exists()
+    data, labels = sets.VOCDetection(root, "2007", split, download=not there), []  # it would unpack the archive each time
+    for file in data.annotations:
+        objects = [(o.findtext("name"), o.findtext("difficult") == "1") for o in xml.etree.ElementTree.parse(file).iter("object")]
+        labels.append([1 if (name, False) in objects else -1 if (name, True) in objects else 0 for name in VOC_CLASSES])
+    return data.images, labels, VOC_CLASSES
+
+
+def read_pets(root, split):
+    data = sets.OxfordIIITPet(root, "trainval" if split == "train" else split, download=True)
+    return data._images, data._labels, data.classes
+
+
+def read_caltech101(root, split):
+    """30 images a class, drawn once and for all, are train; all others test."""
+    data = sets.Caltech101(root, download=True)
+    files = [f"{data.root}/101_ObjectCategories/{data.categories[y]}/image_{i:04d}.jpg" for i, y in zip(data.index, data.y)]
+    train = labelled_subset(torch.tensor(data.y), seed=0, per_class=30).sort().values.numpy()
+    chosen = train if split == "train" else np.setdiff1d(np.arange(len(files)), train)
+    return [files[i] for i in chosen], [data.y[i] for i in chosen], data.categories
+
+
+def read_imagenet(root, split):
+    """Its published val, whose labels are known, is our test."""
+    data = sets.ImageNet(root / "imagenet", "val" if split == "test" else split, loader=str)
+    return *zip(*data.samples), [", ".join(names) for names in data.classes]
+
+
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
+               "sheep sofa train tvmonitor").split()
+DATASETS = {  # name: (root, split) -> pictures, labels, classes; the splits it has; its folder under root, what that holds, from where
+    "flowers": (lambda root, split: listed(any_copy(sets.Flowers102, *(f"flowers-102/{name}" for name in (
+                    "jpg", "imagelabels.mat", "setid.mat")))(root, split, **PATHS)), "train val test",
+                "flowers-102", "jpg/ (unpacked from 102flowers.tgz), imagelabels.mat and setid.mat",
+                "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"),
+    "food": (lambda root, split: listed(sets.Food101(root, split, **PATHS)), "train test",
+             "food-101", "images/ and meta/, from food-101.tar.gz", "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
+    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py",
+                "data_batch_1 to 5, test_batch, batches.meta, from cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python",
+                 "train, test and meta, from cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cub200": (read_cub200, "train test", "CUB_200_2011", "images/ and the lists beside it, from CUB_200_2011.tgz",
+               "https://data.caltech.edu/records/65de6-vp158"),
+    "sun397": (read_sun397, "train test", "SUN397", "a/ to z/ and ClassName.txt from SUN397.tar.gz; Training_01.txt and "
+               "Testing_01.txt from Partitions.zip", "https://vision.princeton.edu/projects/2010/SUN"),
+    "cars": (lambda root, split: listed(sets.StanfordCars(root, split, loader=str)), "train test",
+             "stanford_cars", "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat; their own address is dead, "
+             "copies are named", "https://github.com/pytorch/vision/issues/7545"),
+    "aircrafts": (lambda root, split: listed(sets.FGVCAircraft(root, split, "variant", **PATHS)), "train val test",
+                  "fgvc-aircraft-2013b", "data/, from fgvc-aircraft-2013b.tar.gz", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
+    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007", "Annotations/, ImageSets/ and JPEGImages/, from VOCtrainval_06-Nov-2007.tar "
+              "and VOCtest_06-Nov-2007.tar", "http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
+    "dtd": (lambda root, split: listed(sets.DTD(root, split, partition=1, **PATHS)), "train val test",
+            "dtd/dtd", "images/ and labels/, from dtd-r1.0.1.tar.gz", "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
+    "pets": (read_pets, "train test", "oxford-iiit-pet", "images/ and annotations/, from images.tar.gz and annotations.tar.gz",
+             "https://www.robots.ox.ac.uk/~vgg/data/pets"),
+    "caltech101": (read_caltech101, "train test", "caltech101", "101_ObjectCategories/, from 101_ObjectCategories.tar.gz in "
+                   "caltech-101.zip (an old torchvision needs gdown to download it)", "https://data.caltech.edu/records/mzrjq-6wc02"),
+    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", "*_X.bin, *_y.bin and class_names.txt, from stl10_binary.tar.gz",
+              "https://cs.stanford.edu/~acoates/stl10"),
+    "imagenet": (read_imagenet, "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and "
+                 "ILSVRC2012_img_val.tar, which need an account,", "https://image-net.org/download-images"),
+}
+KNOWN_DATA = ("petals", *DATASETS)
 
 
 def open_dataset(name, root, split):
-    """The data set's own reader, (PIL image, label) pairs with a list of classes, and the folder it reads."""
-    if name == "flowers":
+    """One split: pictures (n paths, or uint8 (n, H, W, 3)), labels (n,), of voc07 (n, 20), and the list of classes.
+
+    What is absent is downloaded. Where that fails, one line says what to put where by hand.
+    """
+    if name in DATASETS:
+        read, _, folder, contents, page = DATASETS[name]
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
         try:
-            return Flowers(root, split, download=True, loader=read_image), Path(root) / "flowers-102"
+            return read(Path(root), split)
         except Exception as error:  # whatever the network or the files did, the way out is the same
-            fail(f"flowers is not under {root}/flowers-102 and cannot be downloaded ({error}): put jpg/*.jpg (unpacked "
-                 "from 102flowers.tgz), imagelabels.mat and setid.mat there, from www.robots.ox.ac.uk/~vgg/data/flowers/102")
+            fail(f"{name} is not whole under {root}/{folder} and cannot be downloaded ({type(error).__name__}: {error}): "
+                 f"put {contents} from {page} into {root}/{folder}")
+        finally:
+            socket.setdefaulttimeout(timeout)
     folder = Path(name) / split
     if not folder.is_dir():
         fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
     try:
-        return torchvision.datasets.ImageFolder(folder, loader=read_image), folder
+        return listed(sets.ImageFolder(folder, loader=str))
     except FileNotFoundError as error:
         fail(f"{folder}: {error}")
 
 
-def decode(name, root, split, side):
-    """Images (N, 3, side, side) uint8 and labels (N,): short side resized, centre cropped, cached under root."""
-    dataset, folder = open_dataset(name, root, split)
-    files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in folder.rglob("*") if file.is_file())
-    key = hashlib.sha256(repr(files).encode()).hexdigest()[:12]  # another source or another side is another file
-    stem = Path(root) / "cache" / f"{Path(name).resolve().name}-{split}-{side}-{key}"
-    images_file, labels_file = Path(f"{stem}.npy"), Path(f"{stem}.labels.npy")
-    if not (images_file.exists() and labels_file.exists()):
-        labels = np.empty(len(dataset), np.int64)
-        images = np.empty((len(dataset), 3, side, side), np.uint8)
+CHUNK = 256  # images that are decoded between two notes of how far it has come
 
-        def fill(i):
-            image, labels[i] = dataset[i]
-            images[i] = np.array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
-        print(f"decoding {len(dataset):,} images of {name} {split} to {side} px", flush=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
-            try:
-                for _ in pool.map(fill, range(len(dataset))):
-                    pass
-            except ValueError as error:
-                pool.shutdown(cancel_futures=True)
-                fail(error)
+def decode_chunks(path, pictures, side, chunks, parent):
+    """Decode these chunks of the pictures into the rows of PATH.part and tick them off in PATH.done. Ends when its parent does."""
+    images, done = (np.load(f"{path}.{ending}", mmap_mode="r+") for ending in ("part", f"done{CHUNK}"))
+    for chunk in chunks:
+        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(pictures))):
+            if os.getppid() != parent:
+                return
+            image = Image.fromarray(pictures[i]) if isinstance(pictures, np.ndarray) else read_image(pictures[i], side)
+            images[i] = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        done[chunk] = True
+
+
+def decode_apart(broken, *work):
+    """decode_chunks in a process of its own: Ctrl-C is its parent's business, and so is what is wrong with a picture."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        decode_chunks(*work)
+    except ValueError as error:
+        broken.put(str(error))
+
+
+def build_cache(path, pictures, side):
+    """Write uint8 (n, 3, side, side) to path, decoded chunk by chunk on all cores. Goes on where a killed run was; path itself
+    is only there when it is whole. ValueError: a broken picture."""
+    n, part, ticks = len(pictures), Path(f"{path}.part"), Path(f"{path}.done{CHUNK}")
+    if not (part.exists() and ticks.exists()):
+        np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, side, side))
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later it would be a crash
+            with open(part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        write_whole(ticks, lambda file: np.save(file, np.zeros(-(-n // CHUNK), bool)))
+    done, started = np.load(ticks, mmap_mode="r"), time.perf_counter()
+    todo, first, shown = np.flatnonzero(~done).tolist(), int(done.sum()), started
+
+    def report():
+        now, spent = min(n, int(done.sum()) * CHUNK), time.perf_counter() - started
+        speed = (now - first * CHUNK) / spent
+        left = int((n - now) / speed) if speed > 0 else 0
+        print(f"{now:,}/{n:,}  {speed:,.0f} images/s  left {left // 60}:{left % 60:02d}", flush=True)
+
+    if len(todo) < 2:  # not worth a process
+        decode_chunks(path, pictures, side, todo, os.getppid())
+    else:  # forked, as a DataLoader's: the children run Pillow and numpy alone, and inherit the list of pictures
+        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+        cores, broken = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), context.SimpleQueue()
+        workers = [context.Process(target=decode_apart, args=(broken, path, pictures, side, todo[i::cores], os.getpid()), daemon=True)
+                   for i in range(min(cores, len(todo)))]
         try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            for path, array in ((labels_file, labels), (images_file, images)):
-                write_whole(path, lambda file: np.save(file, array))
+            [worker.start() for worker in workers]
+            while any(worker.is_alive() for worker in workers) and broken.empty():
+                time.sleep(0.02)
+                if time.perf_counter() - shown > 5:
+                    shown = time.perf_counter()
+                    report()
+        finally:
+            [worker.terminate() for worker in workers if worker.is_alive()]
+            [worker.join() for worker in workers if worker.pid]
+        if not broken.empty():
+            raise ValueError(broken.get())
+        if not done.all():
+            fail("a process that decoded images was killed, perhaps for want of memory: the same command goes on where it stopped")
+    report()
+    os.replace(part, path)
+    ticks.unlink()
+
+
+@contextlib.contextmanager
+def alone(lock):
+    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock."""
+    with open(lock, "w") as file:
+        try:
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another run is decoding these images: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    Path(lock).unlink(missing_ok=True)
+
+
+def decode(name, root, split, side):
+    """Images uint8 (n, 3, side, side), labels int64 (n,) or (n, 20), and classes: short side resized, centre cropped.
+
+    The images are decoded once, into a cache under root, and mapped read-only: such pages are no memory of the process's own.
+    """
+    pictures, labels, classes = open_dataset(name, root, split)
+    if not len(pictures):
+        fail(f"{name} has no images for {split}")
+    files = pictures if not isinstance(pictures, np.ndarray) else sorted((Path(root) / DATASETS[name][2]).rglob("*"))
+    try:  # another source or another side is another file
+        stats = [(str(file), stat.st_mtime_ns, stat.st_size) for file in files for stat in [os.stat(file)]]
+    except OSError as error:
+        fail(f"{name} {split} lacks {error.filename}: {error.strerror}")
+    key = hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
+    path = Path(root) / "cache" / f"{Path(name).resolve().name}-{split}-{side}-{key}.npy"
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with alone(f"{path}.lock"):
+                if not path.exists():  # else the run that was waited for has made it
+                    print(f"decoding {len(pictures):,} images of {name} {split} to {side} px", flush=True)
+                    build_cache(path, pictures, side)
+        except ValueError as error:
+            fail(error)
         except OSError as error:
             fail(f"cannot write the cache under --root {root}: {error.strerror}")
-    return torch.from_numpy(np.load(images_file, mmap_mode="c")), torch.from_numpy(np.load(labels_file)), dataset.classes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
+        return torch.from_numpy(np.load(path, mmap_mode="r")), torch.tensor(np.array(labels), dtype=torch.int64), classes
 
 
 def load_data(args, split):
@@ -300,15 +513,15 @@ def load_data(args, split):
     Where the data has no such split, val is a seeded, stratified fifth of train, trainval the two together and unlabeled
     the same as trainval. Labels of `unlabeled` are there but mean nothing to a pretext task.
     """
-    side, known = store_side(args.image_size), ("petals", "flowers")
-    if args.data not in known and not Path(args.data).is_dir():
-        fail(f"unknown data set {args.data}: one of {', '.join(known)}, or a folder with train/CLASS/*.png, test/CLASS/*.png")
+    side = store_side(args.image_size)
+    if args.data not in KNOWN_DATA and not Path(args.data).is_dir():
+        fail(f"unknown data set {args.data}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, test/CLASS/*.png")
     if args.data == "petals":
         own_splits = list(PETAL_SPLITS)
         classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
         read = lambda part: (*petals(PETAL_SPLITS[part], side, seed=1 + own_splits.index(part)), classes)
     else:
-        own_splits = ["train", "val", "test"] if args.data == "flowers" else [
+        own_splits = DATASETS[args.data][1].split() if args.data in DATASETS else [
             part for part in ("unlabeled", "train", "val", "test") if (Path(args.data) / part).is_dir()]
         read = lambda part: decode(args.data, args.root, part, side)
     if split == "unlabeled" and "unlabeled" not in own_splits:
@@ -345,18 +558,35 @@ def load_unlabeled(args, flag="batch_size"):
     return data
 
 
+PROBE_IMAGES = 50_000, 10_000  # at most, of train and of val
+
+
 def load_probe(args):
-    """train and val for a probe on held-out labels; None where the data has no labels to probe with."""
-    if Path(args.data).is_dir() and not (Path(args.data) / "train").is_dir():
+    """train and val for a probe on held-out labels; None where the data has no labels to probe with, or several an image.
+
+    Of huge data a random part: the probe is watched, not reported, and takes time and memory with memory x query.
+    """
+    if args.data not in KNOWN_DATA and not (Path(args.data) / "train").is_dir():
         return None
     probe = load_data(args, "train"), load_data(args, "val")
     check_classes(args, probe[1].classes, probe[0].classes, "val")
-    return probe if len(probe[0].classes) > 1 else None
+    if len(probe[0].classes) < 2 or probe[0].labels.ndim == 2:
+        return None
+    rng = torch.Generator().manual_seed(0)
+    return tuple(store.subset(torch.randperm(len(store), generator=rng)[:most]) if len(store) > most else store
+                 for store, most in zip(probe, PROBE_IMAGES))
 
 
 def labelled_subset(labels, seed, per_class=None, fraction=None):
-    """Indices of a seeded, stratified subset: per_class images of each class, or that fraction of it (at least one)."""
+    """Indices of a seeded, stratified subset: per_class images of each class, or that fraction of it (at least one).
+
+    Images with several labels (n, C) belong to no one class: they are not stratified.
+    """
     rng = torch.Generator().manual_seed(seed)
+    if labels.ndim == 2:
+        if per_class is not None:
+            fail("--labels-per-class wants one class an image, and these have several: use --fraction")
+        return torch.randperm(len(labels), generator=rng)[:max(1, round(fraction * len(labels)))]
     labels, keep = labels.cpu(), []
     members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
     if per_class is not None and per_class > max(map(len, members)):
@@ -382,9 +612,15 @@ def load_labelled(args, seed, hold_out=False):
     return store.subset(labelled_subset(store.labels, seed, per_class, args.fraction)) if few else store
 
 
+def need_one_label(args, data):
+    if data.labels.ndim == 2:
+        fail(f"{args.data} has several classes an image, and this loss needs one: finetune.py without --supcon takes it")
+
+
 def load_held_out(args, data):
-    """val for a stage that trains on the labelled `data`, or None where all labels are asked for: val is among them then."""
-    if not few_labels(args):
+    """val for the probe of a stage that trains on the labelled `data`, or None where all labels are asked for, val's among them,
+    or an image has several."""
+    if not few_labels(args) or data.labels.ndim == 2:
         return None
     val = load_data(args, "val")
     check_classes(args, val.classes, data.classes, "val")
@@ -649,6 +885,16 @@ def upcast(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def task_loss(logits, y):
+    """Mean cross-entropy for y (B,). For y (B, C) of 1 present, 0 absent, -1 ignored: binary cross-entropy, mean over the
+    entries that count. logits (B, C) -> scalar, in float32 or better."""
+    logits = upcast(logits)
+    if y.ndim == 1:
+        return F.cross_entropy(logits, y)
+    counts = (y >= 0).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits.dtype), counts, reduction="sum") / counts.sum().clamp(min=1)
+
+
 @torch.no_grad()
 def features(backbone, store, args):
     """Backbone features float32 (n, D) and labels (n,) of a store, in evaluation mode, in the store's order."""
@@ -895,7 +1141,11 @@ def plot_curves(axes, history, names, x="epoch"):
 
 
 def plot_features(axes, x, y, title):
-    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most."""
+    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most.
+
+    y (n, C): an image's first class stands for all of its.
+    """
+    y = y if y.ndim == 1 else (y == 1).int().argmax(1)
     if not x.isfinite().all():  # of a run that diverged just short of infinity
         return
     x = F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)
