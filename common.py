@@ -29,7 +29,7 @@ import time
 import warnings
 import xml.etree.ElementTree
 from dataclasses import dataclass, replace
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import matplotlib
@@ -254,135 +254,115 @@ def read_image(path, side=None):
         raise ValueError(f"broken image file {path}: {error}") from None
 
 
-sets, fetch = torchvision.datasets, torchvision.datasets.utils.download_and_extract_archive
-PATHS = dict(download=True, loader=str)  # torchvision's data sets then give the path of an image for the image
+sets, PATHS = torchvision.datasets, dict(download=True, loader=str)  # its data sets then give the path of an image for the image
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
+               "sheep sofa train tvmonitor").split()
 
 
 def listed(dataset):
-    """(paths, labels, classes) of a data set that gives paths."""
-    return *zip(*(dataset[i] for i in range(len(dataset)))), dataset.classes
+    """(paths, labels, classes) of a data set that gives paths. ImageNet's classes have several names each."""
+    return *zip(*(dataset[i] for i in range(len(dataset)))), [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
 
 
 def any_copy(published, *needed):
     """A data set class of torchvision that accepts files with the published checksums alone: here a copy or a part will do."""
-    present = lambda self: all((Path(self.root) / path).exists() for path in needed)
-    meta = dict(getattr(published, "meta", {}), md5=None)
-    return type(published.__name__, (published,), dict(_check_integrity=present, meta=meta))
-
-
-def read_cifar(published, root, split):
-    data = any_copy(published, published.base_folder)(root, split == "train", download=True)
-    return data.data, data.targets, data.classes
-
-
-def read_stl10(root, split):
-    data = any_copy(sets.STL10, "stl10_binary")(root, split, download=True)
-    return data.data.transpose(0, 2, 3, 1), data.labels, data.classes
+    there = lambda self: all((Path(self.root) / path).exists() for path in needed)
+    return type(published.__name__, (published,), dict(_check_integrity=there, meta=dict(getattr(published, "meta", {}), md5=None)))
 
 
 def read_cub200(root, split):
-    folder = root / "CUB_200_2011"
+    folder, page = root / "CUB_200_2011", "https://data.caltech.edu/records/65de6-vp158/files"
     if not folder.exists():
-        fetch("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz", root, md5="97eceeb196236b17998738112f37df78")
-    files, labels, training, classes = (  # a line holds a number and its value
+        sets.utils.download_and_extract_archive(f"{page}/CUB_200_2011.tgz", root, md5="97eceeb196236b17998738112f37df78")
+    files, labels, training, classes = (  # a line: a number and what it stands for
         dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
         for name in ("images", "image_class_labels", "train_test_split", "classes"))
-    chosen = [i for i in files if training[i] == str(int(split == "train"))]
+    chosen = [i for i in files if training[i] == ("1" if split == "train" else "0")]
     return [folder / "images" / files[i] for i in chosen], [int(labels[i]) - 1 for i in chosen], list(classes.values())
 
 
 def read_sun397(root, split):
-    """The first of the official partitions, 50 + 50 images a class; torchvision knows none."""
+    """The first of the official partitions, 50 + 50 images a class; torchvision has none."""
     paths, labels, classes = listed(sets.SUN397(root, **PATHS))
-    label, folder = dict(zip(paths, labels)), root / "SUN397"
+    folder, label, page = root / "SUN397", dict(zip(paths, labels)), "https://vision.princeton.edu/projects/2010/SUN/download"
     if not (folder / "Testing_01.txt").exists():
-        fetch("https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip", folder)
-    chosen = (folder / ("Training_01.txt" if split == "train" else "Testing_01.txt")).read_text().split()  # /a/abbey/sun_x.jpg
-    return [f"{folder}{line}" for line in chosen], [label[f"{folder}{line}"] for line in chosen], classes
+        sets.utils.download_and_extract_archive(f"{page}/Partitions.zip", folder)
+    lines = (folder / ("Training_01.txt" if split == "train" else "Testing_01.txt")).read_text().split()  # /a/abbey/sun_x.jpg
+    return [f"{folder}{line}" for line in lines], [label[f"{folder}{line}"] for line in lines], classes
 
 
 def read_voc07(root, split):
     """Labels 1 present, 0 absent, -1 ignored: all objects of the class in the image are marked difficult."""
-    there = (root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt").exists()
-    data, labels = sets.VOCDetection(root, "2007", split, download=not there), []  # it would unpack the archive each time
+    there, labels = (root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt").exists(), []
+    data = sets.VOCDetection(root, "2007", split, download=not there)  # it would unpack its archive each time
     for file in data.annotations:
-        objects = [(o.findtext("name"), o.findtext("difficult") == "1") for o in xml.etree.ElementTree.parse(file).iter("object")]
-        labels.append([1 if (name, False) in objects else -1 if (name, True) in objects else 0 for name in VOC_CLASSES])
+        found = {(o.findtext("name"), o.findtext("difficult") == "1") for o in xml.etree.ElementTree.parse(file).iter("object")}
+        labels.append([1 if (name, False) in found else -1 if (name, True) in found else 0 for name in VOC_CLASSES])
     return data.images, labels, VOC_CLASSES
 
 
-def read_pets(root, split):
-    data = sets.OxfordIIITPet(root, "trainval" if split == "train" else split, download=True)
-    return data._images, data._labels, data.classes
-
-
 def read_caltech101(root, split):
-    """30 images a class, drawn once and for all, are train; all others test."""
+    """30 images a class, drawn once and for all, are train, the others test."""
     data = sets.Caltech101(root, download=True)
-    files = [f"{data.root}/101_ObjectCategories/{data.categories[y]}/image_{i:04d}.jpg" for i, y in zip(data.index, data.y)]
     train = labelled_subset(torch.tensor(data.y), seed=0, per_class=30).sort().values.numpy()
-    chosen = train if split == "train" else np.setdiff1d(np.arange(len(files)), train)
-    return [files[i] for i in chosen], [data.y[i] for i in chosen], data.categories
+    chosen = train if split == "train" else np.setdiff1d(np.arange(len(data)), train)
+    folders = [f"{data.root}/101_ObjectCategories/{name}" for name in data.categories]
+    return [f"{folders[data.y[i]]}/image_{data.index[i]:04d}.jpg" for i in chosen], [data.y[i] for i in chosen], data.categories
 
 
-def read_imagenet(root, split):
-    """Its published val, whose labels are known, is our test."""
-    data = sets.ImageNet(root / "imagenet", "val" if split == "test" else split, loader=str)
-    return *zip(*data.samples), [", ".join(names) for names in data.classes]
-
-
-VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
-               "sheep sofa train tvmonitor").split()
-DATASETS = {  # name: (root, split) -> pictures, labels, classes; the splits it has; its folder under root, what that holds, from where
-    "flowers": (lambda root, split: listed(any_copy(sets.Flowers102, *(f"flowers-102/{name}" for name in (
-                    "jpg", "imagelabels.mat", "setid.mat")))(root, split, **PATHS)), "train val test",
-                "flowers-102", "jpg/ (unpacked from 102flowers.tgz), imagelabels.mat and setid.mat",
-                "https://www.robots.ox.ac.uk/~vgg/data/flowers/102"),
-    "food": (lambda root, split: listed(sets.Food101(root, split, **PATHS)), "train test",
-             "food-101", "images/ and meta/, from food-101.tar.gz", "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
-    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py",
-                "data_batch_1 to 5, test_batch, batches.meta, from cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python",
-                 "train, test and meta, from cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cub200": (read_cub200, "train test", "CUB_200_2011", "images/ and the lists beside it, from CUB_200_2011.tgz",
-               "https://data.caltech.edu/records/65de6-vp158"),
-    "sun397": (read_sun397, "train test", "SUN397", "a/ to z/ and ClassName.txt from SUN397.tar.gz; Training_01.txt and "
-               "Testing_01.txt from Partitions.zip", "https://vision.princeton.edu/projects/2010/SUN"),
-    "cars": (lambda root, split: listed(sets.StanfordCars(root, split, loader=str)), "train test",
-             "stanford_cars", "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat; their own address is dead, "
-             "copies are named", "https://github.com/pytorch/vision/issues/7545"),
+OXFORD, CIFAR = "https://www.robots.ox.ac.uk/~vgg/data", attrgetter("data", "targets", "classes")
+DATASETS = {  # name: (root, split) -> pictures, labels, classes; the splits it has; its folder under root; what that holds, from where
+    "flowers": (lambda root, split: listed(any_copy(sets.Flowers102, *(f"flowers-102/{file}" for file in (
+                    "jpg", "imagelabels.mat", "setid.mat")))(root, split, **PATHS)), "train val test", "flowers-102",
+                f"jpg/ (unpacked from 102flowers.tgz), imagelabels.mat and setid.mat from {OXFORD}/flowers/102"),
+    "food": (lambda root, split: listed(sets.Food101(root, split, **PATHS)), "train test", "food-101",
+             "images/ and meta/ (food-101.tar.gz) from https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
+    "cifar10": (lambda root, split: CIFAR(any_copy(sets.CIFAR10, "cifar-10-batches-py")(root, split == "train", download=True)),
+                "train test", "cifar-10-batches-py", "data_batch_1 to data_batch_5, test_batch and batches.meta "
+                "(cifar-10-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar100": (lambda root, split: CIFAR(any_copy(sets.CIFAR100, "cifar-100-python")(root, split == "train", download=True)),
+                 "train test", "cifar-100-python", "train, test and meta (cifar-100-python.tar.gz) from "
+                 "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cub200": (read_cub200, "train test", "CUB_200_2011", "images/, images.txt, image_class_labels.txt, train_test_split.txt and "
+               "classes.txt (CUB_200_2011.tgz) from https://data.caltech.edu/records/65de6-vp158"),
+    "sun397": (read_sun397, "train test", "SUN397", "a/ to z/, ClassName.txt (SUN397.tar.gz), Training_01.txt and Testing_01.txt "
+               "(Partitions.zip) from https://vision.princeton.edu/projects/2010/SUN"),
+    "cars": (lambda root, split: listed(sets.StanfordCars(root, split, loader=str)), "train test", "stanford_cars",
+             "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, whose own address is dead, from a copy named "
+             "on https://github.com/pytorch/vision/issues/7545"),
     "aircrafts": (lambda root, split: listed(sets.FGVCAircraft(root, split, "variant", **PATHS)), "train val test",
-                  "fgvc-aircraft-2013b", "data/, from fgvc-aircraft-2013b.tar.gz", "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
-    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007", "Annotations/, ImageSets/ and JPEGImages/, from VOCtrainval_06-Nov-2007.tar "
-              "and VOCtest_06-Nov-2007.tar", "http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
-    "dtd": (lambda root, split: listed(sets.DTD(root, split, partition=1, **PATHS)), "train val test",
-            "dtd/dtd", "images/ and labels/, from dtd-r1.0.1.tar.gz", "https://www.robots.ox.ac.uk/~vgg/data/dtd"),
-    "pets": (read_pets, "train test", "oxford-iiit-pet", "images/ and annotations/, from images.tar.gz and annotations.tar.gz",
-             "https://www.robots.ox.ac.uk/~vgg/data/pets"),
-    "caltech101": (read_caltech101, "train test", "caltech101", "101_ObjectCategories/, from 101_ObjectCategories.tar.gz in "
-                   "caltech-101.zip (an old torchvision needs gdown to download it)", "https://data.caltech.edu/records/mzrjq-6wc02"),
-    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", "*_X.bin, *_y.bin and class_names.txt, from stl10_binary.tar.gz",
-              "https://cs.stanford.edu/~acoates/stl10"),
-    "imagenet": (read_imagenet, "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and "
-                 "ILSVRC2012_img_val.tar, which need an account,", "https://image-net.org/download-images"),
+                  "fgvc-aircraft-2013b", f"data/ (fgvc-aircraft-2013b.tar.gz) from {OXFORD}/fgvc-aircraft"),
+    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007", "Annotations/, ImageSets/ and JPEGImages/ (VOCtrainval_06-Nov-2007.tar "
+              "and VOCtest_06-Nov-2007.tar) from http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
+    "dtd": (lambda root, split: listed(sets.DTD(root, split, partition=1, **PATHS)), "train val test", "dtd/dtd",
+            f"images/ and labels/ (dtd-r1.0.1.tar.gz) from {OXFORD}/dtd"),
+    "pets": (lambda root, split: attrgetter("_images", "_labels", "classes")(
+                 sets.OxfordIIITPet(root, "trainval" if split == "train" else split, download=True)), "train test",
+             "oxford-iiit-pet", f"images/ and annotations/ (images.tar.gz, annotations.tar.gz) from {OXFORD}/pets"),
+    "caltech101": (read_caltech101, "train test", "caltech101", "101_ObjectCategories/ (unpacked from 101_ObjectCategories.tar.gz in "
+                   "caltech-101.zip; an old torchvision needs gdown for it) from https://data.caltech.edu/records/mzrjq-6wc02"),
+    "stl10": (lambda root, split: attrgetter("data", "labels", "classes")(any_copy(sets.STL10, "stl10_binary")(root, split, download=True)),
+              "unlabeled train test", "stl10_binary", "train_X.bin, train_y.bin, test_X.bin, test_y.bin, unlabeled_X.bin and "
+              "class_names.txt (stl10_binary.tar.gz) from https://cs.stanford.edu/~acoates/stl10"),
+    "imagenet": (lambda root, split: listed(sets.ImageNet(root / "imagenet", "val" if split == "test" else split, loader=str)),
+                 "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (they "
+                 "need an account) from https://image-net.org/download-images"),
 }
 KNOWN_DATA = ("petals", *DATASETS)
 
 
 def open_dataset(name, root, split):
-    """One split: pictures (n paths, or uint8 (n, H, W, 3)), labels (n,), of voc07 (n, 20), and the list of classes.
+    """One split: pictures (n paths, or uint8 (n, H, W, 3) or (n, 3, H, W)), labels (n,), of voc07 (n, 20), and the list of classes.
 
-    What is absent is downloaded. Where that fails, one line says what to put where by hand.
+    What is absent is downloaded; where that cannot be, one line says what to put where by hand.
     """
     if name in DATASETS:
-        read, _, folder, contents, page = DATASETS[name]
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
+        (read, _, folder, contents), timeout = DATASETS[name], socket.getdefaulttimeout()
         try:
+            socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
             return read(Path(root), split)
         except Exception as error:  # whatever the network or the files did, the way out is the same
-            fail(f"{name} is not whole under {root}/{folder} and cannot be downloaded ({type(error).__name__}: {error}): "
-                 f"put {contents} from {page} into {root}/{folder}")
+            fail(f"{name} is not whole and cannot be downloaded ({type(error).__name__}: {error}): put into {root}/{folder} {contents}")
         finally:
             socket.setdefaulttimeout(timeout)
     folder = Path(name) / split
@@ -398,19 +378,23 @@ CHUNK = 256  # images that are decoded between two notes of how far it has come
 
 
 def decode_chunks(path, pictures, side, chunks, parent):
-    """Decode these chunks of the pictures into the rows of PATH.part and tick them off in PATH.done. Ends when its parent does."""
+    """Decode these chunks of the pictures into the rows of PATH.part and tick them off in PATH.done; stop if the parent is gone."""
     images, done = (np.load(f"{path}.{ending}", mmap_mode="r+") for ending in ("part", f"done{CHUNK}"))
     for chunk in chunks:
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(pictures))):
             if os.getppid() != parent:
                 return
-            image = Image.fromarray(pictures[i]) if isinstance(pictures, np.ndarray) else read_image(pictures[i], side)
+            picture = pictures[i]
+            if isinstance(picture, np.ndarray):  # stl10's have their channels in front
+                image = Image.fromarray(picture.transpose(1, 2, 0) if len(picture) == 3 else picture)
+            else:
+                image = read_image(picture, side)
             images[i] = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         done[chunk] = True
 
 
 def decode_apart(broken, *work):
-    """decode_chunks in a process of its own: Ctrl-C is its parent's business, and so is what is wrong with a picture."""
+    """decode_chunks in a process of its own. Ctrl-C is the parent's business, and so is a broken picture."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         decode_chunks(*work)
@@ -419,8 +403,8 @@ def decode_apart(broken, *work):
 
 
 def build_cache(path, pictures, side):
-    """Write uint8 (n, 3, side, side) to path, decoded chunk by chunk on all cores. Goes on where a killed run was; path itself
-    is only there when it is whole. ValueError: a broken picture."""
+    """Decode the pictures on all cores into path, uint8 (n, 3, side, side), which only shows up whole. Goes on where a killed run
+    was. ValueError: a broken picture."""
     n, part, ticks = len(pictures), Path(f"{path}.part"), Path(f"{path}.done{CHUNK}")
     if not (part.exists() and ticks.exists()):
         np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, side, side))
@@ -429,36 +413,31 @@ def build_cache(path, pictures, side):
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         write_whole(ticks, lambda file: np.save(file, np.zeros(-(-n // CHUNK), bool)))
     done, started = np.load(ticks, mmap_mode="r"), time.perf_counter()
-    todo, first, shown = np.flatnonzero(~done).tolist(), int(done.sum()), started
-
-    def report():
-        now, spent = min(n, int(done.sum()) * CHUNK), time.perf_counter() - started
-        speed = (now - first * CHUNK) / spent
-        left = int((n - now) / speed) if speed > 0 else 0
-        print(f"{now:,}/{n:,}  {speed:,.0f} images/s  left {left // 60}:{left % 60:02d}", flush=True)
-
+    todo, shown = np.flatnonzero(~done).tolist(), started
     if len(todo) < 2:  # not worth a process
         decode_chunks(path, pictures, side, todo, os.getppid())
-    else:  # forked, as a DataLoader's: the children run Pillow and numpy alone, and inherit the list of pictures
+    else:  # forked, as a DataLoader's: they run Pillow and numpy alone, and inherit the list of pictures
         context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-        cores, broken = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), context.SimpleQueue()
-        workers = [context.Process(target=decode_apart, args=(broken, path, pictures, side, todo[i::cores], os.getpid()), daemon=True)
-                   for i in range(min(cores, len(todo)))]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        broken, work = context.SimpleQueue(), [todo[i::cores] for i in range(min(cores, len(todo)))]
+        workers = [context.Process(target=decode_apart, args=(broken, path, pictures, side, chunks, os.getpid()), daemon=True)
+                   for chunks in work]
         try:
             [worker.start() for worker in workers]
             while any(worker.is_alive() for worker in workers) and broken.empty():
                 time.sleep(0.02)
-                if time.perf_counter() - shown > 5:
-                    shown = time.perf_counter()
-                    report()
+                now, ready = time.perf_counter(), len(todo) - int((~done).sum())
+                if now - shown > 5 and ready:
+                    shown, left = now, (now - started) * (len(todo) / ready - 1)
+                    print(f"{ready * CHUNK / (now - started):,.0f} images/s  left {int(left) // 60}:{int(left) % 60:02d}", flush=True)
         finally:
-            [worker.terminate() for worker in workers if worker.is_alive()]
-            [worker.join() for worker in workers if worker.pid]
+            [worker.terminate() or worker.join() for worker in workers if worker.pid]
         if not broken.empty():
             raise ValueError(broken.get())
         if not done.all():
-            fail("a process that decoded images was killed, perhaps for want of memory: the same command goes on where it stopped")
-    report()
+            fail("a process that decodes was killed, perhaps for want of memory: the same command goes on where it stopped")
+    spent = time.perf_counter() - started
+    print(f"decoded in {spent:.1f} s, {min(n, len(todo) * CHUNK) / spent:,.0f} images/s", flush=True)
     os.replace(part, path)
     ticks.unlink()
 

@@ -29,8 +29,8 @@ import coin
 import common
 
 METRICS = ("top1", "top5", "mean_class", "map")
-MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_class", caltech101="mean_class", voc07="map")  # as usually
-# reported, the others' top1: printed first, and what chooses the best pair of a search
+# what is usually reported, else top1: printed first, and what the best pair of a search is chosen by
+MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_class", caltech101="mean_class", voc07="map")
 
 
 def train(run):
@@ -80,14 +80,14 @@ def hit(logits, y):
 
 
 def average_precision(scores, present):
-    """11-point interpolated average precision of each class (C,), 0 to 1 (VOC 2007): the mean over the recalls 0, 0.1, ..., 1 of the
-    highest precision at that recall or a higher one.
+    """11-point interpolated average precision of each class (C,), 0 to 1 (VOC 2007): the mean over the recalls 0, 0.1, ..., 1 of
+    the highest precision at that recall or a higher one.
 
     scores (n, C); present (n, C): 1, 0, or -1 for what counts neither way. NaN for a class that no image has.
     """
-    ranked = present.gather(0, scores.argsort(0, descending=True, stable=True))  # (n, C), each column from its highest score on
+    ranked = present.gather(0, scores.argsort(dim=0, descending=True, stable=True))  # (n, C), each column's best first
     found, seen = (ranked == 1).cumsum(0), (ranked >= 0).cumsum(0)
-    precision, total = found.double() / seen.clamp(min=1), found[-1]             # (n, C), (C,)
+    precision, total = found.double() / seen.clamp(min=1), found[-1]  # (n, C), (C,)
     best = [precision.masked_fill(10 * found < tenth * total, 0).amax(0) for tenth in range(11)]
     return torch.stack(best).mean(0).masked_fill(total == 0, torch.nan)
 
