@@ -29,7 +29,7 @@ import time
 import warnings
 import xml.etree.ElementTree
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.petals, self.others, self.finishes_budget = petals, others, finishes_budget
         self.option("--data", str, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
-        self.option("--root", str, "folder of the data sets (downloaded where they are absent) and of the cache of decoded images", "data")
+        self.option("--root", str, "folder of the data sets, downloaded if need be, and of the cache of decoded images", "data")
         self.option("--image-size", number(int, 8), "side in pixels that the network sees; with --ckpt, the checkpoint's")
         self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's", choices=ARCHS, metavar="ARCH")
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
@@ -254,20 +254,22 @@ def read_image(path, side=None):
         raise ValueError(f"broken image file {path}: {error}") from None
 
 
-sets, PATHS = torchvision.datasets, dict(download=True, loader=str)  # its data sets then give the path of an image for the image
+sets, PATHS = torchvision.datasets, dict(download=True, loader=str)  # loader=str: its data sets give paths for images
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
                "sheep sofa train tvmonitor").split()
 
 
 def listed(dataset):
     """(paths, labels, classes) of a data set that gives paths. ImageNet's classes have several names each."""
-    return *zip(*(dataset[i] for i in range(len(dataset)))), [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
+    pairs, names = [dataset[i] for i in range(len(dataset))], [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
+    return [path for path, _ in pairs], [label for _, label in pairs], names
 
 
 def any_copy(published, *needed):
     """A data set class of torchvision that accepts files with the published checksums alone: here a copy or a part will do."""
     there = lambda self: all((Path(self.root) / path).exists() for path in needed)
-    return type(published.__name__, (published,), dict(_check_integrity=there, meta=dict(getattr(published, "meta", {}), md5=None)))
+    meta = dict(getattr(published, "meta", {}), md5=None)
+    return type(published.__name__, (published,), dict(_check_integrity=there, meta=meta))
 
 
 def read_cub200(root, split):
@@ -310,19 +312,33 @@ def read_caltech101(root, split):
     return [f"{folders[data.y[i]]}/image_{data.index[i]:04d}.jpg" for i in chosen], [data.y[i] for i in chosen], data.categories
 
 
-OXFORD, CIFAR = "https://www.robots.ox.ac.uk/~vgg/data", attrgetter("data", "targets", "classes")
-DATASETS = {  # name: (root, split) -> pictures, labels, classes; the splits it has; its folder under root; what that holds, from where
+def read_cifar(published, root, split):
+    data = any_copy(published, published.base_folder)(root, split == "train", download=True)
+    return data.data, data.targets, data.classes
+
+
+def read_stl10(root, split):
+    data = any_copy(sets.STL10, "stl10_binary")(root, split, download=True)
+    return data.data.transpose(0, 2, 3, 1), data.labels, data.classes
+
+
+def read_pets(root, split):
+    data = sets.OxfordIIITPet(root, "trainval" if split == "train" else split, download=True)
+    return data._images, data._labels, data.classes
+
+
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; contents, from where
+DATASETS = {
     "flowers": (lambda root, split: listed(any_copy(sets.Flowers102, *(f"flowers-102/{file}" for file in (
                     "jpg", "imagelabels.mat", "setid.mat")))(root, split, **PATHS)), "train val test", "flowers-102",
                 f"jpg/ (unpacked from 102flowers.tgz), imagelabels.mat and setid.mat from {OXFORD}/flowers/102"),
     "food": (lambda root, split: listed(sets.Food101(root, split, **PATHS)), "train test", "food-101",
              "images/ and meta/ (food-101.tar.gz) from https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
-    "cifar10": (lambda root, split: CIFAR(any_copy(sets.CIFAR10, "cifar-10-batches-py")(root, split == "train", download=True)),
-                "train test", "cifar-10-batches-py", "data_batch_1 to data_batch_5, test_batch and batches.meta "
-                "(cifar-10-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cifar100": (lambda root, split: CIFAR(any_copy(sets.CIFAR100, "cifar-100-python")(root, split == "train", download=True)),
-                 "train test", "cifar-100-python", "train, test and meta (cifar-100-python.tar.gz) from "
-                 "https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py", "data_batch_1 to data_batch_5, "
+                "test_batch, batches.meta (cifar-10-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python", "train, test and meta "
+                 "(cifar-100-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
     "cub200": (read_cub200, "train test", "CUB_200_2011", "images/, images.txt, image_class_labels.txt, train_test_split.txt and "
                "classes.txt (CUB_200_2011.tgz) from https://data.caltech.edu/records/65de6-vp158"),
     "sun397": (read_sun397, "train test", "SUN397", "a/ to z/, ClassName.txt (SUN397.tar.gz), Training_01.txt and Testing_01.txt "
@@ -332,27 +348,25 @@ DATASETS = {  # name: (root, split) -> pictures, labels, classes; the splits it 
              "on https://github.com/pytorch/vision/issues/7545"),
     "aircrafts": (lambda root, split: listed(sets.FGVCAircraft(root, split, "variant", **PATHS)), "train val test",
                   "fgvc-aircraft-2013b", f"data/ (fgvc-aircraft-2013b.tar.gz) from {OXFORD}/fgvc-aircraft"),
-    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007", "Annotations/, ImageSets/ and JPEGImages/ (VOCtrainval_06-Nov-2007.tar "
-              "and VOCtest_06-Nov-2007.tar) from http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
+    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007", "Annotations/, ImageSets/ and JPEGImages/ (VOCtrainval_06-Nov-"
+              "2007.tar, VOCtest_06-Nov-2007.tar) from http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
     "dtd": (lambda root, split: listed(sets.DTD(root, split, partition=1, **PATHS)), "train val test", "dtd/dtd",
             f"images/ and labels/ (dtd-r1.0.1.tar.gz) from {OXFORD}/dtd"),
-    "pets": (lambda root, split: attrgetter("_images", "_labels", "classes")(
-                 sets.OxfordIIITPet(root, "trainval" if split == "train" else split, download=True)), "train test",
-             "oxford-iiit-pet", f"images/ and annotations/ (images.tar.gz, annotations.tar.gz) from {OXFORD}/pets"),
-    "caltech101": (read_caltech101, "train test", "caltech101", "101_ObjectCategories/ (unpacked from 101_ObjectCategories.tar.gz in "
-                   "caltech-101.zip; an old torchvision needs gdown for it) from https://data.caltech.edu/records/mzrjq-6wc02"),
-    "stl10": (lambda root, split: attrgetter("data", "labels", "classes")(any_copy(sets.STL10, "stl10_binary")(root, split, download=True)),
-              "unlabeled train test", "stl10_binary", "train_X.bin, train_y.bin, test_X.bin, test_y.bin, unlabeled_X.bin and "
-              "class_names.txt (stl10_binary.tar.gz) from https://cs.stanford.edu/~acoates/stl10"),
+    "pets": (read_pets, "train test", "oxford-iiit-pet", "images/ and annotations/ (images.tar.gz and annotations.tar.gz) from "
+             f"{OXFORD}/pets"),
+    "caltech101": (read_caltech101, "train test", "caltech101", "101_ObjectCategories/ (its .tar.gz in caltech-101.zip; "
+                   "an old torchvision needs gdown to get it) from https://data.caltech.edu/records/mzrjq-6wc02"),
+    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", "train_X.bin, train_y.bin, test_X.bin, test_y.bin, "
+              "unlabeled_X.bin and class_names.txt (stl10_binary.tar.gz) from https://cs.stanford.edu/~acoates/stl10"),
     "imagenet": (lambda root, split: listed(sets.ImageNet(root / "imagenet", "val" if split == "test" else split, loader=str)),
-                 "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (they "
-                 "need an account) from https://image-net.org/download-images"),
+                 "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
+                 "(they need an account) from https://image-net.org/download-images"),
 }
 KNOWN_DATA = ("petals", *DATASETS)
 
 
 def open_dataset(name, root, split):
-    """One split: pictures (n paths, or uint8 (n, H, W, 3) or (n, 3, H, W)), labels (n,), of voc07 (n, 20), and the list of classes.
+    """One split: pictures (n paths, or uint8 (n, H, W, 3)), labels (n,), of voc07 (n, 20), and the list of classes.
 
     What is absent is downloaded; where that cannot be, one line says what to put where by hand.
     """
@@ -362,7 +376,8 @@ def open_dataset(name, root, split):
             socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
             return read(Path(root), split)
         except Exception as error:  # whatever the network or the files did, the way out is the same
-            fail(f"{name} is not whole and cannot be downloaded ({type(error).__name__}: {error}): put into {root}/{folder} {contents}")
+            fail(f"{name} is not whole and cannot be downloaded ({type(error).__name__}: {error}): "
+                 f"put {contents} into {root}/{folder}")
         finally:
             socket.setdefaulttimeout(timeout)
     folder = Path(name) / split
@@ -378,17 +393,13 @@ CHUNK = 256  # images that are decoded between two notes of how far it has come
 
 
 def decode_chunks(path, pictures, side, chunks, parent):
-    """Decode these chunks of the pictures into the rows of PATH.part and tick them off in PATH.done; stop if the parent is gone."""
+    """Decode these chunks of the pictures into PATH.part and tick them off in PATH.done; stop if the parent process is gone."""
     images, done = (np.load(f"{path}.{ending}", mmap_mode="r+") for ending in ("part", f"done{CHUNK}"))
     for chunk in chunks:
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(pictures))):
             if os.getppid() != parent:
                 return
-            picture = pictures[i]
-            if isinstance(picture, np.ndarray):  # stl10's have their channels in front
-                image = Image.fromarray(picture.transpose(1, 2, 0) if len(picture) == 3 else picture)
-            else:
-                image = read_image(picture, side)
+            image = Image.fromarray(pictures[i]) if isinstance(pictures, np.ndarray) else read_image(pictures[i], side)
             images[i] = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
         done[chunk] = True
 
@@ -403,8 +414,10 @@ def decode_apart(broken, *work):
 
 
 def build_cache(path, pictures, side):
-    """Decode the pictures on all cores into path, uint8 (n, 3, side, side), which only shows up whole. Goes on where a killed run
-    was. ValueError: a broken picture."""
+    """Decode the pictures on all cores into an .npy file, uint8 (n, 3, side, side), which only shows up whole.
+
+    Goes on where a killed run was. Raises ValueError for a broken picture, OSError for a full disk.
+    """
     n, part, ticks = len(pictures), Path(f"{path}.part"), Path(f"{path}.done{CHUNK}")
     if not (part.exists() and ticks.exists()):
         np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, side, side))
@@ -428,8 +441,8 @@ def build_cache(path, pictures, side):
                 time.sleep(0.02)
                 now, ready = time.perf_counter(), len(todo) - int((~done).sum())
                 if now - shown > 5 and ready:
-                    shown, left = now, (now - started) * (len(todo) / ready - 1)
-                    print(f"{ready * CHUNK / (now - started):,.0f} images/s  left {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+                    shown, speed, left = now, ready * CHUNK / (now - started), int((now - started) * (len(todo) / ready - 1))
+                    print(f"{speed:,.0f} images/s  left {left // 60}:{left % 60:02d}", flush=True)
         finally:
             [worker.terminate() or worker.join() for worker in workers if worker.pid]
         if not broken.empty():
@@ -451,6 +464,8 @@ def alone(lock):
         except BlockingIOError:
             print("another run is decoding these images: waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
         yield
     Path(lock).unlink(missing_ok=True)
 
@@ -464,12 +479,14 @@ def decode(name, root, split, side):
     if not len(pictures):
         fail(f"{name} has no images for {split}")
     files = pictures if not isinstance(pictures, np.ndarray) else sorted((Path(root) / DATASETS[name][2]).rglob("*"))
-    try:  # another source or another side is another file
-        stats = [(str(file), stat.st_mtime_ns, stat.st_size) for file in files for stat in [os.stat(file)]]
+    key = hashlib.sha256()  # another source or another side is another file
+    try:
+        for file in files:
+            stat = os.stat(file)
+            key.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
     except OSError as error:
         fail(f"{name} {split} lacks {error.filename}: {error.strerror}")
-    key = hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
-    path = Path(root) / "cache" / f"{Path(name).resolve().name}-{split}-{side}-{key}.npy"
+    path = Path(root) / "cache" / f"{Path(name).resolve().name}-{split}-{side}-{key.hexdigest()[:12]}.npy"
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -494,7 +511,8 @@ def load_data(args, split):
     """
     side = store_side(args.image_size)
     if args.data not in KNOWN_DATA and not Path(args.data).is_dir():
-        fail(f"unknown data set {args.data}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, test/CLASS/*.png")
+        fail(f"unknown data set {args.data}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, "
+             "test/CLASS/*.png")
     if args.data == "petals":
         own_splits = list(PETAL_SPLITS)
         classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
@@ -871,7 +889,8 @@ def task_loss(logits, y):
     if y.ndim == 1:
         return F.cross_entropy(logits, y)
     counts = (y >= 0).to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits.dtype), counts, reduction="sum") / counts.sum().clamp(min=1)
+    total = F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits.dtype), counts, reduction="sum")
+    return total / counts.sum().clamp(min=1)
 
 
 @torch.no_grad()
