@@ -2,9 +2,9 @@
 
 Sections, in this order:
     command line      Parser, fail, resumable
-    data              Store, petals, load_data, labelled_subset, batches
+    data              Store, petals, DATASETS, decode, load_data, labelled_subset, batches
     augmentations     augment, test_crop and the batched operations under them
-    backbone          build_backbone, start_backbone, features, knn_accuracy
+    backbone          build_backbone, start_backbone, task_loss, features, knn_accuracy
     optimisation      LARS, make_optimizer, set_learning_rate
     checkpoints       save_checkpoint, load_checkpoint, resume_checkpoint
     logs and figures  Log, plot_curves, plot_features, show_images
