@@ -119,6 +119,7 @@ def make_queues(args, classes, width):
 
 def train(run):
     args, data = run.args, run.data
+    common.need_one_label(args, data)
     backbone, _ = common.start_backbone(args, say=False)
     width, classes = backbone.num_features, len(data.classes)
     queue_h, queue_z = make_queues(args, classes, width)

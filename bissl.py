@@ -37,7 +37,6 @@ from argparse import Namespace
 
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import byol
@@ -186,7 +185,7 @@ def train(args):
                 with common.frozen_statistics(lower_backbone):
                     theta_logits = upper_head(lower_backbone(x))  # (B, C)
                 phi_logits = upper_head(upper_backbone(x))        # (B, C)
-            theta_loss, phi_loss = (F.cross_entropy(common.upcast(logits), y) for logits in (theta_logits, phi_logits))
+            theta_loss, phi_loss = (common.task_loss(logits, y) for logits in (theta_logits, phi_logits))
             slopes = common.average(torch.autograd.grad(theta_loss + phi_loss, (*theta, *upper.parameters())))
             g_theta = slopes[:len(theta)]
             for p, slope in zip(upper.parameters(), slopes[len(theta):]):
@@ -234,7 +233,7 @@ def warm_up_head(args, backbone, head, data):
         for x, y in common.batches(data, args.batch_size):
             with torch.no_grad(), common.autocast(args.device, args.precision):
                 x = backbone(common.augment(x, args.image_size, crop=(args.crop, 1)))
-            loss = F.cross_entropy(head(common.upcast(x)), y)
+            loss = common.task_loss(head(common.upcast(x)), y)
             optimizer.zero_grad()
             loss.backward()
             common.average_gradients(head)

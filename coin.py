@@ -137,6 +137,7 @@ def train(args):
         common.fail(f"--balanced {args.balanced} leaves no two classes for --batch-size {args.batch_size}")
     backbone, _ = common.start_backbone(args)
     data, test = common.load_labelled(args, args.seed), common.load_data(args, "test")
+    common.need_one_label(args, data)
     common.check_classes(args, test.classes, data.classes, "test")
     val = common.load_held_out(args, data)
     say_positives(data.labels, args.batch_size, args.balanced)

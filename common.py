@@ -3,9 +3,9 @@
 Sections, in this order:
     command line      Parser, fail, resumable
     several devices   join_processes, share, gather, average_gradients
-    data              Store, petals, load_data, labelled_subset, batches
+    data              Store, petals, DATASETS, decode, load_data, labelled_subset, batches
     augmentations     augment, test_crop and the batched operations under them
-    backbone          build_backbone, start_backbone, features, knn_accuracy
+    backbone          build_backbone, start_backbone, task_loss, features, knn_accuracy
     optimisation      LARS, make_optimizer, set_learning_rate
     checkpoints       save_checkpoint, load_checkpoint, resume_checkpoint
     logs and figures  Log, plot_curves, plot_features, show_images
@@ -19,18 +19,22 @@ a process computes on its share becomes the whole batch's by gather() (rows) and
 """
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
+import signal
+import socket
 import sys
 import time
 import warnings
+import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib
@@ -42,6 +46,11 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -84,8 +93,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=script, description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.petals, self.others, self.finishes_budget = petals, others, finishes_budget
-        self.option("--data", str, "petals, flowers, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
-        self.option("--root", str, "folder for downloads and for the cache of decoded images", "data")
+        self.option("--data", str, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
+        self.option("--root", str, "folder of the data sets, downloaded if need be, and of the cache of decoded images", "data")
         self.option("--image-size", number(int, 8), "side in pixels that the network sees; with --ckpt, the checkpoint's")
         self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's", choices=ARCHS, metavar="ARCH")
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
@@ -213,8 +222,8 @@ def place(module, device):
     return module.to(device)
 
 
-@functools.cache
-def alone():
+@cache
+def own_group():
     """The process group of this process alone."""
     return [dist.new_group([number]) for number in range(world())][rank()]
 
@@ -295,7 +304,7 @@ def average_statistics(module):
 class Store:
     """Decoded images in memory. Image i of the store is images[rows[i]] with label labels[i]."""
     images: torch.Tensor  # uint8 (N, 3, S, S): on the device where it fits, else on the host (perhaps memory-mapped)
-    labels: torch.Tensor  # int64 (n,) on the device
+    labels: torch.Tensor  # int64 (n,) on the device; voc07's (n, 20): 1 present, 0 absent, -1 ignored
     rows: torch.Tensor    # int64 (n,) on the CPU
     classes: list
 
@@ -355,72 +364,279 @@ def petals(count, side, seed):
     return torch.cat(images), labels
 
 
-def read_image(path):
-    """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named."""
+def read_image(path, side=None):
+    """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named.
+
+    side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 of its size in much less time; that
+    is enough where it leaves twice that side, the rest is shrunk with care afterwards.
+    """
     try:
         with Image.open(path) as image:
+            if side:
+                image.draft(None, (2 * side, 2 * side))  # does nothing to other formats
             if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it at 255
                 image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"broken image file {path}: {error}") from None
 
 
-class Flowers(torchvision.datasets.Flowers102):
-    def _check_integrity(self):  # torchvision accepts the original archive's checksums alone; a copy or a part will do
-        folder = Path(self.root) / "flowers-102"
-        return all((folder / name).exists() for name in ("jpg", "imagelabels.mat", "setid.mat"))
+sets, PATHS = torchvision.datasets, dict(download=True, loader=str)  # loader=str: its data sets give paths for images
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
+               "sheep sofa train tvmonitor").split()
+
+
+def listed(dataset):
+    """(paths, labels, classes) of a data set that gives paths. ImageNet's classes have several names each."""
+    pairs, names = [dataset[i] for i in range(len(dataset))], [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
+    return [path for path, _ in pairs], [label for _, label in pairs], names
+
+
+def any_copy(published, *needed):
+    """A data set class of torchvision that accepts files with the published checksums alone: here a copy or a part will do."""
+    there = lambda self: all((Path(self.root) / path).exists() for path in needed)
+    meta = dict(getattr(published, "meta", {}), md5=None)
+    return type(published.__name__, (published,), dict(_check_integrity=there, meta=meta))
+
+
+def read_cub200(root, split):
+    folder, page = root / "CUB_200_2011", "https://data.caltech.edu/records/65de6-vp158/files"
+    if not folder.exists():
+        sets.utils.download_and_extract_archive(f"{page}/CUB_200_2011.tgz", root, md5="97eceeb196236b17998738112f37df78")
+    files, labels, training, classes = (  # a line: a number and what it stands for
+        dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
+        for name in ("images", "image_class_labels", "train_test_split", "classes"))
+    chosen = [i for i in files if training[i] == ("1" if split == "train" else "0")]
+    return [folder / "images" / files[i] for i in chosen], [int(labels[i]) - 1 for i in chosen], list(classes.values())
+
+
+def read_sun397(root, split):
+    """The first of the official partitions, 50 + 50 images a class; torchvision has none."""
+    paths, labels, classes = listed(sets.SUN397(root, **PATHS))
+    folder, label, page = root / "SUN397", dict(zip(paths, labels)), "https://vision.princeton.edu/projects/2010/SUN/download"
+    if not (folder / "Testing_01.txt").exists():
+        sets.utils.download_and_extract_archive(f"{page}/Partitions.zip", folder)
+    lines = (folder / ("Training_01.txt" if split == "train" else "Testing_01.txt")).read_text().split()  # /a/abbey/sun_x.jpg
+    return [f"{folder}{line}" for line in lines], [label[f"{folder}{line}"] for line in lines], classes
+
+
+def read_voc07(root, split):
+    """Labels 1 present, 0 absent, -1 ignored: all objects of the class in the image are marked difficult."""
+    there, labels = (root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt").exists(), []
+    data = sets.VOCDetection(root, "2007", split, download=not there)  # it would unpack its archive each time
+    for file in data.annotations:
+        found = {(o.findtext("name"), o.findtext("difficult") == "1") for o in xml.etree.ElementTree.parse(file).iter("object")}
+        labels.append([1 if (name, False) in found else -1 if (name, True) in found else 0 for name in VOC_CLASSES])
+    return data.images, labels, VOC_CLASSES
+
+
+def read_caltech101(root, split):
+    """30 images a class, drawn once and for all, are train, the others test."""
+    data = sets.Caltech101(root, download=True)
+    train = labelled_subset(torch.tensor(data.y), seed=0, per_class=30).sort().values.numpy()
+    chosen = train if split == "train" else np.setdiff1d(np.arange(len(data)), train)
+    folders = [f"{data.root}/101_ObjectCategories/{name}" for name in data.categories]
+    return [f"{folders[data.y[i]]}/image_{data.index[i]:04d}.jpg" for i in chosen], [data.y[i] for i in chosen], data.categories
+
+
+def read_cifar(published, root, split):
+    data = any_copy(published, published.base_folder)(root, split == "train", download=True)
+    return data.data, data.targets, data.classes
+
+
+def read_stl10(root, split):
+    data = any_copy(sets.STL10, "stl10_binary")(root, split, download=True)
+    return data.data.transpose(0, 2, 3, 1), data.labels, data.classes
+
+
+def read_pets(root, split):
+    data = sets.OxfordIIITPet(root, "trainval" if split == "train" else split, download=True)
+    return data._images, data._labels, data.classes
+
+
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
+# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; contents, from where
+DATASETS = {
+    "flowers": (lambda root, split: listed(any_copy(sets.Flowers102, *(f"flowers-102/{file}" for file in (
+                    "jpg", "imagelabels.mat", "setid.mat")))(root, split, **PATHS)), "train val test", "flowers-102",
+                f"jpg/ (unpacked from 102flowers.tgz), imagelabels.mat and setid.mat from {OXFORD}/flowers/102"),
+    "food": (lambda root, split: listed(sets.Food101(root, split, **PATHS)), "train test", "food-101",
+             "images/ and meta/ (food-101.tar.gz) from https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
+    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py", "data_batch_1 to data_batch_5, "
+                "test_batch, batches.meta (cifar-10-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python", "train, test and meta "
+                 "(cifar-100-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cub200": (read_cub200, "train test", "CUB_200_2011", "images/, images.txt, image_class_labels.txt, train_test_split.txt and "
+               "classes.txt (CUB_200_2011.tgz) from https://data.caltech.edu/records/65de6-vp158"),
+    "sun397": (read_sun397, "train test", "SUN397", "a/ to z/, ClassName.txt (SUN397.tar.gz), Training_01.txt and Testing_01.txt "
+               "(Partitions.zip) from https://vision.princeton.edu/projects/2010/SUN"),
+    "cars": (lambda root, split: listed(sets.StanfordCars(root, split, loader=str)), "train test", "stanford_cars",
+             "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, whose own address is dead, from a copy named "
+             "on https://github.com/pytorch/vision/issues/7545"),
+    "aircrafts": (lambda root, split: listed(sets.FGVCAircraft(root, split, "variant", **PATHS)), "train val test",
+                  "fgvc-aircraft-2013b", f"data/ (fgvc-aircraft-2013b.tar.gz) from {OXFORD}/fgvc-aircraft"),
+    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007", "Annotations/, ImageSets/ and JPEGImages/ (VOCtrainval_06-Nov-"
+              "2007.tar, VOCtest_06-Nov-2007.tar) from http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
+    "dtd": (lambda root, split: listed(sets.DTD(root, split, partition=1, **PATHS)), "train val test", "dtd/dtd",
+            f"images/ and labels/ (dtd-r1.0.1.tar.gz) from {OXFORD}/dtd"),
+    "pets": (read_pets, "train test", "oxford-iiit-pet", "images/ and annotations/ (images.tar.gz and annotations.tar.gz) from "
+             f"{OXFORD}/pets"),
+    "caltech101": (read_caltech101, "train test", "caltech101", "101_ObjectCategories/ (its .tar.gz in caltech-101.zip; "
+                   "an old torchvision needs gdown to get it) from https://data.caltech.edu/records/mzrjq-6wc02"),
+    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", "train_X.bin, train_y.bin, test_X.bin, test_y.bin, "
+              "unlabeled_X.bin and class_names.txt (stl10_binary.tar.gz) from https://cs.stanford.edu/~acoates/stl10"),
+    "imagenet": (lambda root, split: listed(sets.ImageNet(root / "imagenet", "val" if split == "test" else split, loader=str)),
+                 "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
+                 "(they need an account) from https://image-net.org/download-images"),
+}
+KNOWN_DATA = ("petals", *DATASETS)
 
 
 def open_dataset(name, root, split):
-    """The data set's own reader, (PIL image, label) pairs with a list of classes, and the folder it reads."""
-    if name == "flowers":
+    """One split: pictures (n paths, or uint8 (n, H, W, 3)), labels (n,), of voc07 (n, 20), and the list of classes.
+
+    What is absent is downloaded; where that cannot be, one line says what to put where by hand.
+    """
+    if name in DATASETS:
+        (read, _, folder, contents), timeout = DATASETS[name], socket.getdefaulttimeout()
         try:
-            return Flowers(root, split, download=True, loader=read_image), Path(root) / "flowers-102"
+            socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
+            return read(Path(root), split)
         except Exception as error:  # whatever the network or the files did, the way out is the same
-            fail(f"flowers is not under {root}/flowers-102 and cannot be downloaded ({error}): put jpg/*.jpg (unpacked "
-                 "from 102flowers.tgz), imagelabels.mat and setid.mat there, from www.robots.ox.ac.uk/~vgg/data/flowers/102")
+            fail(f"{name} is not whole and cannot be downloaded ({type(error).__name__}: {error}): "
+                 f"put {contents} into {root}/{folder}")
+        finally:
+            socket.setdefaulttimeout(timeout)
     folder = Path(name) / split
     if not folder.is_dir():
         fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
     try:
-        return torchvision.datasets.ImageFolder(folder, loader=read_image), folder
+        return listed(sets.ImageFolder(folder, loader=str))
     except FileNotFoundError as error:
         fail(f"{folder}: {error}")
 
 
-def decode(name, root, split, side):
-    """Images (N, 3, side, side) uint8 and labels (N,): short side resized, centre cropped, cached under root."""
-    dataset, folder = open_dataset(name, root, split)
-    files = sorted((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in folder.rglob("*") if file.is_file())
-    key = hashlib.sha256(repr(files).encode()).hexdigest()[:12]  # another source or another side is another file
-    stem = Path(root) / "cache" / f"{Path(name).resolve().name}-{split}-{side}-{key}"
-    images_file, labels_file = Path(f"{stem}.npy"), Path(f"{stem}.labels.npy")
-    if not (images_file.exists() and labels_file.exists()):
-        labels = np.empty(len(dataset), np.int64)
-        images = np.empty((len(dataset), 3, side, side), np.uint8)
+CHUNK = 256  # images that are decoded between two notes of how far it has come
 
-        def fill(i):
-            image, labels[i] = dataset[i]
-            images[i] = np.array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
-        print(f"decoding {len(dataset):,} images of {name} {split} to {side} px", flush=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
-            try:
-                for _ in pool.map(fill, range(len(dataset))):
-                    pass
-            except ValueError as error:
-                pool.shutdown(cancel_futures=True)
-                fail(error)
+def decode_chunks(path, pictures, side, chunks, parent):
+    """Decode these chunks of the pictures into PATH.part and tick them off in PATH.done; stop if the parent process is gone."""
+    images, done = (np.load(f"{path}.{ending}", mmap_mode="r+") for ending in ("part", f"done{CHUNK}"))
+    for chunk in chunks:
+        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(pictures))):
+            if os.getppid() != parent:
+                return
+            image = Image.fromarray(pictures[i]) if isinstance(pictures, np.ndarray) else read_image(pictures[i], side)
+            images[i] = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        done[chunk] = True
+
+
+def decode_apart(broken, *work):
+    """decode_chunks in a process of its own. Ctrl-C is the parent's business, and so is a broken picture."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        decode_chunks(*work)
+    except ValueError as error:
+        broken.put(str(error))
+
+
+def build_cache(path, pictures, side):
+    """Decode the pictures on all cores into an .npy file, uint8 (n, 3, side, side), which only shows up whole.
+
+    Goes on where a killed run was. Raises ValueError for a broken picture, OSError for a full disk.
+    """
+    n, part, ticks = len(pictures), Path(f"{path}.part"), Path(f"{path}.done{CHUNK}")
+    if not (part.exists() and ticks.exists()):
+        np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, side, side))
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later it would be a crash
+            with open(part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        write_whole(ticks, lambda file: np.save(file, np.zeros(-(-n // CHUNK), bool)))
+    done, started = np.load(ticks, mmap_mode="r"), time.perf_counter()
+    todo, shown = np.flatnonzero(~done).tolist(), started
+    if len(todo) < 2:  # not worth a process
+        decode_chunks(path, pictures, side, todo, os.getppid())
+    else:  # forked, as a DataLoader's: they run Pillow and numpy alone, and inherit the list of pictures
+        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        broken, work = context.SimpleQueue(), [todo[i::cores] for i in range(min(cores, len(todo)))]
+        workers = [context.Process(target=decode_apart, args=(broken, path, pictures, side, chunks, os.getpid()), daemon=True)
+                   for chunks in work]
         try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            for path, array in ((labels_file, labels), (images_file, images)):
-                write_whole(path, lambda file: np.save(file, array))
+            [worker.start() for worker in workers]
+            while any(worker.is_alive() for worker in workers) and broken.empty():
+                time.sleep(0.02)
+                now, ready = time.perf_counter(), len(todo) - int((~done).sum())
+                if now - shown > 5 and ready:
+                    shown, speed, left = now, ready * CHUNK / (now - started), int((now - started) * (len(todo) / ready - 1))
+                    print(f"{speed:,.0f} images/s  left {left // 60}:{left % 60:02d}", flush=True)
+        finally:
+            [worker.terminate() or worker.join() for worker in workers if worker.pid]
+        if not broken.empty():
+            raise ValueError(broken.get())
+        if not done.all():
+            fail("a process that decodes was killed, perhaps for want of memory: the same command goes on where it stopped")
+    spent = time.perf_counter() - started
+    print(f"decoded in {spent:.1f} s, {min(n, len(todo) * CHUNK) / spent:,.0f} images/s", flush=True)
+    os.replace(part, path)
+    ticks.unlink()
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock):
+    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock."""
+    with open(lock, "w") as file:
+        try:
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another run is decoding these images: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    Path(lock).unlink(missing_ok=True)
+
+
+def decode(args, splits):
+    """Images uint8 (n, 3, S, S) and labels int64 (n,) or (n, 20) of these splits, one after the other; their sizes; the classes.
+
+    The images are decoded once, short side resized and centre cropped, into one cache under --root, which is mapped read-only:
+    such pages are no memory of the process's own.
+    """
+    name, side = args.data, store_side(args.image_size)
+    opened = [open_dataset(name, args.root, split) for split in splits]
+    for split, (_, labels, classes) in zip(splits, opened):
+        check_classes(args, classes, opened[0][2], split)
+        if not len(labels):
+            fail(f"{name} has no images for {split}")
+    pictures = opened[0][0] if len(splits) == 1 else [picture for part in opened for picture in part[0]]
+    files = pictures if not isinstance(pictures, np.ndarray) else sorted((Path(args.root) / DATASETS[name][2]).rglob("*"))
+    key = hashlib.sha256()  # another source or another side is another file
+    try:
+        for file in files:
+            stat = os.stat(file)
+            key.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
+    except OSError as error:
+        fail(f"{name} lacks {error.filename}: {error.strerror}")
+    path = Path(args.root) / "cache" / f"{Path(name).resolve().name}-{'-'.join(splits)}-{side}-{key.hexdigest()[:12]}.npy"
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(f"{path}.lock"):
+                if not path.exists():  # else the run that was waited for has made it
+                    print(f"decoding {len(pictures):,} images of {name} {' and '.join(splits)} to {side} px", flush=True)
+                    build_cache(path, pictures, side)
+        except ValueError as error:
+            fail(error)
         except OSError as error:
-            fail(f"cannot write the cache under --root {root}: {error.strerror}")
-    return torch.from_numpy(np.load(images_file, mmap_mode="c")), torch.from_numpy(np.load(labels_file)), dataset.classes
+            fail(f"cannot write the cache under --root {args.root}: {error.strerror}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
+        images = torch.from_numpy(np.load(path, mmap_mode="r"))
+    labels = torch.from_numpy(np.concatenate([np.asarray(labels, np.int64) for _, labels, _ in opened]))
+    return images, labels, [len(labels) for _, labels, _ in opened], opened[0][2]
 
 
 def load_data(args, split):
@@ -429,34 +645,30 @@ def load_data(args, split):
     Where the data has no such split, val is a seeded, stratified fifth of train, trainval the two together and unlabeled
     the same as trainval. Labels of `unlabeled` are there but mean nothing to a pretext task.
     """
-    side, known = store_side(args.image_size), ("petals", "flowers")
-    if args.data not in known and not Path(args.data).is_dir():
-        fail(f"unknown data set {args.data}: one of {', '.join(known)}, or a folder with train/CLASS/*.png, test/CLASS/*.png")
     if args.data == "petals":
-        own_splits = list(PETAL_SPLITS)
-        classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
-        read = lambda part: (*petals(PETAL_SPLITS[part], side, seed=1 + own_splits.index(part)), classes)
+        splits, own = ["train", "val"] if split == "trainval" else [split], list(PETAL_SPLITS)
+        drawn = [petals(PETAL_SPLITS[part], store_side(args.image_size), seed=1 + own.index(part)) for part in splits]
+        images, labels = map(torch.cat, zip(*drawn))
+        rows, classes = torch.arange(len(labels)), [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
     else:
-        own_splits = ["train", "val", "test"] if args.data == "flowers" else [
+        if args.data not in KNOWN_DATA and not Path(args.data).is_dir():
+            fail(f"unknown data set {args.data}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, "
+                 "test/CLASS/*.png")
+        own = DATASETS[args.data][1].split() if args.data in DATASETS else [
             part for part in ("unlabeled", "train", "val", "test") if (Path(args.data) / part).is_dir()]
-        read = lambda part: decode(args.data, args.root, part, side)
-    if split == "unlabeled" and "unlabeled" not in own_splits:
-        split = "trainval"
-    parts = ["train", "val"] if split == "trainval" and "val" in own_splits else [
-        "train" if split == "trainval" or (split == "val" and "val" not in own_splits) else split]
-    pieces = [read(part) for part in parts]
-    for part, piece in zip(parts, pieces):
-        check_classes(args, piece[2], pieces[0][2], part)
-    images, labels = (pieces[0][i] if len(pieces) == 1 else torch.cat([piece[i] for piece in pieces]) for i in (0, 1))
-    device, classes = torch.device(args.device), pieces[0][2]
+        if split == "unlabeled" and "unlabeled" not in own:
+            split = "trainval"
+        trains = split in ("train", "val", "trainval")  # these three are rows of one cache: no image is in two
+        splits = (["train", "val"] if "val" in own else ["train"]) if trains else [split]
+        images, labels, sizes, classes = decode(args, splits)
+        rows = torch.arange(len(labels))
+        if split in ("train", "val"):
+            held_out = rows[sizes[0]:] if "val" in own else labelled_subset(labels, seed=0, fraction=0.2)
+            rows = held_out if split == "val" else torch.from_numpy(np.setdiff1d(rows.numpy(), held_out.numpy()))
+    device = torch.device(args.device)
     if device.type == "cuda" and images.nbytes < 0.5 * memory(device):
         images = images.to(device)
-    store = Store(images, labels.to(device), torch.arange(len(labels)), classes)
-    if split in ("train", "val") and "val" not in own_splits:
-        held_out = labelled_subset(labels, seed=0, fraction=0.2)
-        keep = held_out if split == "val" else torch.tensor(np.setdiff1d(np.arange(len(labels)), held_out.numpy()))
-        store = store.subset(keep)
-    return store
+    return Store(images, labels[rows].to(device), rows, classes)
 
 
 def check_classes(args, classes, expected, split):
@@ -474,18 +686,35 @@ def load_unlabeled(args, flag="batch_size"):
     return data
 
 
+PROBE_IMAGES = 50_000, 10_000  # at most, of train and of val
+
+
 def load_probe(args):
-    """train and val for a probe on held-out labels; None where the data has no labels to probe with."""
-    if Path(args.data).is_dir() and not (Path(args.data) / "train").is_dir():
+    """train and val for a probe on held-out labels; None where the data has no labels to probe with, or several an image.
+
+    Of huge data a random part: the probe is watched, not reported, and takes time and memory with memory x query.
+    """
+    if args.data not in KNOWN_DATA and not (Path(args.data) / "train").is_dir():
         return None
     probe = load_data(args, "train"), load_data(args, "val")
     check_classes(args, probe[1].classes, probe[0].classes, "val")
-    return probe if len(probe[0].classes) > 1 else None
+    if len(probe[0].classes) < 2 or probe[0].labels.ndim == 2:
+        return None
+    rng = torch.Generator().manual_seed(0)
+    return tuple(store.subset(torch.randperm(len(store), generator=rng)[:most]) if len(store) > most else store
+                 for store, most in zip(probe, PROBE_IMAGES))
 
 
 def labelled_subset(labels, seed, per_class=None, fraction=None):
-    """Indices of a seeded, stratified subset: per_class images of each class, or that fraction of it (at least one)."""
+    """Indices of a seeded, stratified subset: per_class images of each class, or that fraction of it (at least one).
+
+    Images with several labels (n, C) belong to no one class: they are not stratified.
+    """
     rng = torch.Generator().manual_seed(seed)
+    if labels.ndim == 2:
+        if per_class is not None:
+            fail("--labels-per-class wants one class an image, and these have several: use --fraction")
+        return torch.randperm(len(labels), generator=rng)[:max(1, round(fraction * len(labels)))]
     labels, keep = labels.cpu(), []
     members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
     if per_class is not None and per_class > max(map(len, members)):
@@ -511,9 +740,15 @@ def load_labelled(args, seed, hold_out=False):
     return store.subset(labelled_subset(store.labels, seed, per_class, args.fraction)) if few else store
 
 
+def need_one_label(args, data):
+    if data.labels.ndim == 2:
+        fail(f"{args.data} has several classes an image, and this loss needs one: finetune.py without --supcon takes it")
+
+
 def load_held_out(args, data):
-    """val for a stage that trains on the labelled `data`, or None where all labels are asked for: val is among them then."""
-    if not few_labels(args):
+    """val for the probe of a stage that trains on the labelled `data`, or None where all labels are asked for, val's among them,
+    or an image has several."""
+    if not few_labels(args) or data.labels.ndim == 2:
         return None
     val = load_data(args, "val")
     check_classes(args, val.classes, data.classes, "val")
@@ -797,7 +1032,7 @@ def frozen_statistics(model, second_order=False):
     for layer in layers:
         layer.track_running_stats = False
         if second_order and world() > 1:
-            layer.process_group = alone()
+            layer.process_group = own_group()
     try:
         compiled = second_order and "torch._dynamo" in sys.modules
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
@@ -828,6 +1063,17 @@ def autocast(device, precision):
 def upcast(x):
     """Half types to float32; float32 and float64 stay what they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def task_loss(logits, y):
+    """Mean cross-entropy for y (B,). For y (B, C) of 1 present, 0 absent, -1 ignored: binary cross-entropy, mean over the
+    entries that count. logits (B, C) -> scalar, in float32 or better."""
+    logits = upcast(logits)
+    if y.ndim == 1:
+        return F.cross_entropy(logits, y)
+    counts = (y >= 0).to(logits.dtype)
+    total = F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits.dtype), counts, reduction="sum")
+    return total / counts.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -1102,7 +1348,11 @@ def plot_curves(axes, history, names, x="epoch"):
 
 
 def plot_features(axes, x, y, title):
-    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most."""
+    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most.
+
+    y (n, C): an image's first class stands for all of its.
+    """
+    y = y if y.ndim == 1 else (y == 1).int().argmax(1)
     if not x.isfinite().all():  # of a run that diverged just short of infinity
         return
     x = F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)

@@ -84,6 +84,7 @@ def focal_contrastive(z, positives, temperature):
 
 def train(run):
     args, data = run.args, run.data
+    common.need_one_label(args, data)
     backbone, _ = common.start_backbone(args, say=False)
     width, classes = backbone.num_features, len(data.classes)
     model = nn.ModuleDict(dict(

@@ -23,18 +23,21 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import coin
 import common
 
-METRICS = ("top1", "top5", "mean_class")
+METRICS = ("top1", "top5", "mean_class", "map")
+# what is usually reported, else top1: printed first, and what the best pair of a search is chosen by
+MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_class", caltech101="mean_class", voc07="map")
 
 
 def train(run):
     """Cross-entropy, and with --supcon what COIN's second stage adds to it."""
     args, data = run.args, run.data
+    if args.supcon:
+        common.need_one_label(args, data)
     backbone, ckpt = common.start_backbone(args, say=False)
     model = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(backbone.num_features, len(data.classes))))
     if args.supcon:
@@ -58,7 +61,7 @@ def train(run):
                 f = backbone(x)         # (B, D)
                 logits = model.head(f)  # (B, C)
                 z = model.projector(f) if args.supcon else None
-            loss = F.cross_entropy(common.upcast(logits), y)
+            loss = common.task_loss(logits, y)
             if args.supcon:
                 loss = loss + args.supcon * coin.supcon(z, y, args.supcon_temperature)
             optimizer.zero_grad()
@@ -66,16 +69,39 @@ def train(run):
             common.average_gradients(model)
             optimizer.step()
             total += loss.detach() * len(y)
-            hits += (logits.detach().argmax(1) == y).sum()
+            hits += hit(logits.detach(), y).sum()
         if not run.finish_epoch(epoch, model, optimizer, total, hits):
             break
+
+
+def hit(logits, y):
+    """Whether the highest score (B, C) is that of the class y (B,), or of one that is present, y (B, C) = 1: (B,) bool."""
+    best = logits.argmax(1)
+    return best == y if y.ndim == 1 else y.gather(1, best[:, None])[:, 0] == 1
+
+
+def average_precision(scores, present):
+    """11-point interpolated average precision of each class (C,), 0 to 1 (VOC 2007): the mean over the recalls 0, 0.1, ..., 1 of
+    the highest precision at that recall or a higher one.
+
+    scores (n, C); present (n, C): 1, 0, or -1 for what counts neither way. NaN for a class that no image has.
+    """
+    ranked = present.gather(0, scores.argsort(dim=0, descending=True, stable=True))  # (n, C), each column's best first
+    found, seen = (ranked == 1).cumsum(0), (ranked >= 0).cumsum(0)
+    precision, total = found.double() / seen.clamp(min=1), found[-1]  # (n, C), (C,)
+    best = [precision.masked_fill(10 * found < tenth * total, 0).amax(0) for tenth in range(11)]
+    return torch.stack(best).mean(0).masked_fill(total == 0, torch.nan)
 
 
 def metrics(logits, labels):
     """Top-1, top-5 and mean per-class accuracy in per cent, and the confusion matrix (C, C) with true classes as rows.
 
-    logits (n, C), labels (n,). Classes without an image do not count in the mean.
+    logits (n, C), labels (n,). Classes without an image do not count in the mean. With several labels an image, (n, C): mean
+    average precision and the share of images whose highest score is that of a class they show, and each class's precision (C,).
     """
+    if labels.ndim == 2:
+        precision = average_precision(logits, labels)
+        return dict(map=100 * precision.nanmean().item(), top1=100 * hit(logits, labels).float().mean().item()), precision.cpu()
     num_classes = logits.shape[1]
     ranked = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (n, 5)
     confusion = torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes ** 2)
@@ -84,6 +110,11 @@ def metrics(logits, labels):
     recall = confusion.diag()[present] / confusion.sum(1)[present]
     return dict(top1=100 * ranked[:, 0].float().mean().item(), top5=100 * ranked.any(1).float().mean().item(),
                 mean_class=100 * recall.mean().item()), confusion.cpu()
+
+
+def ordered(args, scores):
+    """The names of the metrics among the scores, the data set's main one first."""
+    return sorted((name for name in METRICS if name in scores), key=lambda name: name != MAIN_METRIC.get(args.data, "top1"))
 
 
 @torch.no_grad()
@@ -171,7 +202,7 @@ def protocol(args, method, train, panel):
         else:
             now.seed = args.seed + run - args.search
             if args.search:
-                best = max(results[:args.search], key=lambda result: result["top1"])
+                best = max(results[:args.search], key=lambda result: result.get(MAIN_METRIC.get(args.data, "top1"), 0.0))
                 now.lr, now.weight_decay = best["lr"], best["weight_decay"]
         searching = run < args.search
         data = common.load_labelled(args, now.seed, hold_out=searching)
@@ -185,12 +216,13 @@ def protocol(args, method, train, panel):
 
     final = results[args.search:]
     summary = dict(lr=final[-1]["lr"], weight_decay=final[-1]["weight_decay"])
-    for name in METRICS:
+    names = ordered(args, final[-1])
+    for name in names:
         values = np.array([result[name] for result in final])
         summary[f"test_{name}"] = float(values.mean())
         summary[f"test_{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     print("test  " + "  ".join(f"{name} {summary[f'test_{name}']:.2f} +- {summary[f'test_{name}_std']:.2f} %"
-                               for name in METRICS) + f"  ({len(final)} seed{'s' * (len(final) > 1)})", flush=True)
+                               for name in names) + f"  ({len(final)} seed{'s' * (len(final) > 1)})", flush=True)
     log.write([*log.history, dict(summary, runs=results)])
     draw(args, log.history, test, panel)
     return summary
@@ -211,7 +243,8 @@ def load_classifier(args, path, classes):
 
 
 def draw(args, history, test, panel):
-    """Curves, the confusion matrix on test, the test features before and after, and the method's own panel."""
+    """Curves, the confusion matrix on test, or with several labels an image each class's precision, the test features before and
+    after, and the method's own panel."""
     backbone, head = load_classifier(args, f"{args.out}.pt", test.classes)
     before, _ = common.start_backbone(args, say=False)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
@@ -220,11 +253,15 @@ def draw(args, history, test, panel):
     common.plot_curves(axes[0, 1], last_run, ["train_top1", "val_top1"])
     x, y = common.features(backbone, test, args)
     confusion = metrics(head(x), y)[1]
-    axes[0, 2].imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap="viridis", vmin=0, vmax=1)
-    axes[0, 2].set(xlabel="predicted", ylabel="true", title="confusion on test, share of the true class")
-    if len(test.classes) <= 20:
-        axes[0, 2].set_yticks(range(len(test.classes)), test.classes)
-        axes[0, 2].set_xticks(range(len(test.classes)), test.classes, rotation=90)
+    if y.ndim == 2:
+        axes[0, 2].barh(test.classes, 100 * confusion.numpy())
+        axes[0, 2].set(xlabel="average precision on test, %")
+    else:
+        axes[0, 2].imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap="viridis", vmin=0, vmax=1)
+        axes[0, 2].set(xlabel="predicted", ylabel="true", title="confusion on test, share of the true class")
+        if len(test.classes) <= 20:
+            axes[0, 2].set_yticks(range(len(test.classes)), test.classes)
+            axes[0, 2].set_xticks(range(len(test.classes)), test.classes, rotation=90)
     where = "fine-tuning, where class means differ most"
     common.plot_features(axes[1, 0], *common.features(before, test, args), f"test features before {where}")
     common.plot_features(axes[1, 1], x, y, f"test features after {where}")
@@ -234,8 +271,9 @@ def draw(args, history, test, panel):
 
 def class_accuracies(axes, args, backbone, confusion):
     """The panel of plain fine-tuning: how many classes are recognised how well."""
-    axes.hist((100 * confusion.diag() / confusion.sum(1).clamp(min=1)).numpy(), bins=20, range=(0, 100))
-    axes.set(xlabel="accuracy, %", ylabel="classes", title="accuracy of the single classes on test")
+    share = confusion if confusion.ndim == 1 else confusion.diag() / confusion.sum(1).clamp(min=1)
+    axes.hist((100 * share).numpy(), bins=20, range=(0, 100))
+    axes.set(xlabel="accuracy or average precision, %", ylabel="classes", title="the single classes on test")
 
 
 def protocol_options(p):
@@ -277,7 +315,7 @@ def main(argv=None):
         args.image_size = args.image_size or ckpt["image_size"]
         test = common.load_data(args, "test")
         scores, _ = evaluate(*load_classifier(args, args.ckpt, test.classes), test, args)
-        print("test  " + "  ".join(f"{name} {scores[name]:.2f} %" for name in METRICS))
+        print("test  " + "  ".join(f"{name} {scores[name]:.2f} %" for name in ordered(args, scores)))
         return {f"test_{name}": value for name, value in scores.items()}
 
 

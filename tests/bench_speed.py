@@ -11,11 +11,13 @@ Prints the table and writes tests/results/speed.csv; rows that were not measured
   bi       Bi-tuning's two losses and the enqueue, forward + backward / a loop over the samples written from the equations
   tuning   a training step of each method that learns from labels / of plain fine-tuning, same batch and backbone
   byol     a training step of BYOL / of SimCLR
+  decode   images/s of building the cache from JPEGs / of torchvision's ImageFolder with Resize and CenterCrop, one core each
 """
 import copy
 import csv
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchvision.transforms import v2
 
 import bi_tuning
@@ -277,7 +280,36 @@ def byol_row(device):
                 reference=reference / 2, unit="s", ratio=ratio, aim="<= 1.45")
 
 
-GROUPS = {"step": step_row, "views": views_row, "hvp": hessian_rows, "bi": bi_row, "tuning": tuning_rows, "byol": byol_row}
+def decoding(device):
+    """On one core: the forked worker of the cache is held to this process's."""
+    side, count = common.store_side(64), 2 * common.CHUNK
+    with tempfile.TemporaryDirectory() as folder:
+        os.makedirs(f"{folder}/pictures/test/class")
+        rough = torch.Generator().manual_seed(0)
+        for i in range(count):  # smooth noise: detail of all sizes, the coarse the stronger, as in photographs
+            coarse = [(cell, torch.rand(1, 3, 375 // cell, 500 // cell, generator=rough) - 0.5) for cell in (64, 16, 4)]
+            noise = sum(cell ** 0.5 * F.interpolate(x, (375, 500), mode="bicubic")[0] for cell, x in coarse)
+            image = (128 + 20 * noise).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+            common.Image.fromarray(image).save(f"{folder}/pictures/test/class/{i}.jpg", quality=90)
+        plain = torchvision.datasets.ImageFolder(
+            f"{folder}/pictures/test", v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()]))
+
+        def ours():
+            common.decode(SimpleNamespace(data=f"{folder}/pictures", root=folder, image_size=64), ["test"])
+            shutil.rmtree(f"{folder}/cache")
+
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cores)})
+        try:
+            ours, reference, ratio = in_turn(ours, lambda: [plain[i] for i in range(count)], "cpu", 5)
+        finally:
+            os.sched_setaffinity(0, cores)
+    return dict(row="decode", setting=f"{count} JPEGs 500 x 375 -> {side} px, one core", ours=count / ours,
+                reference=count / reference, unit="images/s", ratio=1 / ratio, aim=">= 1.5")
+
+
+GROUPS = {"step": step_row, "views": views_row, "hvp": hessian_rows, "bi": bi_row, "tuning": tuning_rows, "byol": byol_row,
+          "decode": decoding}
 
 
 def main(groups):
