@@ -189,7 +189,7 @@ def train(args):
             slopes = common.average(torch.autograd.grad(theta_loss + phi_loss, (*theta, *upper.parameters())))
             g_theta = slopes[:len(theta)]
             for p, slope in zip(upper.parameters(), slopes[len(theta):]):
-                p.grad = slope
+                p.grad = torch.empty_like(p).copy_(slope)  # in p's memory layout: fused steps go by the position in memory
             implicit = inverse_hvp(hessian_loss, theta, g_theta, damping, args.cg_steps, args.layerwise, gradient)
             torch._foreach_add_([p.grad for p in phi], implicit)
             upper_optimizer.step()

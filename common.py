@@ -1073,7 +1073,7 @@ def task_loss(logits, y):
         return F.cross_entropy(logits, y)
     counts = (y >= 0).to(logits.dtype)
     total = F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits.dtype), counts, reduction="sum")
-    return total / counts.sum().clamp(min=1)
+    return total * world() / all_sum(counts.sum()).clamp(min=1)
 
 
 @torch.no_grad()

@@ -106,10 +106,12 @@ def losses():
     x, direction = torch.randn(12, 7), [torch.randn(5, 7)]
     weight = torch.randn(5, 7, requires_grad=True)
     y = torch.tensor([0, 1, 0, 2, 2, 2, 0, 3, 1, 4, 4, 5])  # 3 and 5 have no positive
+    present = torch.randint(-1, 2, (12, 5))
     mine, label, found = common.share(x), common.share(y), {}
     project = lambda x: torch.tanh(x @ weight.T)
     for name, loss in (("nt_xent", lambda: simclr.nt_xent(project(mine), project(mine + 0.3), 0.2)),
                        ("supcon", lambda: coin.supcon(project(mine), label, 0.2)),
+                       ("several labels", lambda: common.task_loss(project(mine), common.share(present))),
                        ("no positive", lambda: coin.supcon(project(mine), common.share(torch.arange(12)), 0.2))):
         value = loss()
         gradient = torch.autograd.grad(value, [weight], create_graph=True)
@@ -161,7 +163,7 @@ def test_two_processes_log_what_one_logs(folders, name):
                 assert other[key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
 
 
-@pytest.mark.parametrize("name", ["nt_xent", "supcon", "no positive", "rows"])
+@pytest.mark.parametrize("name", ["nt_xent", "supcon", "several labels", "no positive", "rows"])
 def test_loss_gradient_and_hessian_vector_product_of_two_processes(folders, name):
     one = torch.load(folders[1] / "losses0.pt")[name]
     for number in range(2):  # every process holds the same
