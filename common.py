@@ -781,18 +781,19 @@ def feed(store, parts):
         images = torch.empty(len(part), *store.images.shape[1:], dtype=torch.uint8, pin_memory=bool(stream))
         torch.index_select(store.images, 0, store.rows[part], out=images)
         with torch.cuda.stream(stream):  # without a GPU this does nothing
-            return images.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
+            batch = images.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
+            return batch, stream and stream.record_event()
 
     with ThreadPoolExecutor(1) as reader:  # reads and copies the next batch while the device computes this one
         ahead = reader.submit(fetch, parts[0])
         for part in (*parts[1:], None):
-            now = ahead.result()
+            batch, copied = ahead.result()
             ahead = reader.submit(fetch, part) if part is not None else None
             if stream:
-                torch.cuda.current_stream(device).wait_stream(stream)
-                for tensor in now:
+                torch.cuda.current_stream(device).wait_event(copied)
+                for tensor in batch:
                     tensor.record_stream(torch.cuda.current_stream(device))
-            yield now
+            yield batch
 
 
 # ----------------------------------------------------------------------------------------------- augmentations
