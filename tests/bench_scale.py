@@ -1,6 +1,6 @@
-"""How the cost of a step grows with the batch, the image, the processes, the classes and the store; and a store larger than memory.
+"""How a step's cost grows with batch, image side, processes, classes and store; and a store that is larger than memory.
 
-    python tests/bench_scale.py                 every group, about 10 minutes on one slow CPU core; on the GPUs where there are any
+    python tests/bench_scale.py                 every group, 11 minutes on one slow CPU core; on the GPU where there is one
     python tests/bench_scale.py batch side      these groups only
 
 Prints for each quantity the exponent e of "seconds = constant x quantity^e" and writes tests/results/scale.csv and scale.png;
@@ -11,7 +11,8 @@ next one; the first is left out, the median of the others counts. On a CPU peak_
   processes  SimCLR by the number of processes that share one batch (gloo, or nccl with a GPU each), under torchrun
   classes    Bi-tuning and plain fine-tuning by the number of classes
   store      common.batches alone and a SimCLR step by the number of images in a mapped file
-  disk       SimCLR from a mapped file that is larger than the memory which the process may have (Linux), against images in memory
+  disk       SimCLR from a mapped file larger than the memory that the process may have (Linux), against images in memory; the
+             file in the page cache (warm), not in it at the start (cold), or, for single batches, never (more data than RAM)
 """
 import contextlib
 import csv
@@ -47,11 +48,11 @@ FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio
 UNITS = dict(batch="images a batch", side="image side, px", processes="processes", classes="classes", store="images in the file",
              disk="MB in the file")
 CPU = SimpleNamespace(
-    arch="resnet10", size=32, batch=128, budget=4, batches=[128 << i for i in range(6)], sides=[32, 64, 96, 128, 160, 192, 224],
+    arch="resnet10", size=32, batch=128, budget=3, batches=[128 << i for i in range(6)], sides=[32, 64, 96, 128, 160, 192, 224],
     side_batch=16, classes=[10, 30, 100, 300, 1000], class_batch=48, stores=[1 << i for i in range(10, 17)], disk_images=409_600,
-    limit=1400, rounds=10, disk_steps=6)
+    limit=1400, rounds=7, disk_steps=6)
 GPU = SimpleNamespace(
-    arch="resnet50", size=96, batch=512, budget=4, batches=[128 << i for i in range(6)], sides=[32, 64, 96, 128, 160, 192, 224],
+    arch="resnet50", size=96, batch=512, budget=3, batches=[128 << i for i in range(6)], sides=[32, 64, 96, 128, 160, 192, 224],
     side_batch=128, classes=[10, 30, 100, 300, 1000], class_batch=64, stores=[1 << i for i in range(10, 19)], disk_images=400_000,
     limit=12_000, rounds=10, disk_steps=10)
 SIMCLR = f"--crop {VIEWS['crop'][0]} --jitter {' '.join(map(str, VIEWS['jitter']))} --blur {VIEWS['blur_p']}"
@@ -96,9 +97,10 @@ def steps_of(script, flags, data, device, size, steps=None):
 
     batches, nothing = common.batches, lambda *ignored, **named: None
     patched = dict(batches=timed, load_unlabeled=lambda args: data, load_probe=nothing, save_checkpoint=nothing)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(common, **patched), mock.patch.object(simclr, "draw", nothing), \
-            contextlib.redirect_stdout(io.StringIO()), peak_memory(device) as peak:
-        args = script.parser().parse_args(f"--epochs 1 --lr 1e-4 --device {device} --out {folder}/x --arch {size.arch} {flags}".split())
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(common, **patched), \
+            mock.patch.object(simclr, "draw", nothing), contextlib.redirect_stdout(io.StringIO()), peak_memory(device) as peak:
+        flags = f"--epochs 1 --lr 1e-4 --device {device} --out {folder}/x --arch {size.arch} {flags}"
+        args = script.parser().parse_args(flags.split())
         script.train(args if script is simclr else SimpleNamespace(
             args=args, data=data, results=[1], start=lambda *ignored: 0, finish_epoch=lambda *ignored: True))
         return median(b - a for a, b in zip(stamps[1:], stamps[2:])), peak()
@@ -201,7 +203,7 @@ def one_of(device, path):
     """A process of torchrun's; they all take the same number of steps."""
     size = GPU if device == "cuda" else CPU
     flags = f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
-    spent, peak = steps_of(simclr, flags, noise(size, size.size, size.batch, device), device, size, steps=25)
+    spent, peak = steps_of(simclr, flags, noise(size, size.size, size.batch, device), device, size, steps=12)
     if int(os.environ["RANK"]) == 0:
         Path(path).write_text(json.dumps(dict(setting="step", value=int(os.environ["WORLD_SIZE"]), seconds=spent, peak_mb=peak)))
 
@@ -245,8 +247,8 @@ def disk_rows(device, size):
         print("disk: needs Linux")
         return []
     with file_of(size.disk_images, common.store_side(size.size)) as path:
-        found = subprocess.run([sys.executable, __file__, "limited", device, path], check=True, stdout=subprocess.PIPE, text=True).stdout
-    *lines, rows = found.splitlines()
+        apart = subprocess.run([sys.executable, __file__, "limited", device, path], check=True, stdout=subprocess.PIPE, text=True)
+    *lines, rows = apart.stdout.splitlines()
     print(*lines, sep="\n", flush=True)
     return json.loads(rows)
 
@@ -256,8 +258,9 @@ def limited(device, path):
     import resource
     size = GPU if device == "cuda" else CPU
     resource.setrlimit(resource.RLIMIT_DATA, (size.limit << 20, size.limit << 20))
-    megabytes, flags = os.path.getsize(path) / 2**20, f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
-    for how, load in (("np.load", lambda: np.load(path)), ("torch.empty", lambda: torch.empty(os.path.getsize(path), dtype=torch.uint8))):
+    count, flags = os.path.getsize(path), f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
+    megabytes, read = count / 2**20, lambda: int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1]) / 2**20
+    for how, load in (("np.load", lambda: np.load(path)), ("torch.empty", lambda: torch.empty(count, dtype=torch.uint8))):
         try:
             load()
             said = "succeeds: the limit does not hold"
@@ -273,13 +276,20 @@ def limited(device, path):
         os.close(file)
 
     def turn(images):
-        """Seconds a step, seconds a batch of the feed alone, private memory, and MB a step that came from the disk."""
-        data, read = store_of(images, device), lambda: int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1])
+        """Seconds a step, private memory at the end, and MB a step that came from the disk."""
         before = read()
-        spent, _ = steps_of(simclr, flags, data, device, size, steps=size.disk_steps)
-        return spent, status("RssAnon"), (read() - before) / 2**20 / (size.disk_steps + 2)
+        spent, _ = steps_of(simclr, flags, store_of(images, device), device, size, steps=size.disk_steps)
+        return spent, status("RssAnon"), (read() - before) / (size.disk_steps + 2)
 
-    rows, from_memory = [], []
+    def first_batch():
+        """Seconds and MB from the disk of one batch of a file that is not in the page cache."""
+        drop()
+        start, before = time.perf_counter(), read()
+        data = store_of(mapped(path), device)
+        list(common.feed(data, torch.randperm(len(data)).split(size.batch)[:1]))
+        return time.perf_counter() - start, read() - before
+
+    rows = []
     for cache in ("warm", "cold"):
         if cache == "warm":
             with open(path, "rb", buffering=0) as file:
@@ -289,20 +299,18 @@ def limited(device, path):
         for i in range(size.rounds + 1):  # the first does not count
             if cache == "cold":
                 drop()
-            one = lambda: turn(mapped(path))
-            other = lambda: turn(held)
-            pair = (one(), other()) if i % 2 else (other(), one())[::-1]
-            turns.append(pair)
+            turns.append((turn(mapped(path)), turn(held)) if i % 2 else (turn(held), turn(mapped(path)))[::-1])
         counted = turns[1:]
-        from_memory += [memory[0] for _, memory in counted]
+        rows.append(dict(setting=f"step, in memory, in turn with {cache} cache", value=held.nbytes / 2**20,
+                         seconds=median(memory[0] for _, memory in counted)))
         rows.append(dict(setting=f"step, mapped, {cache} cache", value=megabytes, seconds=median(disk[0] for disk, _ in counted),
                          ratio=median(disk[0] / memory[0] for disk, memory in counted), anon_start_mb=turns[0][0][1],
                          anon_end_mb=turns[-1][0][1], read_mb=median(disk[2] for disk, _ in counted)))
-        if cache == "cold":
-            drop()
-        fed = drain(store_of(mapped(path), device), size.batch, 40)
-        rows.append(dict(setting=f"common.batches alone, mapped, {cache} cache", value=megabytes, seconds=fed))
-    rows += [dict(setting="step, in memory", value=held.nbytes / 2**20, seconds=median(from_memory)),
+        if cache == "warm":
+            fed = drain(store_of(mapped(path), device), size.batch, 40)
+            rows.append(dict(setting="common.batches alone, mapped, warm cache", value=megabytes, seconds=fed))
+    spent, came = (median(column) for column in zip(*(first_batch() for _ in range(8))))
+    rows += [dict(setting="one batch, mapped, never cached", value=megabytes, seconds=spent, read_mb=came),
              dict(setting="common.batches alone, in memory", value=held.nbytes / 2**20,
                   seconds=drain(store_of(held, device), size.batch, 40))]
     print(json.dumps(rows))
@@ -343,22 +351,27 @@ def curves(rows, column):
 
 def reason(quantity, setting, column, curve, memory):
     """Why an exponent is above 1, in the numbers that were measured."""
-    name = ("batch", "NT-Xent alone")
-    if quantity == "batch" and name in curve:
-        step, part = (curve if column == "seconds" else memory).get((quantity, setting)), (curve if column == "seconds" else memory)[name]
-        if setting == name[1]:
-            return "it fills and reduces a table of 2B x 2B similarities"
-        b, share = step[-1][0], part[-1][1] / step[-1][1]
-        square = part[-1][1] / b**2               # measured at the largest batch
-        linear = (step[-1][1] - part[-1][1]) / b  # the rest of the step
-        return (f"NT-Xent's 2B x 2B similarities, {100 * share:.2g} % of the step at B = {b:g}, add a quadratic term; it is a tenth of "
-                f"the step from B = {linear / square / 9:,.0f} and equals the rest at B = {linear / square:,.0f}")
+    found = curve if column == "seconds" else memory
+    if quantity == "batch":
+        if setting == "NT-Xent alone":
+            small, large = (4 * (2 * b)**2 / 2**20 for b in (512, found[quantity, setting][-1][0]))
+            return ("it fills and reduces a table of 2B x 2B similarities, which would be 2; the table grows from "
+                    f"{small:.0f} to {large:.0f} MB, and a processor's cache holds only the small ones")
+        loss = dict(found["batch", "NT-Xent alone"])
+        rest = [(b, y - loss[b]) for b, y in found[quantity, setting]]
+        b, linear, square = rest[-1][0], rest[-1][1] / rest[-1][0], loss[rest[-1][0]] / rest[-1][0]**2
+        share = f"NT-Xent's 2B x 2B similarities are {100 * square * b / (square * b + linear):.2g} % of it at B = {b:g}"
+        if column == "peak_mb":
+            return share
+        return (f"{share}, and a tenth from B = {linear / square / 9:,.0f}, if they go with B^2 and the rest with B; the rest "
+                f"alone has exponent {line_through(rest)[0]:.2f}")
     if quantity == "side":
-        step, views = curve["side", "step"][-1], curve["side", "views alone"][-1]
-        if setting == "step":
-            return (f"cost goes with the area, which would be 2; at {step[0]:g} px the views are "
-                    f"{100 * views[1] / step[1]:.2g} % of it")
-        return "pixels would be 2; resampling multiplies each of them with rows of a (size x S) matrix, which would be 3"
+        if column == "peak_mb":
+            return "views and activations go with the area, which would be 2"
+        if setting == "views alone":
+            return "pixels would be 2; resampling multiplies each with a row of a (size x S) matrix, which would be 3"
+        (x, y), (_, views) = found["side", "step"][-1], found["side", "views alone"][-1]
+        return f"it goes with the area, which would be 2; at {x:g} px the views are {100 * views / y:.2g} % of it"
     return "no reason is known here"
 
 
@@ -373,15 +386,16 @@ def summarise(rows):
                 continue
             e, error, _ = line_through(used)
             (x, y), (x2, y2) = points[-2:]
-            print(f"{quantity}, {setting}: {unit} go with exponent {e:.2f} +- {error:.2f} over {', '.join(f'{p[0]:g}' for p in used)}; "
-                  f"{np.log(y2 / y) / np.log(x2 / x):.2f} from {x:g} to {x2:g}")
+            spread, over = f" +- {error:.2f}" if len(used) > 2 else "", ", ".join(f"{p[0]:g}" for p in used)
+            last = f"; {np.log(y2 / y) / np.log(x2 / x):.2f} from {x:g} to {x2:g}" if len(used) > 2 else ""
+            print(f"{quantity}, {setting}: {unit} go with exponent {e:.2f}{spread} over {over}{last}")
             if e - 2 * error > 1:
                 print(f"    above 1: {reason(quantity, setting, column, curve, memory)}")
     for row in rows:
         if row["quantity"] == "disk" and row.get("ratio"):
-            print(f"disk, {row['setting']}: {float(row['seconds']):.3g} s, {100 * (1 - 1 / float(row['ratio'])):.1f} % fewer steps/s than in "
-                  f"memory; RssAnon {float(row['anon_start_mb']):.0f} -> {float(row['anon_end_mb']):.0f} MB; "
-                  f"{float(row['read_mb']):.1f} MB a step from the disk")
+            spent, ratio, start, end, came = (float(row[key]) for key in ("seconds", "ratio", *FIELDS[-3:]))
+            print(f"disk, {row['setting']}: {1 / spent:.3g} steps/s, {100 * (1 / ratio - 1):+.1f} % against images in memory; "
+                  f"RssAnon {start:.0f} -> {end:.0f} MB; {came:.1f} MB a step from the disk")
 
 
 def draw(rows, name):
@@ -396,17 +410,23 @@ def draw(rows, name):
                 dots, = axis.loglog(*zip(*points), "o")
                 if len(used) > 1:
                     e, _, at = line_through(used)
-                    axis.loglog([p[0] for p in used], at([p[0] for p in used]), color=dots.get_color(), label=f"{setting}: {e:.2f}")
+                    x = [p[0] for p in used]
+                    axis.loglog(x, at(x), color=dots.get_color(), label=f"{setting}: {e:.2f}")
         axis.set(xlabel=UNITS[quantity], ylabel=unit, title=f"{quantity}: exponents of the lines")
-        if axis.lines:
-            axis.legend()
+        if axis.lines:  # whole decades, so that no slope looks larger than it is
+            low, high = axis.get_ylim()
+            axis.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
+            axis.legend(fontsize=8)
         ticks = sorted({float(row["value"]) for row in rows if row["quantity"] == quantity})
-        axis.set_xticks(ticks[::1 if len(ticks) < 8 else 2], [f"{t:g}" for t in ticks[::1 if len(ticks) < 8 else 2]])
+        ticks = ticks[::2] if len(ticks) > 6 else ticks
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     disk = [row for row in rows if row["quantity"] == "disk"][::-1]
-    axes[1, 3].barh([row["setting"] for row in disk], [float(row["seconds"]) for row in disk])
-    axes[1, 3].set(xlabel="s", xscale="log", title="disk: a mapped file larger than the process's memory")
+    bars = axes[1, 3].barh(range(len(disk)), [float(row["seconds"]) for row in disk], color="lightsteelblue", left=1e-5)
+    axes[1, 3].set(xlabel="s", xscale="log", yticks=[], title="disk: a file larger than the process's memory")
+    axes[1, 3].bar_label(bars, [f"{row['setting']}: {float(row['seconds']):.2g} s" for row in disk], label_type="center",
+                         fontsize=8)
     figure.suptitle(name)
     figure.tight_layout()
     figure.savefig(RESULTS / "scale.png", dpi=80)
