@@ -44,7 +44,8 @@ import simclr
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DATA = Path(__file__).resolve().parent.parent / "data"  # the scripts' --root: /tmp may be memory
-FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio", "anon_start_mb", "anon_end_mb", "read_mb")
+FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio", "ratio_low", "ratio_high",
+          "anon_start_mb", "anon_end_mb", "read_mb")
 UNITS = dict(batch="images a batch", side="image side, px", processes="processes", classes="classes", store="images in the file",
              disk="MB in the file")
 CPU = SimpleNamespace(
@@ -301,11 +302,13 @@ def limited(device, path):
                 drop()
             turns.append((turn(mapped(path)), turn(held)) if i % 2 else (turn(held), turn(mapped(path)))[::-1])
         counted = turns[1:]
+        ratios = [disk[0] / memory[0] for disk, memory in counted]
         rows.append(dict(setting=f"step, in memory, in turn with {cache} cache", value=held.nbytes / 2**20,
                          seconds=median(memory[0] for _, memory in counted)))
         rows.append(dict(setting=f"step, mapped, {cache} cache", value=megabytes, seconds=median(disk[0] for disk, _ in counted),
-                         ratio=median(disk[0] / memory[0] for disk, memory in counted), anon_start_mb=turns[0][0][1],
-                         anon_end_mb=turns[-1][0][1], read_mb=median(disk[2] for disk, _ in counted)))
+                         **dict(zip(("ratio_low", "ratio", "ratio_high"), np.quantile(ratios, (0.25, 0.5, 0.75)).tolist())),
+                         anon_start_mb=turns[0][0][1], anon_end_mb=turns[-1][0][1],
+                         read_mb=median(disk[2] for disk, _ in counted)))
         if cache == "warm":
             fed = drain(store_of(mapped(path), device), size.batch, 40)
             rows.append(dict(setting="common.batches alone, mapped, warm cache", value=megabytes, seconds=fed))
@@ -393,9 +396,10 @@ def summarise(rows):
                 print(f"    above 1: {reason(quantity, setting, column, curve, memory)}")
     for row in rows:
         if row["quantity"] == "disk" and row.get("ratio"):
-            spent, ratio, start, end, came = (float(row[key]) for key in ("seconds", "ratio", *FIELDS[-3:]))
-            print(f"disk, {row['setting']}: {1 / spent:.3g} steps/s, {100 * (1 / ratio - 1):+.1f} % against images in memory; "
-                  f"RssAnon {start:.0f} -> {end:.0f} MB; {came:.1f} MB a step from the disk")
+            spent, ratio, low, high, start, end, came = (float(row[key]) for key in ("seconds", *FIELDS[-6:]))
+            more = lambda ratio: f"{100 * (1 / ratio - 1):+.1f} %"
+            print(f"disk, {row['setting']}: {1 / spent:.3g} steps/s, {more(ratio)} against images in memory, half of the rounds "
+                  f"between {more(high)} and {more(low)}; RssAnon {start:.0f} -> {end:.0f} MB; {came:.1f} MB a step read")
 
 
 def draw(rows, name):
@@ -423,10 +427,10 @@ def draw(rows, name):
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     disk = [row for row in rows if row["quantity"] == "disk"][::-1]
-    bars = axes[1, 3].barh(range(len(disk)), [float(row["seconds"]) for row in disk], color="lightsteelblue", left=1e-5)
+    axes[1, 3].barh(range(len(disk)), [float(row["seconds"]) for row in disk], color="lightsteelblue", left=1e-5)
     axes[1, 3].set(xlabel="s", xscale="log", yticks=[], title="disk: a file larger than the process's memory")
-    axes[1, 3].bar_label(bars, [f"{row['setting']}: {float(row['seconds']):.2g} s" for row in disk], label_type="center",
-                         fontsize=8)
+    for i, row in enumerate(disk):
+        axes[1, 3].text(1.2e-5, i, f"{row['setting']}: {float(row['seconds']):.2g} s", va="center", fontsize=8)
     figure.suptitle(name)
     figure.tight_layout()
     figure.savefig(RESULTS / "scale.png", dpi=80)
