@@ -147,13 +147,6 @@ def store_of(images, device):
     return common.Store(images, labels, torch.arange(len(images)), ["none"])
 
 
-def mapped(path):
-    """As common.decode opens its cache."""
-    with common.warnings.catch_warnings():
-        common.warnings.simplefilter("ignore")
-        return torch.from_numpy(np.load(path, mmap_mode="r"))
-
-
 # ------------------------------------------------------------------------------------------------------- groups
 
 def batch_rows(device, size):
@@ -234,7 +227,7 @@ def store_rows(device, size):
     rows, flags = [], f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
     with file_of(size.stores[-1], common.store_side(size.size)) as path:
         for count in size.stores:
-            data = store_of(mapped(path)[:count], device)
+            data = store_of(common.map_images(path)[:count], device)
             again = replace(data, rows=data.rows.repeat(-(-8192 // count)), labels=data.labels.repeat(-(-8192 // count)))
             fed = median(drain(again, size.batch, 60) for _ in range(5))
             spent, peak = steps_of(simclr, flags, again, device, size)
@@ -268,7 +261,7 @@ def limited(device, path):
         except (MemoryError, RuntimeError) as error:
             said = f"raises {type(error).__name__}"
         print(f"disk: under RLIMIT_DATA of {size.limit} MB, {how} of the file's {megabytes:,.0f} MB {said}", flush=True)
-    held = mapped(path)[:len(mapped(path)) // 8].clone()  # as many of the images as memory has room for
+    held = common.map_images(path)[:len(common.map_images(path)) // 8].clone()  # as many of the images as memory has room for
 
     def drop():
         """The file leaves the page cache, as far as nothing has it mapped."""
@@ -286,7 +279,7 @@ def limited(device, path):
         """Seconds and MB from the disk of one batch of a file that is not in the page cache."""
         drop()
         start, before = time.perf_counter(), read()
-        data = store_of(mapped(path), device)
+        data = store_of(common.map_images(path), device)
         list(common.feed(data, torch.randperm(len(data)).split(size.batch)[:1]))
         return time.perf_counter() - start, read() - before
 
@@ -300,7 +293,7 @@ def limited(device, path):
         for i in range(size.rounds + 1):  # the first does not count
             if cache == "cold":
                 drop()
-            turns.append((turn(mapped(path)), turn(held)) if i % 2 else (turn(held), turn(mapped(path)))[::-1])
+            turns.append((turn(common.map_images(path)), turn(held)) if i % 2 else (turn(held), turn(common.map_images(path)))[::-1])
         counted = turns[1:]
         ratios = [disk[0] / memory[0] for disk, memory in counted]
         rows.append(dict(setting=f"step, in memory, in turn with {cache} cache", value=held.nbytes / 2**20,
@@ -310,7 +303,7 @@ def limited(device, path):
                          anon_start_mb=turns[0][0][1], anon_end_mb=turns[-1][0][1],
                          read_mb=median(disk[2] for disk, _ in counted)))
         if cache == "warm":
-            fed = drain(store_of(mapped(path), device), size.batch, 40)
+            fed = drain(store_of(common.map_images(path), device), size.batch, 40)
             rows.append(dict(setting="common.batches alone, mapped, warm cache", value=megabytes, seconds=fed))
     spent, came = (median(column) for column in zip(*(first_batch() for _ in range(8))))
     rows += [dict(setting="one batch, mapped, never cached", value=megabytes, seconds=spent, read_mb=came),
