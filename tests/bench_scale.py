@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from bench_speed import VIEWS, cpu_name, pretext, seconds  # first: it puts the repository's root on the path
+from bench_speed import VIEWS, device_name, pretext, seconds  # first: it puts the repository's root on the path
 import bi_tuning
 import common
 import finetune
@@ -433,7 +433,7 @@ def main(groups):
     if unknown := set(groups) - GROUPS.keys():
         raise SystemExit(f"no groups {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
     device, path = "cuda" if torch.cuda.is_available() else "cpu", RESULTS / "scale.csv"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    name = device_name(device)
     old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     for group in groups or GROUPS:
         started = time.perf_counter()
