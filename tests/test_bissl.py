@@ -311,7 +311,7 @@ def test_the_upper_step_takes_the_gradients_of_the_paper(pretrained, tmp_path, m
     lam, gamma = 20, 80
     start, end = run([*pretrained, "--lower-steps", "3", "--lower-warmup", "0", "--lower-lr", "0.01",
                       "--upper-steps", "1", "--lr", "1e-12", "--weight-decay", "0",
-                      "--lam", str(lam), "--damping", str(gamma), "--cg-steps", "15"], tmp_path / "bissl")
+                      "--lam", str(lam), "--damping", str(gamma), "--cg-steps", "15", "--cg-tol", "1e-4"], tmp_path / "bissl")
 
     config, resume = start["config"], end["resume"]
     theta_B, phi_B = (common.build_backbone("resnet10", small_stem=True) for _ in range(2))
