@@ -113,9 +113,11 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
 
     b as in conjugate_gradient(). x starts at the best point of the span of the directions so far, and each new direction is
     the residual made conjugate to all of them, which takes the few large eigenvalues of A that they have found out of the
-    problem. Without any it is plain conjugate gradients. Ends once ||b - A x|| <= tolerance ||b||, after at most `steps` products, or where
-    p . A p <= 0: A is then not positive definite, and x stays at what was reached. Once `most` directions are kept, the
-    earliest stay, since the first steps find the largest eigenvalues.
+    problem. Without any it is plain conjugate gradients. Ends once ||b - A x|| <= tolerance ||b||, or after `steps` products.
+
+    Where A is indefinite (H has an eigenvalue below -damping) the steps go on as plain ones do, since it is A x = b that is to be
+    solved and no minimum to be found, but directions with p . A p < 0 are not kept for later solves. Once `most` are
+    kept, the earliest stay: the first steps find the largest eigenvalues.
     """
     flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])
     unflat = lambda v: tuple(part.view(t.shape) for part, t in zip(v.split([t.numel() for t in b]), b))
@@ -125,7 +127,7 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
         alpha = p @ r / pAp
         x, r = x + alpha * p, r - alpha * Ap
     for _ in range(steps):
-        if (r.norm() <= enough) | (curvature <= 0):       # the one wait for the device a product: it saves products, which cost
+        if (r.norm() <= enough) | (curvature == 0):       # the one wait for the device a product: it saves products, which cost
             break                                         # a thousand times as much. NaN is neither and goes on into x
         p = r
         for q, Aq, qAq in directions:
@@ -133,12 +135,11 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
         Ap = flat(matvec(unflat(p)))
         curvature = p @ Ap
         recycled.products += 1
-        alpha = torch.where(curvature <= 0, torch.zeros_like(curvature), p @ r / curvature)
+        alpha = torch.where(curvature == 0, torch.zeros_like(curvature), p @ r / curvature)
         x, r = x + alpha * p, r - alpha * Ap
         directions.append((p, Ap, curvature))
-    if curvature <= 0:
-        directions.pop()
-    recycled.directions = directions[:recycled.most]
+    new = [direction for direction in directions[len(recycled.directions):] if direction[2] > 0]
+    recycled.directions = (recycled.directions + new)[:recycled.most]
     return unflat(x)
 
 
