@@ -224,12 +224,12 @@ def draw(rows):
     figure, axes = plt.subplots(1, len(groups), figsize=(7 * len(groups), 5), squeeze=False)
     for axis, group in zip(axes[0], groups):
         own = [row for row in rows if (row["device"], row["data"]) == group]
-        for row in own:
+        for i, row in enumerate(sorted(own, key=lambda row: float(row["error"]))):
             axis.plot(float(row["ratio"]), float(row["error"]), "o")
-            axis.annotate(row["idea"], (float(row["ratio"]), float(row["error"])), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axis.annotate(row["idea"], (float(row["ratio"]), float(row["error"])), xytext=(5, -9 if i % 2 else 4), textcoords="offset points", fontsize=7)
         axis.axvline(0.35, color="grey", linestyle=":")
         axis.axhline(float(own[0]["error"]), color="grey", linestyle=":")
-        axis.set(yscale="log", xlabel="time of an alternation / the baseline's", ylabel="error of the hypergradient", xlim=(0, 1.25),
+        axis.set(yscale="log", xlabel="time of an alternation / the baseline's", ylabel="error of the hypergradient", xlim=(0, 1.9),
                  title=f"{group[1]}, {group[0]}\n(aim: below and left of the dotted lines)")
     figure.tight_layout()
     figure.savefig(RESULTS.with_suffix(".png"), dpi=110)
