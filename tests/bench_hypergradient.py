@@ -6,11 +6,11 @@
 One alternation at bissl.py's default sizes with N_U = 8, damping 100. The baseline: float32, the first-order graph built anew
 for every product, plain conjugate gradients from zero on the whole pretext batch until the residual is under 0.1.
   products  Hessian-vector products of the 8 solves; bissl.py makes one more an alternation, for the residual in its log
-  seconds   20 lower steps + 8 upper steps + first-order graphs + products, that one included: how often each ran times the median of its time,
+  seconds   20 lower steps + 8 upper steps + first-order graphs + products, that one included except in the baseline: how often each ran times the median of its time,
             which was taken in turn with the others' in this process. bissl.py's own loop around them costs nothing
   ratio     seconds / the baseline's; the aim is 0.35 with no larger an error
   error     ||h - h*|| / ||h*||, h = implicit + direct gradient of phi_B, mean over the 8 upper steps. h* comes from float64
-            solves on the whole batch to a residual of 1e-4, by recycled conjugate gradients: 100 plain steps lead to the same place
+            solves on the whole batch to a residual of 1e-4, by recycled conjugate gradients instead of 100 plain steps
   residual  ||v - A x|| / ||v|| of the last solve, A with the whole batch
   graph MB  what the first-order graph holds: on a GPU the rise of allocated memory at its peak over one product, on a CPU
             the bytes of all tensors that autograd saves for it, each storage once
