@@ -145,8 +145,8 @@ class Parser(argparse.ArgumentParser):
             if getattr(args, name, value) is None:
                 setattr(args, name, value)
         args.device = join_processes(args.device)
-        for name in ("batch_size", "pretext_batch_size"):
-            if (size := getattr(args, name, 0)) % world() or 0 < size < 2 * world():
+        for name in ("batch_size", "pretext_batch_size", "hessian_batch"):
+            if (size := getattr(args, name, None) or 0) % world() or 0 < size < 2 * world():
                 fail(f"--{name.replace('_', '-')} {size} cannot be shared by {world()} processes: make it a multiple of {world()}, "
                      f"two images each or more")
         try:

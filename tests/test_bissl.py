@@ -137,6 +137,124 @@ def test_layerwise_on_one_tensor_is_the_plain_variant():
     assert torch.equal(solve(A, b, 4, layerwise=True, shapes=((3, 4),)), solve(A, b, 4, shapes=((3, 4),)))
 
 
+# -------------------------------------------------------------------------------- recycled conjugate gradients
+
+def solve_in_a_row(A, rights, steps, tolerance, most=99, shapes=SHAPES):
+    """recycled_conjugate_gradient() for one right-hand side after the other: answers, products after each, what was kept."""
+    recycled, answers, products = bissl.Recycled(most), [], []
+    for b in rights:
+        x = bissl.recycled_conjugate_gradient(lambda v: unflat(A @ flat(v), shapes), unflat(b, shapes), steps, tolerance, recycled)
+        answers.append(flat(x))
+        products.append(recycled.products)
+    return answers, products, recycled
+
+
+def few_large(n=14):
+    """A = I + small + three large eigenvalues, as BiSSL's (I + H/damping) is, and three right-hand sides."""
+    return torch.eye(n, dtype=torch.float64) + 0.05 * spd(n) + sum(
+        size * torch.outer(u, u) / (u @ u) for size, u in zip((30, 8, 3), torch.randn(3, n, dtype=torch.float64))), \
+        torch.randn(3, n, dtype=torch.float64)
+
+
+def residual(A, x, b):
+    return ((b - A @ x).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, ((14,),), ((1,), (13,))])
+def test_recycled_solves_in_a_row_are_exact_after_enough_steps(shapes):
+    A, rights = spd(14), torch.randn(4, 14, dtype=torch.float64)
+    answers, _, _ = solve_in_a_row(A, rights, 20, 1e-12, shapes=shapes)
+    for x, b in zip(answers, rights):
+        torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_first_recycled_solve_is_plain_conjugate_gradients(steps):
+    A, b = random_system()
+    torch.testing.assert_close(solve_in_a_row(A, [b], steps, 0)[0][0], solve(A, b, steps))
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.05, 1e-3])
+@pytest.mark.parametrize("most", [0, 2, 99])
+def test_the_tolerance_is_kept_by_the_true_residual_and_not_outdone(tolerance, most):
+    A, rights = few_large()
+    answers, products, _ = solve_in_a_row(A, rights, 50, tolerance, most)
+    assert all(residual(A, x, b) <= tolerance * (1 + 1e-9) for x, b in zip(answers, rights))
+    fewer = products[0] - 1
+    assert residual(A, solve_in_a_row(A, rights[:1], fewer, 0)[0][0], rights[0]) > tolerance  # no step was made in vain
+
+
+def test_each_recycled_step_reaches_the_best_point_of_all_directions_so_far():
+    A, rights = few_large()
+    answers, products, recycled = solve_in_a_row(A, rights, 2, 0)
+    assert products == [2, 4, 6]
+    P = torch.stack([p for p, _, _ in recycled.directions], dim=1)
+    torch.testing.assert_close(answers[-1], P @ torch.linalg.solve(P.T @ A @ P, P.T @ rights[-1]), rtol=0, atol=1e-10)
+    conjugate = P.T @ A @ P
+    assert (conjugate - conjugate.diag().diag()).abs().max() < 1e-9 * conjugate.max()
+
+
+def test_recycling_saves_products_where_few_eigenvalues_are_large():
+    A, rights = few_large()
+    recycled, alone = (solve_in_a_row(A, rights, 50, 0.01, most)[1] for most in (99, 0))
+    assert recycled[0] == alone[0] and recycled[-1] < 0.7 * alone[-1]
+
+
+def test_the_same_right_hand_side_again_takes_no_product():
+    A, rights = few_large()
+    (first, again), products, _ = solve_in_a_row(A, rights[[0, 0]], 50, 0.01)
+    assert products[0] == products[1]
+    torch.testing.assert_close(first, again)
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_no_more_directions_are_kept_than_the_bound_and_the_first_stay(most):
+    A, rights = few_large()
+    _, _, recycled = solve_in_a_row(A, rights, 3, 0, most)
+    assert len(recycled.directions) == most
+    for kept, first in zip(recycled.directions, solve_in_a_row(A, rights[:1], 3, 0)[2].directions):
+        assert torch.equal(kept[0], first[0])
+
+
+def test_a_recycled_solve_of_zero_gives_zero_and_no_product():
+    A, rights = few_large()
+    answers, products, _ = solve_in_a_row(A, [rights[0], 0 * rights[0]], 5, 0.1)
+    assert products[0] == products[1] and torch.equal(answers[1], 0 * rights[0])
+
+
+def test_a_recycled_solve_with_an_indefinite_matrix_goes_on_but_keeps_no_direction_of_negative_curvature():
+    A = torch.diag(torch.tensor([4, 2, 1, -1.5], dtype=torch.float64))
+    rights = torch.eye(4, dtype=torch.float64)[3], torch.tensor([1, 2, 3, 4], dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    answers, _, recycled = solve_in_a_row(A, rights, 50, 1e-9, shapes=((4,),))
+    for x, b in zip(answers, rights):
+        torch.testing.assert_close(x, torch.linalg.solve(A, b), rtol=0, atol=1e-7)
+    assert recycled.directions and all(curvature > 0 for _, _, curvature in recycled.directions)
+
+
+def test_a_recycled_solve_stops_where_the_matrix_has_no_answer():
+    A, b = torch.diag(torch.tensor([1, -1.0], dtype=torch.float64)), torch.ones(2, dtype=torch.float64)
+    (x,), products, recycled = solve_in_a_row(A, [b], 50, 0.1, shapes=((2,),))
+    assert torch.equal(x, 0 * b) and products == [1] and not recycled.directions  # b . A b = 0: no step length
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_product_shows_in_a_recycled_answer(value):
+    b = (torch.ones(3),)
+    x, = bissl.recycled_conjugate_gradient(lambda v: (value * v[0],), b, 3, 0.1, bissl.Recycled(5))
+    assert not x.isfinite().all()
+
+
+def test_inverse_hvp_recycles_and_keeps_its_tolerance():
+    loss, params, vector = tiny_network()
+    A = torch.eye(26, dtype=torch.float64) + dense_hessian(loss, params) / 10
+    recycled, gradient = bissl.Recycled(20), torch.autograd.grad(loss(*params), params, create_graph=True)
+    for tolerance in (0.1, 1e-3, 1e-6):
+        x = bissl.inverse_hvp(None, params, vector, 10, 40, gradient=gradient, tolerance=tolerance, recycled=recycled)
+        assert residual(A, flat(x), flat(vector)) <= tolerance * (1 + 1e-6)
+    alone = bissl.inverse_hvp(loss(*params), params, vector, 10, 40, tolerance=0.1)
+    assert 1e-6 < residual(A, flat(alone), flat(vector)) <= 0.1
+
+
 # --------------------------------------------------------------------------------------------- inverse Hessian
 
 def tiny_network():
@@ -311,7 +429,7 @@ def test_the_upper_step_takes_the_gradients_of_the_paper(pretrained, tmp_path, m
     lam, gamma = 20, 80
     start, end = run([*pretrained, "--lower-steps", "3", "--lower-warmup", "0", "--lower-lr", "0.01",
                       "--upper-steps", "1", "--lr", "1e-12", "--weight-decay", "0",
-                      "--lam", str(lam), "--damping", str(gamma), "--cg-steps", "15"], tmp_path / "bissl")
+                      "--lam", str(lam), "--damping", str(gamma), "--cg-steps", "15", "--cg-tol", "1e-4"], tmp_path / "bissl")
 
     config, resume = start["config"], end["resume"]
     theta_B, phi_B = (common.build_backbone("resnet10", small_stem=True) for _ in range(2))
@@ -348,3 +466,56 @@ def test_the_probe_asks_only_about_labels_that_were_held_out(pretrained, tmp_pat
     last = bissl.main([*pretrained, "--lower-steps", "1", "--upper-steps", "1", "--labels-per-class", labels,
                        "--out", str(tmp_path / "bissl")])
     assert (last["knn"] is not None) == probed
+
+
+@pytest.mark.parametrize("flags, images", [([], 36), (["--hessian-batch", "36"], 36), (["--hessian-batch", "8"], 8)])
+def test_the_hessian_is_taken_on_the_first_images_of_the_pretext_batch(pretrained, tmp_path, monkeypatch, flags, images):
+    seen, usual = [], simclr.make_views
+    batches, usual_batches = [], bissl.endless
+
+    def endless(data, batch_size, whole_only):
+        for x, y in usual_batches(data, batch_size, whole_only):
+            batches.append(x) if whole_only else None
+            yield x, y
+
+    monkeypatch.setattr(simclr, "make_views", lambda x, config: (seen.append(x), usual(x, config))[1])
+    monkeypatch.setattr(bissl, "endless", endless)
+    bissl.main([*pretrained, "--lower-steps", "2", "--upper-steps", "2", *flags, "--out", str(tmp_path / "bissl")])
+    assert [len(x) for x in seen] == [36, 36, images]  # two lower steps, then the Hessian
+    assert torch.equal(seen[2], batches[2][:images])
+
+
+def test_paper_gives_the_papers_figures_and_a_given_flag_wins(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bissl, "train", seen.append)
+    for data in ("petals", str(common.__file__).rsplit("/", 1)[0]):
+        bissl.main(["--paper", "--data", data])
+        bissl.main(["--data", data, "--alternations", "7", "--paper", "--damping", "30", "--cg-tol", "0.2", "--hessian-batch", "64"])
+        bissl.main(["--data", data])
+        paper, given, usual = seen[-3:]
+        assert (paper.alternations, paper.lower_steps, paper.upper_steps, paper.lam, paper.damping, paper.cg_steps, paper.cg_tol,
+                paper.recycle, paper.hessian_batch, paper.head_epochs, paper.layerwise) == (500, 20, 8, 0.001, 10, 5, 0, 0, None, 20, False)
+        assert (given.alternations, given.upper_steps, given.damping, given.cg_tol, given.hessian_batch) == (7, 8, 30, 0.2, 64)
+        assert usual.alternations < 500 and usual.damping == 100
+
+
+@pytest.mark.parametrize("flags, solver, products", [
+    ([], "recycled", None), (["--recycle", "0", "--cg-tol", "0"], "plain", 10), (["--layerwise"], "layerwise", 10),
+    (["--recycle", "0"], "recycled", None), (["--cg-tol", "0"], "recycled", 10)])
+def test_the_flags_choose_the_solver_and_its_products_are_counted(pretrained, tmp_path, monkeypatch, flags, solver, products):
+    used, plain, recycled = [], bissl.conjugate_gradient, bissl.recycled_conjugate_gradient
+    monkeypatch.setattr(bissl, "conjugate_gradient", lambda *a: (used.append("layerwise" if a[3] else "plain"), plain(*a))[1])
+    monkeypatch.setattr(bissl, "recycled_conjugate_gradient", lambda *a: (used.append("recycled"), recycled(*a))[1])
+    last = bissl.main([*pretrained, "--lower-steps", "1", "--upper-steps", "2", *flags, "--out", str(tmp_path / "bissl")])
+    assert used == [solver] * 2
+    assert last["products"] == products if products else 1 <= last["products"] <= 10
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--layerwise", "--recycle", "5"], "--layerwise"), (["--layerwise", "--cg-tol", "0.1"], "--layerwise"),
+    (["--hessian-batch", "40"], "--hessian-batch 40"), (["--cg-tol", "2"], "--cg-tol"), (["--recycle", "-1"], "--recycle")])
+def test_flags_that_do_not_go_together_end_in_one_line(pretrained, tmp_path, capsys, flags, named):
+    with pytest.raises(SystemExit) as stop:
+        bissl.main([*pretrained, *flags, "--out", str(tmp_path / "bissl")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and named in said

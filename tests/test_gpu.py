@@ -18,8 +18,11 @@ SMALL = "--device cuda --batch-size 16 --image-size 16 --root root".split()
 RUNS = {"simclr": "--epochs 2", "simclr_chunked": "--epochs 2 --chunk 8", "byol": "--epochs 2",
         "simclr_lars": "--epochs 2 --optimizer lars --blur 0.5", "byol_blurred": "--epochs 2 --blur 1 0.1",
         "coin": "--ckpt simclr.pt --epochs 2 --alpha 0.5", "coin_balanced": "--ckpt simclr.pt --epochs 2 --alpha 0.5 --balanced 4",
-        "bissl": "--ckpt simclr.pt --alternations 2 --lower-steps 2 --upper-steps 2 --head-epochs 1 --pretext-batch-size 16",
-        "bissl_byol": "--ckpt byol.pt --alternations 2 --lower-steps 2 --upper-steps 2 --head-epochs 1 --pretext-batch-size 16",
+        # its default solver asks the GPU once a product whether another one is needed: products cost far more than that
+        "bissl": "--ckpt simclr.pt --alternations 2 --lower-steps 2 --upper-steps 2 --head-epochs 1 --pretext-batch-size 16 "
+                 "--cg-tol 0 --recycle 0",
+        "bissl_byol": "--ckpt byol.pt --alternations 2 --lower-steps 2 --upper-steps 2 --head-epochs 1 "
+                      "--pretext-batch-size 16 --cg-tol 0 --recycle 0",
         "finetune": "--ckpt coin.pt --epochs 2", "core_tuning": "--ckpt simclr.pt --epochs 2",
         "bi_tuning": "--ckpt simclr.pt --epochs 2 --keys 4"}
 
