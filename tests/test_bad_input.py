@@ -190,6 +190,13 @@ ROWS = [
     ("bissl", "--lower-steps 0", "--lower-steps"),
     ("bissl", "--upper-steps 0", "--upper-steps"),
     ("bissl", "--cg-steps 0", "--cg-steps"),
+    ("bissl", "--cg-tol 2", "--cg-tol"),
+    ("bissl", "--recycle -1", "--recycle"),
+    ("bissl", "--hessian-batch 0", "--hessian-batch"),
+    ("bissl", "--hessian-batch 16", "--hessian-batch"),  # more than the pretext batch
+    ("bissl", "--layerwise --cg-tol 0.1", "--layerwise"),
+    ("bissl", "--layerwise --recycle 3", "--layerwise"),
+    ("simclr", "--chunk -1", "--chunk"),
     ("bissl", "--damping -1", "--damping"),
     ("bissl", "--damping 0 --lam 0", "--lam"),  # their sum divides
     ("bissl", "--lam -1", "--lam"),

@@ -35,7 +35,7 @@ RUNS = {"simclr": f"{VIEWS} --arch resnet10 --epochs 2 --optimizer sgd --lr 0.05
         "coin": f"--ckpt simclr.pt {FEW} --alpha 0.5",
         "balanced": f"--ckpt simclr.pt {FEW} --alpha 0.5 --balanced 2",
         "bissl": "--ckpt simclr.pt --labels-per-class 4 --alternations 2 --lower-steps 3 --upper-steps 2 --head-epochs 1 "
-                 "--pretext-batch-size 16 --damping 10",
+                 "--pretext-batch-size 16 --hessian-batch 8 --damping 10",
         "byol_bissl": "--ckpt byol.pt --labels-per-class 4 --alternations 1 --lower-steps 3 --upper-steps 2 --head-epochs 1 "
                       "--pretext-batch-size 16 --damping 0.1",
         "finetune": f"--ckpt coin.pt {FEW} --supcon 0.3",
