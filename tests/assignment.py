@@ -23,6 +23,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -244,9 +245,12 @@ def prepare():
     every = dict.fromkeys(file for _, files, _ in FUNCTIONS.values() for file in files.split())
     if pytest.main(["--collect-only", *QUIET, *(str(TESTS / file) for file in every)]):
         fail("the tests of this repository cannot be collected: see `python -m pytest tests`")
+    sys.modules["torch"].manual_seed(0)  # imports half of torch: once is enough
+    gc.freeze()                          # so that no process looks through all of that for garbage
 
 
-QUIET = ["-s", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-W", "ignore", "--rootdir", str(ROOT)]
+QUIET = ["-s", *(f"-pno:{plugin}" for plugin in ("terminal", "cacheprovider", "faulthandler", "unraisableexception")),
+         "-W", "ignore", "--rootdir", str(ROOT)]
 
 
 def plant(name, tree, path):
@@ -393,6 +397,9 @@ def main(argv=None):
         strip(known_names(args.names), args.out)
     else:
         folders = [each for each in args.what if Path(each).is_dir()]
+        for each in args.what:
+            if each not in folders and each != "all" and each not in FUNCTIONS:
+                fail(f"{each} is neither a folder nor a function that can be set")
         names = known_names([each for each in args.what if each not in folders])
         if not folders:
             fail("no folder to grade")
