@@ -95,7 +95,7 @@ RIGHT = """
     return (2 - 2 * (p * z).sum(1)).mean()
 """
 ODD = {  # what a submission's byol.py has before byol_loss's right answer or instead of it, and what grading says of it
-    "hangs": ("def byol_loss(p, z):\n    while True: pass", "did not end within 3 s in the case: byol loss is the mean"),
+    "hangs": ("def byol_loss(p, z):\n    while True: pass", "did not end within 4 s in the case: byol loss is the mean"),
     "connects": ("def byol_loss(p, z):\n    import socket\n    try: socket.create_connection(('127.0.0.1', 9), 1)\n"
                  "    except OSError: pass" + RIGHT, "opens a network connection, which is refused"),
     "starts": ("import os\ndef byol_loss(p, z):\n    try: os.system('true')\n    except OSError: pass" + RIGHT, "starts another process"),
@@ -137,13 +137,14 @@ def sheets(tmp_path_factory):
         (place / name).mkdir()
         (place / name / "byol.py").write_text(f"{odd.replace('VICTIM', str(place / 'victim'))}\n\n\n{decay}\n")
     whole = ["grade", str(ROOT), str(place / "stripped"), *(str(place / patch.stem) for patch in PLANTED), "--json"]
-    some = ["grade", *(str(place / name) for name in [*ODD, "missing"]), "byol.byol_loss", "byol.decay", "--json", "--limit", "3"]
+    some = ["grade", *(str(place / name) for name in [*ODD, "missing"] if name != "hangs"), "byol.byol_loss", "byol.decay", "--json"]
+    late = ["grade", str(place / "hangs"), "byol.byol_loss", "--json", "--limit", "4"]
     shown = ["grade", str(place / "stripped"), str(ROOT), "byol.decay"]
     run = subprocess.run([sys.executable, "-c", "import assignment, json, sys\nfor argv in json.loads(sys.argv[1]): assignment.main(argv)",
-                          json.dumps([whole, some, shown])], cwd=TESTS, capture_output=True, text=True)
+                          json.dumps([whole, some, late, shown])], cwd=TESTS, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
     decode, rest, result = json.JSONDecoder().raw_decode, run.stdout, {}
-    for _ in range(2):
+    for _ in range(3):
         found, end = decode(rest)
         rest = rest[end:].lstrip()
         result |= {Path(sheet["submission"]).relative_to(place).name if sheet["submission"] != str(ROOT) else "untouched": sheet
@@ -178,9 +179,9 @@ def test_every_function_has_a_planted_fault():
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_submissions_cost_what_they_affect_and_are_told_in_a_sentence(sheets, name):
-    loss, decay = sheets[name]["functions"].values()
+    loss, *others = sheets[name]["functions"].values()
     said = ODD[name][1]
-    assert loss["points"] == (said is None) and decay["points"] == (name not in WHOLE)
+    assert loss["points"] == (said is None) and all(other["points"] == (name not in WHOLE) for other in others)
     assert (loss["why"] is None) if said is None else said in loss["why"]
     assert "\n" not in (loss["why"] or "") and "Traceback" not in (loss["why"] or "")
 
