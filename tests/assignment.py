@@ -16,8 +16,9 @@ some. How many cases passed, and the first that failed, stand beside the points.
 Safety. Each function's tests run in a process of their own, which is killed after --limit seconds with all that it started.
 Connections, other processes and writing outside of a temporary folder are refused there, by an audit hook of Python, and a
 refusal costs the points even if the function swallows it. What it prints is thrown away. This is against accidents and
-curiosity, not against malice: the process has the rights of yours, so that a function can still read your files, fill the
-memory, call C code that no hook sees, or look up the answer in this repository. Read what has full points; grade strangers' code in a container.
+curiosity, not against malice: the process has your rights, so that a function can still read your files, fill the memory,
+call C code that no hook sees, forge its own record, or look up the answer in this repository. Read what has full points,
+and grade strangers' code in a container.
 """
 import argparse
 import ast
@@ -63,12 +64,19 @@ FUNCTIONS = {
     "bi_tuning.categorical_contrastive": (2, "test_bi_tuning.py", "a_contrastive_loss and ccl or same_categorical"),
     "bissl.conjugate_gradient": (3, "test_bissl.py", "test_conjugate_gradients or one_step_goes or no_step_gives or "
                                  "zero_right_hand or further_steps_stay or layerwise_takes or layerwise_on"),
-    "bissl.inverse_hvp": (2, "test_bissl.py", "inverse_hvp or handed_in or layerwise_reaches or loss_is_linear or implicit_gradient_is"),
+    "bissl.inverse_hvp": (2, "test_bissl.py", "inverse_hvp or handed_in or layerwise_reaches or loss_is_linear or "
+                                              "implicit_gradient_is"),
     "finetune.metrics": (2, "test_losses.py test_datasets.py", "metrics_are or mean_class_accuracy or confusion_matrix or "
                                                                "average_precision"),
     "common.update_average": (1, "test_losses.py test_byol.py", "update_average or update_target"),
 }
 NOT_HANDED_OUT = "tests/planted/", "tests/test_assignment.py"  # they show answers
+NOT_OURS = {"data", "runs", "__pycache__", ".git", ".venv", ".pytest_cache"}
+QUIET = ["-s", "-W", "ignore", "--rootdir", str(ROOT), *(f"-pno:{plugin}" for plugin in (
+    "terminal", "cacheprovider", "faulthandler", "unraisableexception", "threadexception", "logging"))]
+CONNECTS = {"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind"}
+STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty"}
+WRITES = {"open", "os.remove", "os.rename"}
 
 
 def fail(message):
@@ -142,7 +150,7 @@ def files():
     else:
         names = []
         for folder, folders, here in os.walk(ROOT):
-            folders[:] = [each for each in folders if each not in ("data", "runs", "__pycache__", ".git", ".venv", ".pytest_cache")]
+            folders[:] = [each for each in folders if each not in NOT_OURS]
             names += [(Path(folder) / each).relative_to(ROOT).as_posix() for each in here]
         names = [name for name in names if "/" in name or not name.endswith((".pt", ".jsonl", ".png"))]  # runs write there
     return [name for name in names if (ROOT / name).is_file() and not name.startswith(NOT_HANDED_OUT)]
@@ -218,7 +226,7 @@ class Recorder:
         elif call.when == "teardown" and item.nodeid not in self.failed:
             self.report(passed=1)
         outcome = "failed" if call.excinfo is not None else "passed"
-        return pytest.TestReport(item.nodeid, item.location, {}, outcome, None, call.when)  # pytest's own would format a traceback
+        return pytest.TestReport(item.nodeid, item.location, {}, outcome, None, call.when)  # pytest's own formats a traceback
 
 
 def guard(folder, report):
@@ -227,11 +235,11 @@ def guard(folder, report):
 
     def hook(event, args):
         what, flags = None, 0
-        if event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind"):
+        if event in CONNECTS:
             what = "opens a network connection"
-        elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty"):
+        elif event in STARTS:
             what = "starts another process"
-        elif event in ("open", "os.remove", "os.rename"):
+        elif event in WRITES:
             flags = args[2] if event == "open" else os.O_WRONLY
             if isinstance(args[0], (str, bytes)) and isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 place = os.path.realpath(os.fsdecode(args[0]))
@@ -248,17 +256,15 @@ def prepare():
     os.environ.update(CUDA_VISIBLE_DEVICES="", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTEST_ADDOPTS="")
     sys.path[:0] = [str(ROOT), str(TESTS)]
     for name in FUNCTIONS:
-        importlib.import_module(name.split(".")[0])
+        try:
+            importlib.import_module(name.split(".")[0])
+        except (Exception, SystemExit) as error:
+            fail(f"this repository's own {file_of(name)} cannot be imported: {type(error).__name__}: {words(error)}")
     every = dict.fromkeys(file for _, files, _ in FUNCTIONS.values() for file in files.split())
     if pytest.main(["--collect-only", *QUIET, *(str(TESTS / file) for file in every)]):
         fail("the tests of this repository cannot be collected: see `python -m pytest tests`")
     sys.modules["torch"].manual_seed(0)  # imports half of torch: once is enough
     gc.freeze()                          # so that no process looks through all of that for garbage
-
-
-QUIET = ["-s", *(f"-pno:{plugin}" for plugin in ("terminal", "cacheprovider", "faulthandler", "unraisableexception", "threadexception",
-                                           "logging")),
-         "-W", "ignore", "--rootdir", str(ROOT)]
 
 
 def plant(name, tree, path):
@@ -291,7 +297,8 @@ def examine(name, code, path, folder):
             return
         _, files, expression = FUNCTIONS[name]
         tests = [str(TESTS / file) for file in files.split()]
-        pytest.main([*tests, "-k", expression, *QUIET, "--basetemp", os.path.join(folder, "tmp")], plugins=[Recorder(report, path)])
+        pytest.main([*tests, "-k", expression, "--basetemp", os.path.join(folder, "tmp"), *QUIET],
+                    plugins=[Recorder(report, path)])
         report(ended=True)
 
 
@@ -392,7 +399,8 @@ def main(argv=None):
     stripped.add_argument("names", nargs="+", help="functions, or `all`")
     stripped.add_argument("--out", type=Path, required=True, help="a folder that is not there yet, or empty")
     graded = commands.add_parser("grade", help="grade submissions")
-    graded.add_argument("what", nargs="+", metavar="DIR or NAME", help="folders with simclr.py and so on, and functions (without: all)")
+    graded.add_argument("what", nargs="+", metavar="DIR or NAME",
+                        help="folders with simclr.py and so on, and functions (without: all)")
     graded.add_argument("--json", action="store_true", help="print JSON")
     graded.add_argument("--limit", type=float, default=60, help="seconds for the tests of one function (default: 60)")
     args = parser.parse_args(argv)

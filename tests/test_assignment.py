@@ -70,8 +70,9 @@ def test_strip_takes_the_named_bodies_and_nothing_else(tmp_path, capsys):
 
 
 def test_a_body_is_cut_out_with_its_comments():
-    code = 'class A:\n    @deco\n    def f(self,\n          x):  # kept\n{}        # opens\n        return x  # in it\n        # closes\n\n    y = 1\n'
-    cut = 'class A:\n    @deco\n    def f(self,\n          x):  # kept\n{}        raise NotImplementedError\n\n    y = 1\n'
+    head, tail = "class A:\n    @deco\n    def f(self,\n          x):  # kept\n{}", "\n    y = 1\n"
+    code = head + "        # opens\n        return x  # in it\n        # closes\n" + tail
+    cut = head + "        raise NotImplementedError\n" + tail
     for docstring in "", '        """Says.\n\n        More."""\n':
         assert assignment.without_body(code.format(docstring), "module.A.f") == cut.format(docstring)
 
@@ -98,8 +99,10 @@ ODD = {  # what a submission's byol.py has before byol_loss's right answer or in
     "hangs": ("def byol_loss(p, z):\n    while True: pass", "did not end within 4 s in the case: byol loss is the mean"),
     "connects": ("def byol_loss(p, z):\n    import socket\n    try: socket.create_connection(('127.0.0.1', 9), 1)\n"
                  "    except OSError: pass" + RIGHT, "opens a network connection, which is refused"),
-    "starts": ("import os\ndef byol_loss(p, z):\n    try: os.system('true')\n    except OSError: pass" + RIGHT, "starts another process"),
-    "writes": ("def byol_loss(p, z):\n    try: open('VICTIM', 'a').write('rubbish')\n    except OSError: pass" + RIGHT, "writes to"),
+    "starts": ("import os\ndef byol_loss(p, z):\n    try: os.system('true')\n    except OSError: pass" + RIGHT,
+               "starts another process, which is refused"),
+    "writes": ("def byol_loss(p, z):\n    try: open('VICTIM', 'a').write('rubbish')\n    except OSError: pass" + RIGHT,
+               "writes to"),
     "rubbish": ("import os, sys\ndef byol_loss(p, z):\n    print('}{\\n' * 1000)\n    os.write(1, b'\\xff\\x00')\n"
                 "    sys.stderr.write('Traceback')\n    raise ValueError('\\x1b[31m\\n\\n[' * 99)", "ValueError: [31m [ "),
     "dies": ("def byol_loss(p, z):\n    import os\n    os._exit(0)", "the process ended in the case: byol loss is the mean"),
@@ -112,7 +115,7 @@ ODD = {  # what a submission's byol.py has before byol_loss's right answer or in
     "module": ("import no_such_module\ndef byol_loss(p, z):" + RIGHT, "cannot be loaded: ModuleNotFoundError: No module named"),
     "syntax": ("def byol_loss(p, z):\n    return (", "byol.py is not Python: '(' was never closed in line 2"),
     "binary": ("\0def byol_loss(p, z): pass", "byol.py is not Python"),
-    "helped": ("import math as maths\nTWO = maths.sqrt(4)\n\n\ndef inner(p, z):\n    return (p * z).sum(1)\n\n\ndef byol_loss(p, z):"
+    "helped": ("import math as maths\nTWO = maths.sqrt(4)\ndef inner(p, z): return (p * z).sum(1)\ndef byol_loss(p, z):"
                + RIGHT.replace("2 * (p * z).sum(1)", "TWO * inner(p, z)"), None),
 }
 WHOLE = {"module", "syntax", "binary"}  # these cost every function of the file
@@ -137,11 +140,13 @@ def sheets(tmp_path_factory):
         (place / name).mkdir()
         (place / name / "byol.py").write_text(f"{odd.replace('VICTIM', str(place / 'victim'))}\n\n\n{decay}\n")
     whole = ["grade", str(ROOT), str(place / "stripped"), *(str(place / patch.stem) for patch in PLANTED), "--json"]
-    some = ["grade", *(str(place / name) for name in [*ODD, "missing"] if name != "hangs"), "byol.byol_loss", "byol.decay", "--json"]
+    some = ["grade", *(str(place / name) for name in [*ODD, "missing"] if name != "hangs"), "byol.byol_loss", "byol.decay",
+            "--json"]
     late = ["grade", str(place / "hangs"), "byol.byol_loss", "--json", "--limit", "4"]
     shown = ["grade", str(place / "stripped"), str(ROOT), "byol.decay"]
-    run = subprocess.run([sys.executable, "-c", "import assignment, json, sys\nfor argv in json.loads(sys.argv[1]): assignment.main(argv)",
-                          json.dumps([whole, some, late, shown])], cwd=TESTS, capture_output=True, text=True)
+    calls = "import assignment, json, sys\nfor argv in json.loads(sys.argv[1]): assignment.main(argv)"
+    run = subprocess.run([sys.executable, "-c", calls, json.dumps([whole, some, late, shown])], cwd=TESTS,
+                         capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
     decode, rest, result = json.JSONDecoder().raw_decode, run.stdout, {}
     for _ in range(3):
@@ -158,8 +163,9 @@ def test_the_untouched_repository_has_all_points_and_the_stripped_one_none(sheet
     assert full["points"] == full["of"] == sum(points for points, _, _ in FUNCTIONS.values()) and none["points"] == 0
     assert list(full["functions"]) == list(none["functions"]) == list(FUNCTIONS)
     for name in FUNCTIONS:
-        assert full["functions"][name]["passed"] == full["functions"][name]["cases"] > 1 and full["functions"][name]["why"] is None
-        assert none["functions"][name]["passed"] == 0 and none["functions"][name]["why"].endswith("not written yet")
+        right, wrong = full["functions"][name], none["functions"][name]
+        assert right["passed"] == right["cases"] == wrong["cases"] > 1 and right["why"] is None
+        assert wrong["passed"] == 0 and wrong["why"].endswith("not written yet")
 
 
 @pytest.mark.parametrize("patch", PLANTED, ids=lambda patch: patch.stem)
@@ -193,5 +199,5 @@ def test_a_missing_file_is_told(sheets):
 def test_without_json_a_line_a_function_is_printed(sheets):
     first, second, third, fourth = sheets["shown"].splitlines()
     assert (first, third) == ("PLACE/stripped: 0 of 1 points", "ROOT: 1 of 1 points")
-    assert re.match(r"  0/1  byol.decay +0 of +\d+ cases  decay is the formula of the paper at every step \(.*\): not written yet", second)
+    assert re.fullmatch(r"  0/1  byol.decay +0 of +\d+ cases  decay is the formula .* \(.*\): not written yet", second)
     assert re.fullmatch(r"  1/1  byol.decay +(\d+) of +\1 cases", fourth)
