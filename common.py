@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import re
@@ -599,11 +600,20 @@ def one_at_a_time(lock):
     Path(lock).unlink(missing_ok=True)
 
 
+def map_images(path):
+    """The array in an .npy file, mapped read-only: its pages are no memory of the process's own, and are let go when others need it."""
+    array = np.load(path, mmap_mode="r")
+    if array.nbytes > 0.5 * memory("cpu") and hasattr(mmap, "MADV_RANDOM"):
+        array.base.madvise(mmap.MADV_RANDOM)  # else megabytes around each image are read and soon dropped again
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
+        return torch.from_numpy(array)
+
+
 def decode(args, splits):
     """Images uint8 (n, 3, S, S) and labels int64 (n,) or (n, 20) of these splits, one after the other; their sizes; the classes.
 
-    The images are decoded once, short side resized and centre cropped, into one cache under --root, which is mapped read-only:
-    such pages are no memory of the process's own.
+    The images are decoded once, short side resized and centre cropped, into one cache under --root.
     """
     name, side = args.data, store_side(args.image_size)
     opened = [open_dataset(name, args.root, split) for split in splits]
@@ -632,11 +642,8 @@ def decode(args, splits):
             fail(error)
         except OSError as error:
             fail(f"cannot write the cache under --root {args.root}: {error.strerror}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
-        images = torch.from_numpy(np.load(path, mmap_mode="r"))
     labels = torch.from_numpy(np.concatenate([np.asarray(labels, np.int64) for _, labels, _ in opened]))
-    return images, labels, [len(labels) for _, labels, _ in opened], opened[0][2]
+    return map_images(path), labels, [len(labels) for _, labels, _ in opened], opened[0][2]
 
 
 def load_data(args, split):
@@ -781,18 +788,19 @@ def feed(store, parts):
         images = torch.empty(len(part), *store.images.shape[1:], dtype=torch.uint8, pin_memory=bool(stream))
         torch.index_select(store.images, 0, store.rows[part], out=images)
         with torch.cuda.stream(stream):  # without a GPU this does nothing
-            return images.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
+            batch = images.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
+            return batch, stream and stream.record_event()
 
     with ThreadPoolExecutor(1) as reader:  # reads and copies the next batch while the device computes this one
         ahead = reader.submit(fetch, parts[0])
         for part in (*parts[1:], None):
-            now = ahead.result()
+            batch, copied = ahead.result()
             ahead = reader.submit(fetch, part) if part is not None else None
             if stream:
-                torch.cuda.current_stream(device).wait_stream(stream)
-                for tensor in now:
+                torch.cuda.current_stream(device).wait_event(copied)
+                for tensor in batch:
                     tensor.record_stream(torch.cuda.current_stream(device))
-            yield now
+            yield batch
 
 
 # ----------------------------------------------------------------------------------------------- augmentations

@@ -53,6 +53,10 @@ def cpu_name():
     return f"{platform.machine()} CPU {widest}".strip()
 
 
+def device_name(device):
+    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
 def seconds(work, device):
     if device == "cuda":
         torch.cuda.synchronize()
@@ -316,7 +320,7 @@ def main(groups):
     if unknown := set(groups) - GROUPS.keys():
         raise SystemExit(f"no rows {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    name = device_name(device)
     measured = [GROUPS[group](device) for group in groups or GROUPS]
     rows = [dict(row, device=name) for part in measured for row in (part if isinstance(part, list) else [part])]
     for row in rows:
