@@ -232,6 +232,27 @@ def test_the_learning_rate_is_set_in_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [3, 3]
 
 
+# ---------------------------------------------------------------------------------------------- moving averages
+
+@pytest.mark.parametrize("decay", [0, 0.25, 0.99, 1])
+def test_update_average_moves_every_parameter_towards_the_models_and_no_statistic(decay):
+    average, model = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double() for _ in range(2))
+    model(torch.randn(8, 3, dtype=torch.float64))  # moves its statistics
+    old, new = ([p.detach().clone() for p in part.parameters()] for part in (average, model))
+    assert common.update_average(average, model, decay) is None
+    for p, was, towards in zip(average.parameters(), old, new, strict=True):
+        torch.testing.assert_close(p.detach(), decay * was + (1 - decay) * towards)
+    assert all(map(torch.equal, model.parameters(), new))
+    assert not average[1].running_mean.any() and model[1].running_mean.any()
+
+
+def test_update_average_leaves_no_graph():
+    average, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    for _ in range(3):
+        common.update_average(average, model, 0.5)
+    assert all(p.is_leaf and p.requires_grad for p in average.parameters())
+
+
 # ------------------------------------------------------------------------------------------- gradient caching
 
 def toy(width=6):
