@@ -45,7 +45,7 @@ import simclr
 RESULTS = Path(__file__).resolve().parent / "results"
 DATA = Path(__file__).resolve().parent.parent / "data"  # the scripts' --root: /tmp may be memory
 FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio", "ratio_low", "ratio_high",
-          "anon_start_mb", "anon_end_mb", "read_mb")
+          "anon_start_mb", "anon_end_mb", "read_mb", "wait")
 UNITS = dict(batch="images a batch", side="image side, px", processes="processes", classes="classes", store="images in the file",
              disk="MB in the file")
 CPU = SimpleNamespace(
@@ -83,13 +83,20 @@ def peak_memory(device):
         yield lambda: None
 
 
-def steps_of(script, flags, data, device, size, steps=None):
-    """Median seconds of a step of the script's own train() on `data`, and the peak of memory in MB. steps: else size.budget."""
+def steps_of(script, flags, data, device, size, steps=None, waits=None):
+    """Median seconds of a step of the script's own train() on `data`, and the peak of memory in MB. steps: else size.budget.
+
+    waits: a list that gets the seconds for which each step waited for its batch, which a busy machine changes less than the step.
+    """
     stamps = []
 
     def timed(store, batch_size, **how):
         """common.batches, which stops when enough was measured."""
-        for batch in batches(data, batch_size, **how):
+        feed = batches(data, batch_size, **how)
+        while True:
+            asked = time.perf_counter()
+            batch = next(feed)
+            waits is None or waits.append(time.perf_counter() - asked)
             torch.cuda.synchronize() if device == "cuda" else None
             stamps.append(time.perf_counter())
             if len(stamps) - 2 == steps or steps is None and len(stamps) > 2 and stamps[-1] - stamps[1] > size.budget:
@@ -271,9 +278,9 @@ def limited(device, path):
 
     def turn(images):
         """Seconds a step, private memory at the end, and MB a step that came from the disk."""
-        before = read()
-        spent, _ = steps_of(simclr, flags, store_of(images, device), device, size, steps=size.disk_steps)
-        return spent, status("RssAnon"), (read() - before) / (size.disk_steps + 2)
+        before, waits = read(), []
+        spent, _ = steps_of(simclr, flags, store_of(images, device), device, size, steps=size.disk_steps, waits=waits)
+        return spent, status("RssAnon"), (read() - before) / (size.disk_steps + 2), sum(waits[1:]) / len(waits[1:])
 
     def first_batch():
         """Seconds and MB from the disk of one batch of a file that is not in the page cache."""
@@ -293,15 +300,16 @@ def limited(device, path):
         for i in range(size.rounds + 1):  # the first does not count
             if cache == "cold":
                 drop()
-            turns.append((turn(common.map_images(path)), turn(held)) if i % 2 else (turn(held), turn(common.map_images(path)))[::-1])
+            mapped = common.map_images(path)
+            turns.append((turn(mapped), turn(held)) if i % 2 else (turn(held), turn(mapped))[::-1])
         counted = turns[1:]
         ratios = [disk[0] / memory[0] for disk, memory in counted]
         rows.append(dict(setting=f"step, in memory, in turn with {cache} cache", value=held.nbytes / 2**20,
-                         seconds=median(memory[0] for _, memory in counted)))
+                         seconds=median(memory[0] for _, memory in counted), wait=median(memory[3] for _, memory in counted)))
         rows.append(dict(setting=f"step, mapped, {cache} cache", value=megabytes, seconds=median(disk[0] for disk, _ in counted),
                          **dict(zip(("ratio_low", "ratio", "ratio_high"), np.quantile(ratios, (0.25, 0.5, 0.75)).tolist())),
                          anon_start_mb=turns[0][0][1], anon_end_mb=turns[-1][0][1],
-                         read_mb=median(disk[2] for disk, _ in counted)))
+                         read_mb=median(disk[2] for disk, _ in counted), wait=median(disk[3] for disk, _ in counted)))
         if cache == "warm":
             fed = drain(store_of(common.map_images(path), device), size.batch, 40)
             rows.append(dict(setting="common.batches alone, mapped, warm cache", value=megabytes, seconds=fed))
@@ -389,10 +397,11 @@ def summarise(rows):
                 print(f"    above 1: {reason(quantity, setting, column, curve, memory)}")
     for row in rows:
         if row["quantity"] == "disk" and row.get("ratio"):
-            spent, ratio, low, high, start, end, came = (float(row[key]) for key in ("seconds", *FIELDS[-6:]))
+            spent, ratio, low, high, start, end, came, wait = (float(row[key] or "nan") for key in ("seconds", *FIELDS[-7:]))
             more = lambda ratio: f"{100 * (1 / ratio - 1):+.1f} %"
             print(f"disk, {row['setting']}: {1 / spent:.3g} steps/s, {more(ratio)} against images in memory, half of the rounds "
-                  f"between {more(high)} and {more(low)}; RssAnon {start:.0f} -> {end:.0f} MB; {came:.1f} MB a step read")
+                  f"between {more(high)} and {more(low)}; RssAnon {start:.0f} -> {end:.0f} MB; {came:.1f} MB a step read; "
+                  f"a step waited {1000 * wait:.1f} ms for its batch")
 
 
 def draw(rows, name):
