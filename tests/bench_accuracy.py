@@ -1,19 +1,19 @@
 """Do the papers' claims show up here? Every chain of stages on equal terms: same epochs, same search, several seeds, test once.
 
     python tests/bench_accuracy.py --data petals              all rows and label rates, 3 seeds: hours on a CPU
-    python tests/bench_accuracy.py --data petals --quick      fewer rows, one label rate, 2 seeds
+    python tests/bench_accuracy.py --data petals --quick      six rows, one label rate, 2 seeds, a third of the epochs
     python tests/bench_accuracy.py --data DIR --rows simclr   a folder; only the rows whose name holds `simclr`
 
 A row is a chain {scratch, simclr, byol} - {nothing, coin, bissl} - {finetune, core_tuning, bi_tuning}, a column a label rate, a
 cell the mean +- standard deviation over seeds of the whole chain (pretext weights, views and the labelled images all differ).
-  budget   Every row has the same pretext epochs and the same fine-tuning epochs. COIN's are taken from fine-tuning; those that BiSSL's
-           lower level goes through are taken from the pretext. The seconds that a row took are in the table too.
-  search   Seed 0 of each cell tries the same random pairs of learning rate and weight decay, judged on val, of which nothing is ever
-           trained on; the other seeds take the best pair. `all` labels means all of train.
+  budget   Every row has the same pretext epochs and the same fine-tuning epochs. COIN's are taken from fine-tuning; those
+           that BiSSL's lower level goes through are taken from the pretext. The seconds that a row took are in the table.
+  search   Seed 0 of each cell tries the same random pairs of learning rate and weight decay, judged on val, of which nothing
+           is ever trained on; the other seeds take the best pair. `all` labels means all of train.
   test     One look for each seed, after its last epoch.
 Each finished run is a line of RUNS/runs.jsonl and is not made again: stop and start the bench as you like. Writes
-tests/results/accuracy-DATA.csv and .png; a bar is marked where it beats the plain row (same pretext, plain fine-tuning) of its
-column by more than the pooled standard deviation.
+tests/results/accuracy-DATA.csv and .png (accuracy-DATA-quick with --quick). The best bar of a column is marked where it beats
+the plain row (same pretext, plain fine-tuning) by more than the pooled standard deviation.
 """
 import argparse
 import csv
@@ -75,7 +75,7 @@ class Bench:
         return self.done[run]
 
     def main(self, script, out, *flags):
-        shared = ["--data", self.args.data, "--root", self.args.root, "--device", self.args.device, "--out", str(self.place / out)]
+        shared = ["--data", self.args.data, "--root", self.args.root, "--device", self.args.device, "--out", self.place / out]
         if self.args.precision:
             shared += ["--precision", self.args.precision]
         return SCRIPTS[script].main([*shared, *map(str, flags), "--resume"])
@@ -111,7 +111,7 @@ class Bench:
         epochs = [] if stage == "coin" else ["--epochs", self.args.epochs]
         if judge == "test":
             line = self.once(f"{tuned}-test", lambda: {
-                name: value for name, value in self.main(method, tuned, *start, *tuning, *epochs).items() if name.startswith("test_")})
+                name: value for name, value in self.main(method, tuned, *start, *tuning, *epochs).items() if "test_" in name})
             score = line[f"test_{self.metric()}"]
         else:
             line = self.once(f"{tuned}-val", lambda: dict(val=self.on_val(method, f"{tuned}-val", [*start, *tuning, *epochs])))
@@ -123,11 +123,12 @@ class Bench:
         script = SCRIPTS[method]
         args = script.parser().parse_args([*map(str, ["--data", self.args.data, "--root", self.args.root, "--device",
                                            self.args.device, "--out", self.place / out, *flags])])
-        args.precision, args.search = self.args.precision or args.precision, 1  # a pair that diverges is a bad pair, not an error
-        finetune.common.start_backbone(args, say=False)  # settles arch and image size
+        args.precision, args.search = self.args.precision or args.precision, 1  # 1: a pair that diverges is bad, not an error
+        common.start_backbone(args, say=False)  # settles arch and image size
         data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
         results = []
-        script.train(finetune.Run(method, args, data, judge=val, watch=None, log=common.Log(args, args.epochs), results=results, ckpt=None))
+        log = common.Log(args, args.epochs)
+        script.train(finetune.Run(method, args, data, judge=val, watch=None, log=log, results=results, ckpt=None))
         return results[0].get(self.metric(), 0.0)
 
     def metric(self):
@@ -142,13 +143,14 @@ def cell(bench, row, rate, args):
     best = max(scored)[1]
     scores, pretext, rest = zip(*(bench.chain(row, rate, seed, *best, "test") for seed in range(args.seeds)))
     spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
-    return dict(device=device_name(args.device), row=name_of(row), labels=rate, metric=bench.metric(), mean=round(float(np.mean(scores)), 2),
-                std=round(spread, 2), seeds=args.seeds, lr=f"{best[0]:.3g}", weight_decay=f"{best[1]:.3g}",
+    return dict(device=device_name(args.device), row=name_of(row), labels=rate, metric=bench.metric(),
+                mean=round(float(np.mean(scores)), 2), std=round(spread, 2), seeds=args.seeds, lr=f"{best[0]:.3g}",
+                weight_decay=f"{best[1]:.3g}",
                 pretext_seconds=round(float(np.mean(pretext)), 1), seconds=round(float(np.mean(rest)), 1))
 
 
 def mark(cells):
-    """`gain` of each cell over its plain row, and whether it is more than the pooled standard deviation and the best of its column."""
+    """Adds `gain` over the plain row, and `marked`: more than the pooled standard deviation, and the best of the column."""
     plain = {(line["row"].split("-")[0], line["labels"]): line for line in cells if line["row"].count("-") == 1
              and line["row"].endswith("-finetune")}
     for line in cells:
@@ -186,20 +188,22 @@ def main(argv=None):
     p.add_argument("--runs", help="folder of the runs; default: runs/accuracy-DATA")
     p.add_argument("--device", default="cuda" if common.torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("float32", "bfloat16"))
-    p.add_argument("--quick", action="store_true", help="six rows, 20 labels a class, 2 seeds, 2 pairs")
+    p.add_argument("--quick", action="store_true", help="six rows, 20 labels a class, 2 seeds, 2 pairs, fewer epochs")
     p.add_argument("--rows", default="", help="only rows with this in their name")
     p.add_argument("--labels", nargs="+", choices=RATES, help="label rates")
     p.add_argument("--seeds", type=int)
     p.add_argument("--search", type=int, help="pairs of learning rate and weight decay")
-    p.add_argument("--pretext-epochs", type=int, default=24)
-    p.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
+    p.add_argument("--pretext-epochs", type=int, help="default: 24, quick 8")
+    p.add_argument("--epochs", type=int, help="of fine-tuning; default: 60, quick 30")
     args = p.parse_args(argv)
     args.seeds, args.search = args.seeds or (2 if args.quick else 3), args.search or (2 if args.quick else 8)
+    args.pretext_epochs, args.epochs = args.pretext_epochs or (8 if args.quick else 24), args.epochs or (30 if args.quick else 60)
     args.labels = args.labels or (["20"] if args.quick else list(RATES))
     name = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
-    args.runs = args.runs or f"runs/accuracy-{name}"
-    flags = bissl.parser().parse_args(["--data", args.data, "--out", f"{args.runs}-flags/x", "--image-size", "32", "--arch", "resnet10"])
-    images = len(common.load_data(argparse.Namespace(**{**vars(flags), "image_size": 8, "root": args.root}), "unlabeled"))
+    args.runs = args.runs or f"runs/accuracy-{name}{'-quick' * args.quick}"
+    args.out = RESULTS / f"accuracy-{name}{'-quick' * args.quick}"
+    flags = bissl.parser().parse_args(["--data", args.data, "--root", args.root, "--out", f"{args.runs}/flags"])
+    images = len(common.load_data(flags, "unlabeled"))
     args.bissl_epochs = round(flags.alternations * flags.lower_steps * flags.pretext_batch_size / images)
 
     bench = Bench(args)
@@ -211,7 +215,7 @@ def main(argv=None):
         spent = time.perf_counter() - started
         print("--- {row} {labels}: {metric} {mean} +- {std} %".format(**cells[-1]) +
               f"; about {spent / (i + 1) * (len(todo) - i - 1) / 60:.0f} minutes left", flush=True)
-        path = RESULTS / f"accuracy-{name}.csv"
+        path = args.out.with_suffix(".csv")
         before = list(csv.DictReader(path.open())) if path.exists() else []
         key = lambda line: (line["device"], line["row"], line["labels"])
         kept = [line for line in before if key(line) not in {key(line) for line in cells}]
@@ -220,7 +224,7 @@ def main(argv=None):
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()
             writer.writerows(lines)
-    draw([line for line in lines if line["device"] == device_name(args.device)], RESULTS / f"accuracy-{name}.png",
+    draw([line for line in lines if line["device"] == device_name(args.device)], args.out.with_suffix(".png"),
          f"{name}: {args.pretext_epochs} pretext epochs, {args.epochs} of fine-tuning, {args.seeds} seeds")
     for line in cells:
         print("{row:28} {labels:>4}  {mean:6.2f} +- {std:5.2f} %".format(**line))
