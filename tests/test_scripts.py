@@ -337,3 +337,14 @@ def test_the_loss_falls(here, script):
     from_scratch(script, "--epochs", "8", "--lr", "0.003" if script != "coin" else "0.03")
     losses = [line["loss"] for line in lines(f"{script}.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 0.2
+
+
+def test_the_new_method_of_the_readme_runs_and_is_fine_tuned(here, monkeypatch):
+    text = (ROOT / "README.md").read_text().split("## Adding a method")[1]
+    (here / "rotation.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
+    monkeypatch.syspath_prepend(str(here))
+    import rotation
+    x, angle = rotation.turn(torch.arange(5 * 3 * 4 * 4.).view(5, 3, 4, 4))
+    assert angle.tolist() == [0, 0, 1, 2, 3] and x.shape == (5, 3, 4, 4)
+    assert rotation.main(short("simclr", "--out", "rotation", ckpt=None))["loss"] > 0
+    assert run("finetune", ckpt="rotation.pt")["test_top1"] >= 0
