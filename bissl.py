@@ -29,8 +29,8 @@ gain here.
 
 Differs from the paper in: fewer and shorter alternations by default (the paper: 500, N_U 8) and a damping of 100 instead
 of 10, at which five steps solve the system for the default network; a tolerance, and directions shared by the solves of an
-alternation: with N_U 8 17 products instead of 40 on emoji, 19 on petals, an alternation in 0.53 and 0.57 of the time of five
-steps each (one CPU core; tests/bench_hypergradient.py). --paper gives the paper's figures back. From the authors' code in:
+alternation: with N_U 8, 17 products on emoji and 19 on petals instead of the 40 of five steps a solve, and 0.53 and 0.57 of the
+alternation's time (both on a kept graph; one CPU core; tests/bench_hypergradient.py). --paper gives the paper's figures back. From the authors' code in:
 plain conjugate gradients as in the paper (--layerwise for theirs); a fresh Hessian batch each alternation; one first-order
 graph for all its products; a NaN stops the run.
 """
@@ -162,7 +162,8 @@ def start_pretext(args, backbone, ckpt):
     pretext = PRETEXTS[args.pretext]
     if fresh:
         print(f"{args.ckpt or 'a random backbone'} has no pretext head: a new one for {args.pretext} is warmed up first", flush=True)
-        config = vars(pretext.parser().parse_args(["--data", args.data, "--out", args.out]))
+        config = vars(pretext.parser().parse_args(["--data", args.data, "--out", args.out, "--device", args.device,
+                                                 "--batch-size", str(args.pretext_batch_size)]))
     else:
         config = dict(ckpt["config"].get("pretext_config", ckpt["config"]))
     config.update(image_size=args.image_size, precision=args.precision)
@@ -195,6 +196,8 @@ def train(args):
     val = common.load_held_out(args, data)
 
     upper_backbone = copy.deepcopy(lower_backbone)
+    if args.compile:
+        upper_backbone.compile()  # a copy is not compiled
     upper_head = nn.Linear(upper_backbone.num_features, len(data.classes)).to(args.device)
     lower_optimizer = common.make_optimizer(config["optimizer"], [lower], args.lower_lr, config["weight_decay"])
     upper_optimizer = common.make_optimizer("sgd", [upper_backbone, upper_head], args.lr, args.weight_decay)
@@ -267,7 +270,9 @@ def train(args):
         if sums[0].isfinite() and not math.isfinite(residual):  # else the lower level is to blame, and the log says so
             common.fail(f"the implicit gradient is {residual} in alternation {alternation + 1}: try a lower learning rate or a "
                         f"higher --damping (now {args.damping:g}). {args.out}.pt was left as it was")
-        del hessian_loss, gradient, product  # frees the graph before the next lower step
+        del hessian_loss, gradient, product  # frees the graph before the next lower step, and the directions
+        if recycled:
+            recycled.directions.clear()
         lower.to(memory_format=torch.channels_last)
         knn = None
         if val and ((alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations):

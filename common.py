@@ -32,6 +32,7 @@ import socket
 import sys
 import time
 import warnings
+import weakref
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -109,7 +110,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--device", str, "cpu, cuda, cuda:1, ...", "cuda" if torch.cuda.is_available() else "cpu")
         self.option("--precision", str, "float32 or bfloat16 for the forward pass; None is bfloat16 on a GPU that has it, else "
                     "float32, since a CPU without bfloat16 is slow at it", choices=("float32", "bfloat16"), metavar="TYPE")
-        self.add_argument("--compile", action="store_true", help="compile the backbone: minutes at the start, faster steps after that")
+        self.add_argument("--compile", action="store_true", help="compile the backbones that are trained: minutes at the start, faster steps after that")
         self.add_argument("--resume", action="store_true", help="go on from OUT.pt where a stopped run left it")
 
     def option(self, flag, type, help, default=None, metavar=None, **kwargs):
@@ -144,15 +145,14 @@ class Parser(argparse.ArgumentParser):
         for name, value in defaults.items():
             if getattr(args, name, value) is None:
                 setattr(args, name, value)
-        args.device = join_processes(args.device)
+        try:
+            args.device = str(torch.empty(0, device=join_processes(args.device)).device)
+        except (RuntimeError, AssertionError) as error:
+            fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
         for name in ("batch_size", "pretext_batch_size", "hessian_batch"):
             if (size := getattr(args, name, None) or 0) % world() or 0 < size < 2 * world():
                 fail(f"--{name.replace('_', '-')} {size} cannot be shared by {world()} processes: make it a multiple of {world()}, "
                      f"two images each or more")
-        try:
-            args.device = str(torch.empty(0, device=args.device).device)
-        except (RuntimeError, AssertionError) as error:
-            fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
         if args.precision is None:
             half = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
             args.precision = "bfloat16" if half else "float32"
@@ -178,7 +178,7 @@ def resumable(script, args, argv):
         if dist.is_torchelastic_launched():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        command += "" if args.resume else " --resume"
+        command = "the same torchrun command with --resume" if world() > 1 else command + " --resume" * (not args.resume)
         print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. Go on with: {command}", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
@@ -396,7 +396,7 @@ def listed(dataset):
 
 
 def any_copy(published, *needed):
-    """A data set class of torchvision that accepts files with the published checksums alone: here a copy or a part will do."""
+    """torchvision's class without its checksum test: the data set counts as present where the `needed` paths are."""
     there = lambda self: all((Path(self.root) / path).exists() for path in needed)
     meta = dict(getattr(published, "meta", {}), md5=None)
     return type(published.__name__, (published,), dict(_check_integrity=there, meta=meta))
@@ -519,14 +519,14 @@ def open_dataset(name, root, split):
         fail(f"{folder}: {error}")
 
 
-CHUNK = 256  # images that are decoded between two notes of how far it has come
+DECODE_CHUNK = 256  # images that are decoded between two notes of how far it has come
 
 
 def decode_chunks(path, pictures, side, chunks, parent):
     """Decode these chunks of the pictures into PATH.part and tick them off in PATH.done; stop if the parent process is gone."""
-    images, done = (np.load(f"{path}.{ending}", mmap_mode="r+") for ending in ("part", f"done{CHUNK}"))
+    images, done = (np.load(f"{path}.{ending}", mmap_mode="r+") for ending in ("part", f"done{DECODE_CHUNK}"))
     for chunk in chunks:
-        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(pictures))):
+        for i in range(chunk * DECODE_CHUNK, min((chunk + 1) * DECODE_CHUNK, len(pictures))):
             if os.getppid() != parent:
                 return
             image = Image.fromarray(pictures[i]) if isinstance(pictures, np.ndarray) else read_image(pictures[i], side)
@@ -548,13 +548,13 @@ def build_cache(path, pictures, side):
 
     Goes on where a killed run was. Raises ValueError for a broken picture, OSError for a full disk.
     """
-    n, part, ticks = len(pictures), Path(f"{path}.part"), Path(f"{path}.done{CHUNK}")
+    n, part, ticks = len(pictures), Path(f"{path}.part"), Path(f"{path}.done{DECODE_CHUNK}")
     if not (part.exists() and ticks.exists()):
         np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, side, side))
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later it would be a crash
             with open(part, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        write_whole(ticks, lambda file: np.save(file, np.zeros(-(-n // CHUNK), bool)))
+        write_whole(ticks, lambda file: np.save(file, np.zeros(-(-n // DECODE_CHUNK), bool)))
     done, started = np.load(ticks, mmap_mode="r"), time.perf_counter()
     todo, shown = np.flatnonzero(~done).tolist(), started
     if len(todo) < 2:  # not worth a process
@@ -571,16 +571,16 @@ def build_cache(path, pictures, side):
                 time.sleep(0.02)
                 now, ready = time.perf_counter(), len(todo) - int((~done).sum())
                 if now - shown > 5 and ready:
-                    shown, speed, left = now, ready * CHUNK / (now - started), int((now - started) * (len(todo) / ready - 1))
+                    shown, speed, left = now, ready * DECODE_CHUNK / (now - started), int((now - started) * (len(todo) / ready - 1))
                     print(f"{speed:,.0f} images/s  left {left // 60}:{left % 60:02d}", flush=True)
         finally:
             [worker.terminate() or worker.join() for worker in workers if worker.pid]
         if not broken.empty():
             raise ValueError(broken.get())
-        if not done.all():
-            fail("a process that decodes was killed, perhaps for want of memory: the same command goes on where it stopped")
+    if not done.all():
+        fail("a process that decodes was killed, perhaps for want of memory: the same command goes on where it stopped")
     spent = time.perf_counter() - started
-    print(f"decoded in {spent:.1f} s, {min(n, len(todo) * CHUNK) / spent:,.0f} images/s", flush=True)
+    print(f"decoded in {spent:.1f} s, {min(n, len(todo) * DECODE_CHUNK) / spent:,.0f} images/s", flush=True)
     os.replace(part, path)
     ticks.unlink()
 
@@ -588,16 +588,21 @@ def build_cache(path, pictures, side):
 @contextlib.contextmanager
 def one_at_a_time(lock):
     """Runs that start together wait for each other here. The kernel lets go of a killed run's lock."""
+    locks = fcntl is not None
     with open(lock, "w") as file:
         try:
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("another run is decoding these images: waiting for it", flush=True)
+            print("another run is getting these images ready: waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
-            pass
-        yield
-    Path(lock).unlink(missing_ok=True)
+            locks = False
+        if world() > 1 and not locks:
+            fail(f"{Path(lock).parent} is on a file system without locks: start with one process, which makes the cache")
+        try:
+            yield
+        finally:
+            Path(lock).unlink(missing_ok=True)
 
 
 def map_images(path):
@@ -611,12 +616,18 @@ def map_images(path):
 
 
 def decode(args, splits):
-    """Images uint8 (n, 3, S, S) and labels int64 (n,) or (n, 20) of these splits, one after the other; their sizes; the classes.
+    """Path of the cached images uint8 (n, 3, S, S) of these splits, one after the other; labels int64 (n,) or (n, 20); the splits'
+    sizes; the classes.
 
     The images are decoded once, short side resized and centre cropped, into one cache under --root.
     """
     name, side = args.data, store_side(args.image_size)
-    opened = [open_dataset(name, args.root, split) for split in splits]
+    try:
+        Path(args.root).mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(Path(args.root) / f"{name}.lock") if name in DATASETS else contextlib.nullcontext():  # one downloads
+            opened = [open_dataset(name, args.root, split) for split in splits]
+    except OSError as error:
+        fail(f"cannot write to --root {args.root}: {error.strerror}")
     for split, (_, labels, classes) in zip(splits, opened):
         check_classes(args, classes, opened[0][2], split)
         if not len(labels):
@@ -643,7 +654,10 @@ def decode(args, splits):
         except OSError as error:
             fail(f"cannot write the cache under --root {args.root}: {error.strerror}")
     labels = torch.from_numpy(np.concatenate([np.asarray(labels, np.int64) for _, labels, _ in opened]))
-    return map_images(path), labels, [len(labels) for _, labels, _ in opened], opened[0][2]
+    return path, labels, [len(labels) for _, labels, _ in opened], opened[0][2]
+
+
+ON_DEVICE = weakref.WeakValueDictionary()  # cache file, device -> its images there, for as long as a Store has them
 
 
 def load_data(args, split):
@@ -655,7 +669,7 @@ def load_data(args, split):
     if args.data == "petals":
         splits, own = ["train", "val"] if split == "trainval" else [split], list(PETAL_SPLITS)
         drawn = [petals(PETAL_SPLITS[part], store_side(args.image_size), seed=1 + own.index(part)) for part in splits]
-        images, labels = map(torch.cat, zip(*drawn))
+        images, labels, path = *map(torch.cat, zip(*drawn)), None
         rows, classes = torch.arange(len(labels)), [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
     else:
         if args.data not in KNOWN_DATA and not Path(args.data).is_dir():
@@ -667,14 +681,20 @@ def load_data(args, split):
             split = "trainval"
         trains = split in ("train", "val", "trainval")  # these three are rows of one cache: no image is in two
         splits = (["train", "val"] if "val" in own else ["train"]) if trains else [split]
-        images, labels, sizes, classes = decode(args, splits)
+        path, labels, sizes, classes = decode(args, splits)
+        images = map_images(path)
         rows = torch.arange(len(labels))
         if split in ("train", "val"):
             held_out = rows[sizes[0]:] if "val" in own else labelled_subset(labels, seed=0, fraction=0.2)
             rows = held_out if split == "val" else torch.from_numpy(np.setdiff1d(rows.numpy(), held_out.numpy()))
     device = torch.device(args.device)
-    if device.type == "cuda" and images.nbytes < 0.5 * memory(device):
-        images = images.to(device)
+    if device.type == "cuda":
+        there = ON_DEVICE.get((path, device))
+        if there is None and images.nbytes < 0.5 * memory(device):
+            there = images.to(device)
+            if path:
+                ON_DEVICE[path, device] = there
+        images = images if there is None else there
     return Store(images, labels[rows].to(device), rows, classes)
 
 
@@ -766,7 +786,8 @@ def batches(store, batch_size, shuffle=True, whole_only=False):
     """Yields images uint8 (b, 3, S, S) and labels (b,) on the device: every image once, of each batch this process's share.
 
     whole_only drops the rest that does not fill a batch (a pretext task wants as many negatives each step); otherwise
-    the images are spread evenly over the batches, because BatchNorm cannot work on a rest of one.
+    the images are spread evenly over the batches, because BatchNorm cannot work on a rest of one. Several processes get as
+    many images each: up to world() - 1, others every epoch, are left out.
     """
     n = len(store)
     order = torch.randperm(n) if shuffle else torch.arange(n)
@@ -791,7 +812,8 @@ def feed(store, parts):
             batch = images.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
             return batch, stream and stream.record_event()
 
-    with ThreadPoolExecutor(1) as reader:  # reads and copies the next batch while the device computes this one
+    use_device = lambda: stream and torch.cuda.set_device(device)  # which is a thread's own
+    with ThreadPoolExecutor(1, initializer=use_device) as reader:  # reads and copies the next batch while the device computes this one
         ahead = reader.submit(fetch, parts[0])
         for part in (*parts[1:], None):
             batch, copied = ahead.result()
@@ -863,9 +885,9 @@ def hue(x, shift):
     sixth = torch.lerp(torch.add(r - g, chroma, alpha=4), torch.add(b - r, chroma, alpha=2), green).lerp_(g - b, red)
     sixth = sixth.div_(chroma.clamp(min=1e-12)).add_((6 * shift).view(-1, 1, 1, 1))  # hue in sixths of a turn
     sixth = sixth.sub_((sixth / 6).floor_(), alpha=6)  # 0 .. 6
-    share = (sixth - constants((3, 2, 4), x)).abs_()  # |h - 3| - 1, 2 - |h - 2|, 2 - |h - 4|
-    share = share.mul_(constants((1, -1, -1), x)).add_(constants((-1, 2, 2), x)).clamp_(0, 1)
-    return torch.addcmul(low, chroma, share)
+    ramp = (sixth - constants((3, 2, 4), x)).abs_()  # |h - 3| - 1, 2 - |h - 2|, 2 - |h - 4|
+    ramp = ramp.mul_(constants((1, -1, -1), x)).add_(constants((-1, 2, 2), x)).clamp_(0, 1)
+    return torch.addcmul(low, chroma, ramp)
 
 
 def blur(x, sigma, kernel):

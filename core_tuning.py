@@ -61,9 +61,9 @@ def positive_pairs(labels, batch):
 
     labels (n, C): soft. A mixture of two classes has a label of its own; one of two images of a class has the class's.
     """
-    n, (share, label) = len(labels), labels.max(1)
+    n, (largest, label) = len(labels), labels.max(1)
     number = torch.arange(n, device=labels.device)
-    label = torch.where(share > 1 - 1e-6, label, -1 - number)  # mixtures: a label that no other row has
+    label = torch.where(largest > 1 - 1e-6, label, -1 - number)  # mixtures: a label that no other row has
     positives = (label[:, None] == label) & (number[:, None] != number)
     return positives | ((number[:, None] < batch) & (number == number[:, None] + batch))
 

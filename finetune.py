@@ -271,8 +271,8 @@ def draw(args, history, test, panel):
 
 def class_accuracies(axes, args, backbone, confusion):
     """The panel of plain fine-tuning: how many classes are recognised how well."""
-    share = confusion if confusion.ndim == 1 else confusion.diag() / confusion.sum(1).clamp(min=1)
-    axes.hist((100 * share).numpy(), bins=20, range=(0, 100))
+    right = confusion if confusion.ndim == 1 else confusion.diag() / confusion.sum(1).clamp(min=1)
+    axes.hist((100 * right).numpy(), bins=20, range=(0, 100))
     axes.set(xlabel="accuracy or average precision, %", ylabel="classes", title="the single classes on test")
 
 

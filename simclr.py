@@ -143,7 +143,7 @@ def parser():
                     crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.0))
     p.option("--optimizer", str, "adamw, lars or sgd; the paper's LARS wants batches in the thousands", "adamw",
              choices=common.OPTIMIZERS)
-    p.option("--chunk", common.FROM_ZERO, "images in memory at once, for batches that do not fit; twice the forward passes; 0: all", 0)
+    p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process, for batches that do not fit; twice the forward passes; 0: all", 0)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
     p.option("--temperature", common.number(float, 1e-3), "tau of NT-Xent", 0.2)
     p.option("--hidden", common.COUNT, "width of the projector's hidden layer", 256)

@@ -286,7 +286,7 @@ def byol_row(device):
 
 def decoding(device):
     """On one core: the forked worker of the cache is held to this process's."""
-    side, count = common.store_side(64), 2 * common.CHUNK
+    side, count = common.store_side(64), 2 * common.DECODE_CHUNK
     with tempfile.TemporaryDirectory() as folder:
         os.makedirs(f"{folder}/pictures/test/class")
         rough = torch.Generator().manual_seed(0)

@@ -450,7 +450,7 @@ def whole(pictures, tmp_path_factory):
 
 
 def test_processes_write_the_same_bytes_as_one(pictures, tmp_path, whole, monkeypatch, capsys):
-    monkeypatch.setattr(common, "CHUNK", 7)
+    monkeypatch.setattr(common, "DECODE_CHUNK", 7)
     assert common.load_data(options(pictures, tmp_path), "test").images.numpy().tobytes() == whole
     assert cache_files(tmp_path) == ["npy"]
     assert re.search(r"decoded in [\d.]+ s, [\d,]+ images/s", capsys.readouterr().out)
@@ -460,7 +460,7 @@ def start_slow_run(pictures, tmp_path, log):
     """The id of a forked process that decodes in chunks of 5, 20 ms an image; logs what it prints and which images it reads."""
     if child := os.fork():
         return child
-    read, sys.stdout, common.CHUNK = common.read_image, open(f"{log}.out", "w"), 5
+    read, sys.stdout, common.DECODE_CHUNK = common.read_image, open(f"{log}.out", "w"), 5
 
     def slowly(path, side):
         time.sleep(0.02)
@@ -512,7 +512,7 @@ def test_of_two_runs_at_once_one_decodes_and_the_other_waits(pictures, tmp_path,
 @pytest.mark.parametrize("chunk", [256, 5])
 def test_a_broken_picture_in_any_process_is_one_line(tmp_path, monkeypatch, capsys, chunk):
     folder = write_folder(tmp_path / "pictures", splits=("test",))
-    monkeypatch.setattr(common, "CHUNK", chunk)
+    monkeypatch.setattr(common, "DECODE_CHUNK", chunk)
     (folder / "test" / "b" / "3.png").write_bytes(b"no picture")
     line = error_line(capsys, common.load_data, options(folder, tmp_path), "test")
     assert "broken image file" in line and "b/3.png" in line
@@ -522,7 +522,7 @@ def test_a_broken_picture_in_any_process_is_one_line(tmp_path, monkeypatch, caps
 
 def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "pictures", splits=("test",))
-    monkeypatch.setattr(common, "CHUNK", 5)
+    monkeypatch.setattr(common, "DECODE_CHUNK", 5)
     monkeypatch.setattr(common, "read_image", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     assert "killed" in error_line(capsys, common.load_data, options(folder, tmp_path), "test")
 
