@@ -527,6 +527,15 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path, monkeypat
     assert "killed" in error_line(capsys, common.load_data, options(folder, tmp_path), "test")
 
 
+def test_a_cache_that_is_not_whole_is_not_shown(tmp_path, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "pictures", splits=("test",))
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "decode_chunks", lambda *ignored: None)  # as one that returns since its parent is gone
+        assert "stopped" in error_line(capsys, common.load_data, options(folder, tmp_path), "test")
+    assert not list((tmp_path / "cache").glob("*.npy"))
+    assert len(common.load_data(options(folder, tmp_path), "test")) == 36
+
+
 def test_a_reduced_jpeg_differs_little_from_the_full_one(tmp_path):
     """Measured: 1.3 of 255, mean over all pixels, the worst of 8 pictures with detail of 4 pixels decoded at a quarter."""
     rng, worst = np.random.default_rng(0), 0
