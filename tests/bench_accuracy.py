@@ -78,7 +78,7 @@ class Bench:
         shared = ["--data", self.args.data, "--root", self.args.root, "--device", self.args.device, "--out", self.place / out]
         if self.args.precision:
             shared += ["--precision", self.args.precision]
-        return SCRIPTS[script].main([*shared, *map(str, flags), "--resume"])
+        return SCRIPTS[script].main([str(flag) for flag in (*shared, *flags, "--resume")])
 
     def pretext(self, name, seed, shorter):
         """Checkpoint of a pretext run (None for scratch) with `shorter` epochs less than --pretext-epochs, and its seconds."""
