@@ -30,9 +30,9 @@ gain here.
 Differs from the paper in: fewer and shorter alternations by default (the paper: 500, N_U 8) and a damping of 100 instead
 of 10, at which five steps solve the system for the default network; a tolerance, and directions shared by the solves of an
 alternation: with N_U 8, 17 products on emoji and 19 on petals instead of the 40 of five steps a solve, and 0.53 and 0.57 of the
-alternation's time (both on a kept graph; one CPU core; tests/bench_hypergradient.py). --paper gives the paper's figures back. From the authors' code in:
-plain conjugate gradients as in the paper (--layerwise for theirs); a fresh Hessian batch each alternation; one first-order
-graph for all its products; a NaN stops the run.
+alternation's time (both on a kept graph; one CPU core; tests/bench_hypergradient.py). --paper gives the paper's figures back.
+From the authors' code in: plain conjugate gradients as in the paper (--layerwise for theirs); a fresh Hessian batch each
+alternation; one first-order graph for all its products; a NaN stops the run.
 """
 import copy
 import itertools

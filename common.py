@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
         self.option("--device", str, "cpu, cuda, cuda:1, ...", "cuda" if torch.cuda.is_available() else "cpu")
         self.option("--precision", str, "float32 or bfloat16 for the forward pass; None is bfloat16 on a GPU that has it, else "
                     "float32, since a CPU without bfloat16 is slow at it", choices=("float32", "bfloat16"), metavar="TYPE")
-        self.add_argument("--compile", action="store_true", help="compile the backbones that are trained: minutes at the start, faster steps after that")
+        self.add_argument("--compile", action="store_true",
+                          help="compile the backbones that are trained: minutes at the start, faster steps after that")
         self.add_argument("--resume", action="store_true", help="go on from OUT.pt where a stopped run left it")
 
     def option(self, flag, type, help, default=None, metavar=None, **kwargs):
@@ -587,7 +588,10 @@ def build_cache(path, pictures, side):
 
 @contextlib.contextmanager
 def one_at_a_time(lock):
-    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock."""
+    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock.
+
+    Gives False where the file system has no locks.
+    """
     locks = fcntl is not None
     with open(lock, "w") as file:
         try:
@@ -597,10 +601,8 @@ def one_at_a_time(lock):
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             locks = False
-        if world() > 1 and not locks:
-            fail(f"{Path(lock).parent} is on a file system without locks: start with one process, which makes the cache")
         try:
-            yield
+            yield locks
         finally:
             Path(lock).unlink(missing_ok=True)
 
@@ -624,7 +626,8 @@ def decode(args, splits):
     name, side = args.data, store_side(args.image_size)
     try:
         Path(args.root).mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(Path(args.root) / f"{name}.lock") if name in DATASETS else contextlib.nullcontext():  # one downloads
+        downloads = name in DATASETS and os.access(args.root, os.W_OK)  # perhaps: then one process, while others wait
+        with one_at_a_time(Path(args.root) / f"{name}.lock") if downloads else contextlib.nullcontext():
             opened = [open_dataset(name, args.root, split) for split in splits]
     except OSError as error:
         fail(f"cannot write to --root {args.root}: {error.strerror}")
@@ -645,7 +648,9 @@ def decode(args, splits):
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(f"{path}.lock"):
+            with one_at_a_time(f"{path}.lock") as locked:
+                if world() > 1 and not locked:
+                    fail(f"--root {args.root} is on a file system without locks: start with one process, which makes the cache")
                 if not path.exists():  # else the run that was waited for has made it
                     print(f"decoding {len(pictures):,} images of {name} {' and '.join(splits)} to {side} px", flush=True)
                     build_cache(path, pictures, side)
@@ -813,7 +818,7 @@ def feed(store, parts):
             return batch, stream and stream.record_event()
 
     use_device = lambda: stream and torch.cuda.set_device(device)  # which is a thread's own
-    with ThreadPoolExecutor(1, initializer=use_device) as reader:  # reads and copies the next batch while the device computes this one
+    with ThreadPoolExecutor(1, initializer=use_device) as reader:  # reads and copies a batch while the device computes another
         ahead = reader.submit(fetch, parts[0])
         for part in (*parts[1:], None):
             batch, copied = ahead.result()
