@@ -1,21 +1,25 @@
 """Do the papers' claims show up here? Every chain of stages on equal terms: same epochs, same search, several seeds, test once.
 
-    python tests/bench_accuracy.py --data petals              all rows and label rates, 3 seeds: hours on a CPU
-    python tests/bench_accuracy.py --data petals --quick      six rows, one label rate, 2 seeds, a third of the epochs
-    python tests/bench_accuracy.py --data DIR --rows simclr   a folder; only the rows whose name holds `simclr`
+    python tests/bench_accuracy.py --data petals                all rows and label rates, 3 seeds: 3 to 4 hours of one CPU core
+    python tests/bench_accuracy.py --data petals --quick        six rows, 20 labels a class, 2 seeds: under 20 minutes
+    python tests/bench_accuracy.py --data DIR --rows simclr     a folder; only the rows whose name holds `simclr`
 
 A row is a chain {scratch, simclr, byol} - {nothing, coin, bissl} - {finetune, core_tuning, bi_tuning}, a column a label rate, a
 cell the mean +- standard deviation over seeds of the whole chain (pretext weights, views and the labelled images all differ).
-  budget   Every row has the same pretext epochs and the same fine-tuning epochs. COIN's are taken from fine-tuning; those
-           that BiSSL's lower level goes through are taken from the pretext. The seconds that a row took are in the table.
+  budget   Every row has the same pretext epochs, and in a column the same fine-tuning epochs (RATES: about as many steps in
+           each). COIN's are taken from fine-tuning; those that BiSSL's lower level goes through are taken from the pretext.
+           What BiSSL's solves cost beyond that is not: the table has each row's seconds.
   search   Seed 0 of each cell tries the same random pairs of learning rate and weight decay, judged on val, of which nothing
            is ever trained on; the other seeds take the best pair. `all` labels means all of train.
   test     One look for each seed, after its last epoch.
-Each finished run is a line of RUNS/runs.jsonl and is not made again: stop and start the bench as you like. Writes
-tests/results/accuracy-DATA.csv and .png (accuracy-DATA-quick with --quick). The best bar of a column is marked where it beats
-the plain row (same pretext, plain fine-tuning) by more than the pooled standard deviation.
+Each finished run is a line of RUNS/runs.jsonl and is not made again: stop and start the bench as you like, and share the
+label rates out among several of it (--labels). What the scripts print goes to RUNS/log.txt. Writes
+tests/results/accuracy-DATA.csv and .png (accuracy-DATA-quick with --quick). `gain` compares a row with the plain one (same
+pretext, plain fine-tuning) seed by seed, on the same images. The best bar of a column is marked where it beats the plain row
+by more than the pooled standard deviation.
 """
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -42,12 +46,13 @@ from bench_speed import device_name
 SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
            "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 RESULTS = Path(__file__).resolve().parent / "results"
-# COIN ends in finetune.py with --supcon; the other two start from its backbone and then train for the rest of the budget
+# COIN's second stage is finetune.py with --supcon; BiSSL is a second stage of a pretext
 ROWS = [(pretext, stage, method) for pretext in ("scratch", "simclr", "byol") for stage in ("", "coin", "bissl")
-        for method in ("finetune", "core_tuning", "bi_tuning") if not (pretext == "scratch" and stage == "bissl")]
-QUICK_ROWS = [("scratch", "", "finetune"), ("simclr", "", "finetune"), ("simclr", "coin", "finetune"),
-              ("simclr", "bissl", "finetune"), ("simclr", "", "core_tuning"), ("simclr", "", "bi_tuning")]
-RATES = ("all", "20", "10", "5")
+        for method in ("finetune", "core_tuning", "bi_tuning")
+        if not (stage == "coin" and method != "finetune" or stage == "bissl" and pretext == "scratch")]
+QUICK_ROWS = [row for row in ROWS if row[0] == "simclr" and (row[1] == "" or row[2] == "finetune") or
+              row == ("scratch", "", "finetune")]
+RATES = {"all": 12, "20": 60, "10": 120, "5": 240}  # labelled images a class, and how many epochs of fine-tuning they get
 
 
 def name_of(row):
@@ -68,114 +73,131 @@ class Bench:
         """make() -> dict of results, unless `run` is in the book; the seconds it took are noted beside them."""
         if run not in self.done:
             start = time.perf_counter()
-            result = make()
+            with open(self.place / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+                print(f"=== {run}", flush=True)
+                result = make()
             self.done[run] = dict(run=run, seconds=round(time.perf_counter() - start, 1), **result)
             with open(self.book, "a") as file:
                 file.write(json.dumps(self.done[run]) + "\n")
+            print(f"{run}: {self.done[run]}", flush=True)
         return self.done[run]
 
-    def main(self, script, out, *flags):
+    def flags(self, out, *flags):
         shared = ["--data", self.args.data, "--root", self.args.root, "--device", self.args.device, "--out", self.place / out]
         if self.args.precision:
             shared += ["--precision", self.args.precision]
-        return SCRIPTS[script].main([str(flag) for flag in (*shared, *flags, "--resume")])
+        if self.args.image_size:
+            shared += ["--image-size", self.args.image_size]
+        return [str(flag) for flag in (*shared, *flags)]
+
+    def main(self, script, out, *flags):
+        return SCRIPTS[script].main([*self.flags(out, *flags), "--resume"])
 
     def pretext(self, name, seed, shorter):
         """Checkpoint of a pretext run (None for scratch) with `shorter` epochs less than --pretext-epochs, and its seconds."""
         if name == "scratch":
             return None, 0.0
-        out = f"{name}-{seed}-{self.args.pretext_epochs - shorter}"
-        line = self.once(out, lambda: dict(knn=self.main(
-            name, out, "--seed", seed, "--epochs", self.args.pretext_epochs - shorter)["knn"]))
-        return str(self.place / f"{out}.pt"), line["seconds"]
-
-    def labels(self, rate):
-        return ["--fraction", 1] if rate == "all" else ["--labels-per-class", rate]
+        epochs = self.args.pretext_epochs - shorter
+        out = f"{name}-{seed}-{epochs}"
+        line = self.once(out, lambda: dict(knn=self.main(name, out, "--seed", seed, "--epochs", epochs)["knn"]))
+        return self.place / f"{out}.pt", line["seconds"]
 
     def chain(self, row, rate, seed, lr, weight_decay, judge):
         """One run of a row from its pretext checkpoint to its score on `judge`, val or test, in per cent."""
-        (pretext, stage, method), seconds = row, 0.0
+        (pretext, stage, method), seconds, epochs = row, 0.0, self.args.epochs or RATES[rate]
         ckpt, pretext_seconds = self.pretext(pretext, seed, self.args.bissl_epochs if stage == "bissl" else 0)
-        out = f"{name_of(row)}-{rate}-{seed}"
-        tuning = ["--lr", lr, "--weight-decay", weight_decay, "--seed", seed, *self.labels(rate)]
+        labels = ["--seed", seed, *(["--fraction", 1] if rate == "all" else ["--labels-per-class", rate])]
+        tuning, budget = ["--lr", lr, "--weight-decay", weight_decay, *labels], ["--epochs", epochs]
         start = ["--ckpt", ckpt] if ckpt else []
         if stage == "bissl":  # its own flags, not searched: one run for all pairs
-            line = self.once(f"bissl-{pretext}-{rate}-{seed}", lambda: self.main(
-                "bissl", f"bissl-{pretext}-{rate}-{seed}", *start, "--seed", seed, *self.labels(rate)))
-            start, seconds = ["--ckpt", self.place / f"bissl-{pretext}-{rate}-{seed}.pt"], line["seconds"]
-        tuned = f"{out}-lr{lr:.3g}-wd{weight_decay:.3g}"
+            out = f"bissl-{pretext}-{rate}-{seed}"
+            line = self.once(out, lambda: self.main("bissl", out, *start, *labels))
+            start, seconds = ["--ckpt", self.place / f"{out}.pt"], line["seconds"]
+        run = f"{name_of(row)}-{rate}-{seed}-{epochs}-lr{lr:.3g}-wd{weight_decay:.3g}"
         if stage == "coin":
-            line = self.once(f"coin-{tuned}", lambda: self.main(
-                "coin", f"coin-{tuned}", *start, *tuning, "--epochs", self.args.epochs))
-            start, seconds = ["--ckpt", self.place / f"coin-{tuned}.pt"], line["seconds"]
-        epochs = [] if stage == "coin" else ["--epochs", self.args.epochs]
+            line = self.once(f"coin-{run}", lambda: self.main("coin", f"coin-{run}", *start, *tuning, *budget))
+            start, seconds, budget = ["--ckpt", self.place / f"coin-{run}.pt"], line["seconds"], []
         if judge == "test":
-            line = self.once(f"{tuned}-test", lambda: {
-                name: value for name, value in self.main(method, tuned, *start, *tuning, *epochs).items() if "test_" in name})
+            line = self.once(f"{run}-test", lambda: {name: value for name, value in self.main(
+                method, run, *start, *tuning, *budget).items() if "test_" in name})
             score = line[f"test_{self.metric()}"]
         else:
-            line = self.once(f"{tuned}-val", lambda: dict(val=self.on_val(method, f"{tuned}-val", [*start, *tuning, *epochs])))
+            line = self.once(f"{run}-val", lambda: dict(val=self.on_val(method, run, [*start, *tuning, *budget])))
             score = line["val"]
+        (self.place / f"{run}.pt").unlink(missing_ok=True)  # its score is in the book
         return score, pretext_seconds, seconds + line["seconds"]
 
     def on_val(self, method, out, flags):
         """The score on val after a run's last epoch: what the protocol's search does, for a chain with stages before it."""
         script = SCRIPTS[method]
-        args = script.parser().parse_args([*map(str, ["--data", self.args.data, "--root", self.args.root, "--device",
-                                           self.args.device, "--out", self.place / out, *flags])])
-        args.precision, args.search = self.args.precision or args.precision, 1  # 1: a pair that diverges is bad, not an error
+        args = script.parser().parse_args(self.flags(f"{out}-val", *flags))
+        args.search = 1  # a pair that diverges is bad, not an error
         common.start_backbone(args, say=False)  # settles arch and image size
         data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
-        results = []
-        log = common.Log(args, args.epochs)
+        results, log = [], common.Log(args, args.epochs)
         script.train(finetune.Run(method, args, data, judge=val, watch=None, log=log, results=results, ckpt=None))
+        Path(f"{args.out}.pt").unlink(missing_ok=True)
         return results[0].get(self.metric(), 0.0)
 
     def metric(self):
         return finetune.MAIN_METRIC.get(self.args.data, "top1")
 
 
+def pairs_to_search(count):
+    """Random pairs of learning rate (0.003 to 0.3) and weight decay (1e-5 to 1e-2), log-uniform: each of `count` equal parts of
+    either range has one (a Latin square), since few draws that fall where they like leave the good part out."""
+    rng = np.random.default_rng(0)
+    share = (np.stack([rng.permutation(count), rng.permutation(count)], 1) + rng.random((count, 2))) / count
+    return (10 ** (np.array([-2.5, -5]) + share * np.array([2, 3]))).tolist()
+
+
 def cell(bench, row, rate, args):
     """Search on val with seed 0, then every seed once on test: its csv row."""
-    rng = np.random.default_rng(0)
-    pairs = (10 ** rng.uniform((-2.5, -5), (-0.5, -2), (args.search, 2))).tolist()  # lr 0.003 .. 0.3, log-uniform
-    scored = [(bench.chain(row, rate, 0, *pair, "val")[0], pair) for pair in pairs]
+    scored = [(bench.chain(row, rate, 0, *pair, "val")[0], pair) for pair in pairs_to_search(args.search)]
     best = max(scored)[1]
     scores, pretext, rest = zip(*(bench.chain(row, rate, seed, *best, "test") for seed in range(args.seeds)))
     spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
     return dict(device=device_name(args.device), row=name_of(row), labels=rate, metric=bench.metric(),
-                mean=round(float(np.mean(scores)), 2), std=round(spread, 2), seeds=args.seeds, lr=f"{best[0]:.3g}",
-                weight_decay=f"{best[1]:.3g}",
+                mean=round(float(np.mean(scores)), 2), std=round(spread, 2), scores=" ".join(f"{s:.2f}" for s in scores),
+                lr=f"{best[0]:.3g}", weight_decay=f"{best[1]:.3g}",
                 pretext_seconds=round(float(np.mean(pretext)), 1), seconds=round(float(np.mean(rest)), 1))
 
 
 def mark(cells):
-    """Adds `gain` over the plain row, and `marked`: more than the pooled standard deviation, and the best of the column."""
+    """Adds what a row gains on the plain one, seed by seed, and `marked`: best of its column, by more than the pooled deviation."""
     plain = {(line["row"].split("-")[0], line["labels"]): line for line in cells if line["row"].count("-") == 1
              and line["row"].endswith("-finetune")}
     for line in cells:
         base = plain.get((line["row"].split("-")[0], line["labels"]))
-        line["gain"] = round(line["mean"] - base["mean"], 2) if base and base is not line else ""
-        line["pooled_std"] = round(math.hypot(line["std"], base["std"]) / math.sqrt(2), 2) if line["gain"] != "" else ""
-        best = max(other["mean"] for other in cells if other["labels"] == line["labels"])
-        line["marked"] = bool(line["gain"] != "" and line["gain"] > line["pooled_std"] and line["mean"] == best)
+        line.update(gain="", gain_std="", pooled_std="", marked=False)
+        if base and base is not line:
+            own, other = (np.array(l["scores"].split(), float) for l in (line, base))
+            if len(own) == len(other) > 1:
+                difference = own - other
+                line.update(gain=round(difference.mean(), 2), gain_std=round(difference.std(ddof=1), 2))
+            best = max(l["mean"] for l in cells if l["labels"] == line["labels"])
+            line["pooled_std"] = round(math.hypot(line["std"], base["std"]) / math.sqrt(2), 2)
+            line["marked"] = line["mean"] == best and line["mean"] - base["mean"] > line["pooled_std"]
     return cells
 
 
 def draw(cells, path, title):
     """A group of bars for each row, a bar for each label rate, with the standard deviation; * where a row is marked."""
-    rows, rates = list(dict.fromkeys(line["row"] for line in cells)), [r for r in RATES if any(c["labels"] == r for c in cells)]
-    figure, axes = plt.subplots(figsize=(2 + 0.45 * len(rows) * len(rates) + 2, 5))
+    order = [name_of(row) for row in ROWS]
+    rows, rates = sorted({line["row"] for line in cells}, key=order.index), [r for r in RATES if any(c["labels"] == r for c in cells)]
+    figure, axes = plt.subplots(figsize=(4 + 0.2 * len(rows) * (len(rates) + 1), 5))
     for i, rate in enumerate(rates):
-        for line in (line for line in cells if line["labels"] == rate):
-            x = rows.index(line["row"]) + (i - (len(rates) - 1) / 2) * 0.8 / len(rates)
-            axes.bar(x, line["mean"], 0.75 / len(rates), yerr=line["std"], color=f"C{i}", capsize=2,
-                     label=f"{rate} labels a class" if rate != "all" else "all labels of train")
-            axes.text(x, line["mean"] + line["std"] + 0.5, "*" if line["marked"] else "", ha="center")
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
-    axes.legend(handles.values(), handles.keys())
+        column = [line for line in cells if line["labels"] == rate]
+        x = [rows.index(line["row"]) + (i - (len(rates) - 1) / 2) * 0.8 / len(rates) for line in column]
+        axes.bar(x, [line["mean"] for line in column], 0.75 / len(rates), yerr=[line["std"] for line in column], capsize=2,
+                 color=f"C{i}", label="all labels of train" if rate == "all" else f"{rate} labels a class")
+        for place, line in zip(x, column):
+            if line["marked"]:
+                axes.text(place, line["mean"] + line["std"] + 0.5, "*", ha="center", fontsize=14)
+    axes.legend(fontsize=8)
     axes.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
     axes.set(ylabel="test accuracy, %", title=title)
+    axes.grid(axis="y", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -188,46 +210,41 @@ def main(argv=None):
     p.add_argument("--runs", help="folder of the runs; default: runs/accuracy-DATA")
     p.add_argument("--device", default="cuda" if common.torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("float32", "bfloat16"))
-    p.add_argument("--quick", action="store_true", help="six rows, 20 labels a class, 2 seeds, 2 pairs, fewer epochs")
+    p.add_argument("--image-size", type=int, help="without: the scripts' own")
+    p.add_argument("--quick", action="store_true", help="six rows, 20 labels a class, 2 seeds, half the pretext epochs")
     p.add_argument("--rows", default="", help="only rows with this in their name")
     p.add_argument("--labels", nargs="+", choices=RATES, help="label rates")
-    p.add_argument("--seeds", type=int)
-    p.add_argument("--search", type=int, help="pairs of learning rate and weight decay")
-    p.add_argument("--pretext-epochs", type=int, help="default: 24, quick 8")
-    p.add_argument("--epochs", type=int, help="of fine-tuning; default: 60, quick 30")
+    p.add_argument("--seeds", type=int, help="default: 3, quick 2")
+    p.add_argument("--search", type=int, default=4, help="pairs of learning rate and weight decay")
+    p.add_argument("--pretext-epochs", type=int, help="default: 24, quick 12")
+    p.add_argument("--epochs", type=int, help=f"of fine-tuning; default: {RATES}")
     args = p.parse_args(argv)
-    args.seeds, args.search = args.seeds or (2 if args.quick else 3), args.search or (2 if args.quick else 8)
-    args.pretext_epochs, args.epochs = args.pretext_epochs or (8 if args.quick else 24), args.epochs or (30 if args.quick else 60)
+    args.seeds, args.pretext_epochs = args.seeds or (2 if args.quick else 3), args.pretext_epochs or (12 if args.quick else 24)
     args.labels = args.labels or (["20"] if args.quick else list(RATES))
-    name = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
-    args.runs = args.runs or f"runs/accuracy-{name}{'-quick' * args.quick}"
-    args.out = RESULTS / f"accuracy-{name}{'-quick' * args.quick}"
-    flags = bissl.parser().parse_args(["--data", args.data, "--root", args.root, "--out", f"{args.runs}/flags"])
+    name = (Path(args.data).resolve().name if Path(args.data).is_dir() else args.data) + "-quick" * args.quick
+    args.runs = args.runs or f"runs/accuracy-{name}"
+    bench, path = Bench(args), RESULTS / f"accuracy-{name}.csv"
+    flags = bissl.parser().parse_args(bench.flags("flags"))
     images = len(common.load_data(flags, "unlabeled"))
     args.bissl_epochs = round(flags.alternations * flags.lower_steps * flags.pretext_batch_size / images)
 
-    bench = Bench(args)
     wanted = [row for row in (QUICK_ROWS if args.quick else ROWS) if args.rows in name_of(row)]
-    todo, cells, started = [(row, rate) for row in wanted for rate in args.labels], [], time.perf_counter()
+    todo, started = [(row, rate) for row in wanted for rate in args.labels], time.perf_counter()
     for i, (row, rate) in enumerate(todo):
         print(f"--- cell {i + 1}/{len(todo)}: {name_of(row)}, {rate} labels a class", flush=True)
-        cells.append(cell(bench, row, rate, args))
-        spent = time.perf_counter() - started
-        print("--- {row} {labels}: {metric} {mean} +- {std} %".format(**cells[-1]) +
-              f"; about {spent / (i + 1) * (len(todo) - i - 1) / 60:.0f} minutes left", flush=True)
-        path = args.out.with_suffix(".csv")
-        before = list(csv.DictReader(path.open())) if path.exists() else []
+        line = cell(bench, row, rate, args)
+        left = (time.perf_counter() - started) / (i + 1) * (len(todo) - i - 1)
+        print("--- {row} {labels}: {metric} {mean} +- {std} %".format(**line) + f"; about {left / 60:.0f} minutes left", flush=True)
         key = lambda line: (line["device"], line["row"], line["labels"])
-        kept = [line for line in before if key(line) not in {key(line) for line in cells}]
+        before = list(csv.DictReader(path.open())) if path.exists() else []  # read anew: another of these may have written to it
+        lines = [dict(old, mean=float(old["mean"]), std=float(old["std"])) for old in before if key(old) != key(line)]
+        lines = mark(sorted([*lines, line], key=lambda l: ([name_of(row) for row in ROWS].index(l["row"]), list(RATES).index(l["labels"]))))
         with path.open("w", newline="") as file:
-            lines = mark([dict(line, mean=float(line["mean"]), std=float(line["std"])) for line in [*kept, *cells]])
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()
             writer.writerows(lines)
-    draw([line for line in lines if line["device"] == device_name(args.device)], args.out.with_suffix(".png"),
-         f"{name}: {args.pretext_epochs} pretext epochs, {args.epochs} of fine-tuning, {args.seeds} seeds")
-    for line in cells:
-        print("{row:28} {labels:>4}  {mean:6.2f} +- {std:5.2f} %".format(**line))
+        draw([l for l in lines if l["device"] == line["device"]], path.with_suffix(".png"),
+             f"{name}: {args.pretext_epochs} pretext epochs, {args.seeds} seeds, * best of its column and beyond the spread")
 
 
 if __name__ == "__main__":
