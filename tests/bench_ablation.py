@@ -2,22 +2,25 @@
 
     python tests/bench_ablation.py --data petals --ckpt simclr.pt               every group, 3 seeds: hours on a CPU
     python tests/bench_ablation.py --data petals --ckpt simclr.pt residual eta  these groups only
+    python tests/bench_ablation.py --data petals --ckpt simclr.pt controls --bissl "--lam 0.1 --lr 0.02"    in another regime
 
   residual   ||v - A x|| / ||v|| of plain and layer-wise conjugate gradients against steps, for several dampings (one batch)
-  controls   what BiSSL has to beat: nothing; the pretext continued for as many steps, and for as many seconds; lambda 0; J = I
+  controls   what BiSSL has to beat: fine-tuning at once, and for as many seconds longer; the pretext continued from its own head
+             for as many lower steps (lambda 0: theta never hears of phi), and for as many seconds; J = I
   N_L N_U lam damping cg_steps layerwise   BiSSL's own flags
   alpha      COIN's share of the budget      eta  Core-tuning's weight        ingredients  Core-tuning without each of its three
   keys       Bi-tuning's K                   losses  Bi-tuning without each of its two losses
 Each variant is trained from the same SimCLR checkpoint and fine-tuned with the same flags, --seeds times: labelled images,
-views and heads differ. A finished run is a line of RUNS/runs.jsonl and is not made again. Writes
-tests/results/ablation-DATA.csv and one figure a group.
+views and heads differ. `controls` tries several learning rates of fine-tuning and takes each variant's best mean. A finished run
+is a line of RUNS/runs.jsonl and is not made again. Writes tests/results/ablation-DATA.csv and one figure a group; with --name,
+ablation-NAME.csv.
 """
 import argparse
 import contextlib
 import csv
+import shlex
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,20 +33,22 @@ import torch.nn.functional as F
 
 import bi_tuning
 import bissl
+import coin
 import common
 import core_tuning
+import finetune
 from bench_accuracy import Bench
 from bench_speed import device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SCRIPT = {"alpha": "coin", "eta": "core_tuning", "ingredients": "core_tuning", "keys": "bi_tuning", "losses": "bi_tuning"}
 FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping": "--damping", "cg_steps": "--cg-steps",
         "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
-VALUES = {"N_L": (5, 10, 20, 40), "N_U": (1, 2, 4, 8), "lam": (0, 0.001, 0.01, 0.1, 1), "damping": (1, 10, 100, 1000),
-          "cg_steps": (1, 2, 5, 10), "layerwise": ("plain", "layer-wise"), "alpha": (0.1, 0.3, 0.5, 0.7, 0.9),
-          "eta": (0, 0.1, 0.3, 1, 3, 10),
-          "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight"),
-          "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither"),
-          "controls": ("nothing", "bissl", "same steps of the pretext", "same seconds of the pretext", "lambda 0", "J = I")}
+CONTROLS = ("fine-tuning", "fine-tuning, same seconds", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
+VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0, 0.001, 0.01, 0.1, 1), "damping": (10, 100, 1000),
+          "cg_steps": (1, 5, 10), "layerwise": ("plain", "layer-wise"), "alpha": (0.1, 0.3, 0.5, 0.7, 0.9),
+          "eta": (0, 0.1, 0.3, 1, 3, 10), "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight"),
+          "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither")}
 
 
 def without(part):
@@ -71,47 +76,84 @@ def without(part):
     return mock.patch.multiple(bi_tuning, **{name: zero for name in gone}) if gone else contextlib.nullcontext()
 
 
-def variant(bench, args, group, value, seed):
-    """Score on val of one variant, the seconds of its stages, and the residual where BiSSL ran."""
-    labels = ["--labels-per-class", args.labels] if args.labels else ["--fraction", 1]
-    out, start, shared = f"{group}-{value}-{seed}".replace(" ", "_"), ["--ckpt", args.ckpt], ["--seed", seed, *labels]
-    name = f"ablation-{out}"
-    if group in ("N_L", "N_U", "lam", "damping", "cg_steps", "layerwise", "controls"):
-        flags = [FLAG[group], value] if group in FLAG else {
-            "layer-wise": ["--layerwise"], "lambda 0": ["--lam", 0], "J = I": ["--damping", 1e12]}.get(value, [])
-        stage, more = "bissl", {}
-        if value == "nothing":
-            stage = None
-        elif value in ("same steps of the pretext", "same seconds of the pretext"):
-            whole = bench.done[f"ablation-stage-controls-bissl-{seed}"]
-            steps = whole["steps"]
-            if value.startswith("same seconds"):
-                same_steps = bench.done[f"ablation-stage-controls-same_steps_of_the_pretext-{seed}"]
-                steps = round(steps * whole["seconds"] / same_steps["seconds"])
-            images = len(common.load_data(SimpleNamespace(**whole["data"]), "unlabeled"))
-            stage, flags = "simclr", ["--epochs", max(1, round(steps / (images // 128))), "--lr", 4e-4, "--warmup", 0]
-        if stage:
-            def make():
-                last = bench.main(stage, name, *start, *(shared if stage == "bissl" else ["--seed", seed]), *flags)
-                parsed = bissl.parser().parse_args(["--data", args.data, "--out", name, *map(str, start)])
-                return dict(residual=last.get("residual"), steps=parsed.alternations * parsed.lower_steps,
-                            data=dict(data=args.data, root=args.root, device="cpu",
-                                      image_size=common.load_checkpoint(args.ckpt)["image_size"]))
-            line = bench.once(f"ablation-stage-{out}", make)
-            start, more = ["--ckpt", bench.place / f"{name}.pt"], dict(stage_seconds=line["seconds"], residual=line["residual"])
-        method, flags = "finetune", []
-    elif group == "alpha":
-        line = bench.once(f"ablation-stage-{out}", lambda: bench.main("coin", name, *start, *shared, "--alpha", value) and {})
-        start, method, flags, more = ["--ckpt", bench.place / f"{name}.pt"], "finetune", [], dict(stage_seconds=line["seconds"])
-    else:
-        method, more = ("core_tuning" if group in ("eta", "ingredients") else "bi_tuning"), {}
-        flags = [FLAG[group], value] if group in FLAG else []
+class Ablation:
+    """The runs of all groups; equal ones, such as the default that stands in many groups, are made once."""
 
-    def score():
-        with without(value):
-            return dict(val=bench.on_val(method, f"{name}-val", [*start, *shared, *flags]))
-    line = bench.once(f"ablation-val-{out}", score)
-    return dict(val=line["val"], seconds=line["seconds"], **more)
+    def __init__(self, args):
+        self.args, self.bench = args, Bench(args)
+        self.labels = ["--labels-per-class", args.labels] if args.labels else ["--fraction", 1]
+
+    def default(self, group):
+        """What the flag of a group is where nothing is varied."""
+        script = {"alpha": coin, "eta": core_tuning, "keys": bi_tuning}.get(group, bissl)
+        flags = self.bench.flags("flags", "--ckpt", self.args.ckpt, *(self.args.bissl if script is bissl else ()))
+        return getattr(script.parser().parse_args(flags), FLAG[group].strip("-").replace("-", "_"))
+
+    def stage(self, script, seed, *flags):
+        """A run of bissl.py or coin.py from --ckpt: its checkpoint and its line in the book."""
+        flags = [str(flag) for flag in (*(self.args.bissl if script == "bissl" else ()), *flags)]
+        out = "".join([script, *flags, f"-{seed}"]).replace("--", "-")
+        def make():
+            last = self.bench.main(script, out, "--ckpt", self.args.ckpt, "--seed", seed, *self.labels, *flags)
+            return {name: last.get(name) for name in ("residual", "knn", "distance")}
+        return self.bench.place / f"{out}.pt", self.bench.once(out, make)
+
+    def score(self, method, ckpt, seed, *flags, part=None):
+        """Score on val of a fine-tuning run, and its line in the book."""
+        flags = [str(flag) for flag in flags]
+        out = f"{Path(ckpt).stem}-" + "".join([method, part or "", *flags, f"-{seed}"]).replace("--", "-").replace(" ", "_")
+        def make():
+            with without(part):
+                return dict(val=self.bench.on_val(method, out, ["--ckpt", ckpt, "--seed", seed, *self.labels, *flags]))
+        return self.bench.once(out, make)
+
+    def control(self, value, seed):
+        """The backbone to fine-tune, the line of the stage that made it, and flags of fine-tuning."""
+        same_steps = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]  # the upper level does as little as can be
+        if value == "fine-tuning":
+            return self.args.ckpt, {}, []
+        if value == "BiSSL":
+            return *self.stage("bissl", seed), []
+        if value == "J = I":
+            return *self.stage("bissl", seed, "--damping", 1e12), []
+        if value == "pretext, same steps":
+            return *self.stage("bissl", seed, *same_steps), []
+        _, whole = self.stage("bissl", seed)
+        if value == "fine-tuning, same seconds":
+            line, epochs = self.score("finetune", self.args.ckpt, seed), finetune.PETALS["epochs"]  # the same on all data
+            return self.args.ckpt, {}, ["--epochs", round(epochs * (1 + whole["seconds"] / line["seconds"]))]
+        _, part = self.stage("bissl", seed, *same_steps)
+        lower_steps = round(self.default("N_L") * whole["seconds"] / part["seconds"])
+        return *self.stage("bissl", seed, *same_steps, "--lower-steps", lower_steps), []
+
+    def run(self, group, value, seed):
+        """Lines of the book: the stage before fine-tuning ({} without), and a list of fine-tuning runs to choose from."""
+        if group == "controls":
+            ckpt, stage, flags = self.control(value, seed)
+            return stage, [self.score("finetune", ckpt, seed, "--lr", lr, *flags) for lr in self.args.lr]
+        flags = [FLAG[group], value] if group in FLAG and value != self.default(group) else []
+        if SCRIPT.get(group) in ("core_tuning", "bi_tuning"):
+            part = value if group in ("ingredients", "losses") else None
+            return {}, [self.score(SCRIPT[group], self.args.ckpt, seed, *flags, part=part)]
+        flags += ["--layerwise"] * (value == "layer-wise")
+        ckpt, stage = self.stage(SCRIPT.get(group, "bissl"), seed, *flags)
+        return stage, [self.score("finetune", ckpt, seed)]
+
+    def rows(self, group):
+        """One row a variant: mean and standard deviation over the seeds of its best learning rate."""
+        rows, seeds = [], range(self.args.seeds)
+        for value in VALUES[group]:
+            stages, runs = zip(*(self.run(group, value, seed) for seed in seeds))
+            scores = np.array([[line["val"] for line in run] for run in runs])  # (seeds, learning rates)
+            best = scores.mean(0).argmax()
+            mean = lambda lines, key: round(float(np.mean([l[key] for l in lines])), 4) if lines[0].get(key) is not None else ""
+            rows.append(dict(group=group, variant=value, val=round(scores[:, best].mean(), 2),
+                             std=round(scores[:, best].std(ddof=1), 2) if len(seeds) > 1 else 0.0,
+                             scores=" ".join(f"{s:.1f}" for s in scores[:, best]), lr=self.args.lr[best] if group == "controls" else "",
+                             seconds=mean([run[best] for run in runs], "seconds"), stage_seconds=mean(stages, "seconds"),
+                             residual=mean(stages, "residual"), knn=mean(stages, "knn"), distance=mean(stages, "distance")))
+            print("--- {group} {variant}: {val} +- {std} % on val".format(**rows[-1]), flush=True)
+        return rows
 
 
 def residuals(args, device):
@@ -170,38 +212,33 @@ def main(argv=None):
     p.add_argument("--data", default="petals")
     p.add_argument("--root", default="data")
     p.add_argument("--ckpt", required=True, help="a SimCLR checkpoint")
-    p.add_argument("--runs", default="runs/ablation")
+    p.add_argument("--runs", help="folder of the runs; default: runs/ablation-NAME")
+    p.add_argument("--name", help="of the results; default: that of the data")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("float32", "bfloat16"))
+    p.add_argument("--image-size", type=int)
     p.add_argument("--labels", type=int, default=20, help="labels a class; 0: all of train")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--bissl", type=shlex.split, default=[], help="flags for every BiSSL run, in one string")
+    p.add_argument("--lr", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="of fine-tuning, in `controls`")
     args = p.parse_args(argv)
     unknown = set(args.groups) - {"residual", *VALUES}
     if unknown:
         common.fail(f"no group {', '.join(unknown)}: there are residual, {', '.join(VALUES)}")
-    bench, name = Bench(args), Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
-    path = RESULTS / f"ablation-{name}.csv"
-    fields = ("device", "group", "variant", "value", "val", "std", "seeds", "seconds", "stage_seconds", "residual")
+    name = args.name or (Path(args.data).resolve().name if Path(args.data).is_dir() else args.data)
+    args.runs = args.runs or f"runs/ablation-{name}"
+    ablation, path = Ablation(args), RESULTS / f"ablation-{name}.csv"
+    fields = ("device", "group", "variant", "value", "val", "std", "scores", "lr", "seconds", "stage_seconds", "residual", "knn", "distance")
     for group in args.groups or ["residual", *VALUES]:
-        if group == "residual":
-            rows = residuals(args, args.device)
-        else:
-            rows = []
-            for value in VALUES[group]:
-                runs = [variant(bench, args, group, value, seed) for seed in range(args.seeds)]
-                mean = lambda key: round(float(np.mean([run[key] for run in runs])), 4) if runs[0].get(key) is not None else None
-                rows.append(dict(group=group, variant=value, val=mean("val"), seeds=args.seeds, seconds=mean("seconds"),
-                                 std=round(float(np.std([run["val"] for run in runs], ddof=1)), 2) if args.seeds > 1 else 0.0,
-                                 stage_seconds=mean("stage_seconds"), residual=mean("residual")))
-                print("--- {group} {variant}: {val} +- {std} % on val".format(**rows[-1]), flush=True)
+        rows = residuals(args, args.device) if group == "residual" else ablation.rows(group)
         rows = [dict(row, device=device_name(args.device)) for row in rows]
-        before = [row for row in csv.DictReader(path.open())] if path.exists() else []
+        before = list(csv.DictReader(path.open())) if path.exists() else []
         before = [row for row in before if (row["device"], row["group"]) != (rows[0]["device"], group)]
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields)
+            writer = csv.DictWriter(file, fields, extrasaction="ignore")
             writer.writeheader()
             writer.writerows([*before, *rows])
-        draw(group, rows, RESULTS / f"ablation-{name}-{group}.png", name)
+        draw(group, rows, RESULTS / f"ablation-{name}-{group}.png", f"{name}{' ' + ' '.join(args.bissl) if args.bissl else ''}")
 
 
 if __name__ == "__main__":
