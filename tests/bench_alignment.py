@@ -1,0 +1,119 @@
+"""Do a backbone's features fit the task before it is fine-tuned? What BiSSL's paper shows of its backbones, as numbers and pictures.
+
+    python tests/bench_alignment.py --data petals simclr=simclr.pt bissl=bissl.pt       NAME=CHECKPOINT, as many as you like
+    python tests/bench_alignment.py --data petals simclr=runs/s0.pt simclr=runs/s1.pt   one name twice: mean +- std
+
+  linear_probe, knn   accuracy on test, %, of a linear classifier and of 20 nearest neighbours, both given the labels of all of train
+  s_dbw               cluster validity of the test classes (coin.s_dbw), lower is better
+  silhouette          (b - a) / max(a, b), a: mean distance to the others of its class, b: to the nearest other class; mean, -1 .. 1
+  alignment           mean squared distance of two images of one class (Wang and Isola 2020, arXiv 2005.10242; their pairs are views)
+  uniformity          log of the mean of exp(-2 squared distance) over all pairs, lower is more uniform
+The last three are of features at unit length. Test labels are read, so choose no flags by these figures. Writes
+tests/results/alignment-DATA.csv and .png, with each name's first checkpoint side by side.
+"""
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import coin
+import common
+from bench_speed import device_name
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MEASURES = ("linear_probe", "knn", "s_dbw", "silhouette", "alignment", "uniformity")
+
+
+def linear_probe(x, y, test_x, test_y, decay=1e-3):
+    """Test accuracy in per cent of multinomial logistic regression on standardised features, with decay/2 ||W||^2, by L-BFGS."""
+    mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
+    weight, bias = torch.zeros(x.shape[1], int(y.max()) + 1, device=x.device), torch.zeros(int(y.max()) + 1, device=x.device)
+    optimizer = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, y) + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return 100 * ((test_x @ weight + bias).argmax(1) == test_y).float().mean().item()
+
+
+def silhouette(x, y):
+    """Mean silhouette coefficient (Rousseeuw 1987) of x (n, D) with classes y (n,); 0 for an image that is alone in its class."""
+    member = (y[:, None] == y.unique()).to(x.dtype)                              # (n, C)
+    total, size = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") @ member, member.sum(0)  # (n, C), (C,)
+    own = (member * total).sum(1) / (member @ size - 1).clamp(min=1)              # (n,) a
+    other = (total / size).masked_fill(member.bool(), torch.inf).amin(1)          # (n,) b
+    score = (other - own) / torch.maximum(own, other).clamp(min=1e-12)
+    return score.masked_fill(member @ size == 1, 0).mean().item()
+
+
+def alignment_and_uniformity(x, y):
+    """Of x (n, D) at unit length: mean squared distance over pairs of one class, log mean exp(-2 squared distance) over all pairs."""
+    squared = (2 - 2 * x @ x.T).clamp(min=0)                                      # (n, n)
+    pair = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return squared[pair & (y[:, None] == y)].mean().item(), (-2 * squared[pair]).exp().mean().log().item()
+
+
+def measure(ckpt, args):
+    """All measures of one checkpoint's backbone, and its test features and labels."""
+    flags = common.Parser("bench_alignment.py", "", {}, {}).parse_args(
+        ["--data", args.data, "--root", args.root, "--device", args.device, "--ckpt", ckpt, "--precision", args.precision,
+         "--out", str(RESULTS / "alignment")])
+    backbone, _ = common.start_backbone(flags)
+    train, test = (common.features(backbone, common.load_data(flags, split), flags) for split in ("train", "test"))
+    x = F.normalize(test[0], dim=1)
+    alignment, uniformity = alignment_and_uniformity(x, test[1])
+    return dict(linear_probe=linear_probe(*train, *test), knn=common.knn_accuracy(*train, *test), s_dbw=coin.s_dbw(*test),
+                silhouette=silhouette(x, test[1]), alignment=alignment, uniformity=uniformity), test
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+    p.add_argument("--data", default="petals")
+    p.add_argument("--root", default="data")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    args = p.parse_args(argv)
+    measured, features = {}, {}
+    for name, ckpt in (pair.split("=", 1) for pair in args.checkpoints):
+        values, test = measure(ckpt, args)
+        measured.setdefault(name, []).append(values)
+        features.setdefault(name, test)
+
+    rows = []
+    for name, runs in measured.items():
+        row = dict(device=device_name(args.device), backbone=name, runs=len(runs))
+        for key in MEASURES:
+            values = np.array([run[key] for run in runs])
+            row[key], row[f"{key}_std"] = f"{values.mean():.4g}", f"{values.std(ddof=1):.2g}" if len(runs) > 1 else ""
+        rows.append(row)
+        print(f"{name:12}" + "  ".join(f"{key} {row[key]} +- {row[f'{key}_std']}" for key in MEASURES), flush=True)
+    path = RESULTS / f"alignment-{Path(args.data).resolve().name if Path(args.data).is_dir() else args.data}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 4.8), squeeze=False)
+    for axis, row in zip(axes[0], rows):
+        common.plot_features(axis, *features[row["backbone"]], "{backbone}: k-NN {knn} %, silhouette {silhouette}".format(**row))
+    figure.suptitle("test features before fine-tuning, where class means differ most")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
