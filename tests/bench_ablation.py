@@ -36,7 +36,6 @@ import bissl
 import coin
 import common
 import core_tuning
-import finetune
 from bench_accuracy import Bench
 from bench_speed import device_name
 
@@ -100,7 +99,7 @@ class Ablation:
 
     def score(self, method, ckpt, seed, *flags, part=None):
         """Score on val of a fine-tuning run, and its line in the book."""
-        flags = [str(flag) for flag in flags]
+        flags = [str(flag) for flag in (*(() if "coin-" in str(ckpt) else ("--epochs", self.args.epochs)), *flags)]  # COIN's: the rest
         out = f"{Path(ckpt).stem}-" + "".join([method, part or "", *flags, f"-{seed}"]).replace("--", "-").replace(" ", "_")
         def make():
             with without(part):
@@ -120,8 +119,8 @@ class Ablation:
             return *self.stage("bissl", seed, *same_steps), []
         _, whole = self.stage("bissl", seed)
         if value == "fine-tuning, same seconds":
-            line, epochs = self.score("finetune", self.args.ckpt, seed), finetune.PETALS["epochs"]  # the same on all data
-            return self.args.ckpt, {}, ["--epochs", round(epochs * (1 + whole["seconds"] / line["seconds"]))]
+            line = self.score("finetune", self.args.ckpt, seed)
+            return self.args.ckpt, {}, ["--epochs", round(self.args.epochs * (1 + whole["seconds"] / line["seconds"]))]
         _, part = self.stage("bissl", seed, *same_steps)
         lower_steps = round(self.default("N_L") * whole["seconds"] / part["seconds"])
         return *self.stage("bissl", seed, *same_steps, "--lower-steps", lower_steps), []
@@ -129,13 +128,15 @@ class Ablation:
     def run(self, group, value, seed):
         """Lines of the book: the stage before fine-tuning ({} without), and a list of fine-tuning runs to choose from."""
         if group == "controls":
-            ckpt, stage, flags = self.control(value, seed)
+            ckpt, stage, flags = self.control(value, seed)  # a flag that is given twice counts as it comes last
             return stage, [self.score("finetune", ckpt, seed, "--lr", lr, *flags) for lr in self.args.lr]
         flags = [FLAG[group], value] if group in FLAG and value != self.default(group) else []
         if SCRIPT.get(group) in ("core_tuning", "bi_tuning"):
             part = value if group in ("ingredients", "losses") else None
             return {}, [self.score(SCRIPT[group], self.args.ckpt, seed, *flags, part=part)]
         flags += ["--layerwise"] * (value == "layer-wise")
+        if group == "alpha":
+            flags += ["--epochs", self.args.epochs]
         ckpt, stage = self.stage(SCRIPT.get(group, "bissl"), seed, *flags)
         return stage, [self.score("finetune", ckpt, seed)]
 
@@ -219,6 +220,7 @@ def main(argv=None):
     p.add_argument("--image-size", type=int)
     p.add_argument("--labels", type=int, default=20, help="labels a class; 0: all of train")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
     p.add_argument("--bissl", type=shlex.split, default=[], help="flags for every BiSSL run, in one string")
     p.add_argument("--lr", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="of fine-tuning, in `controls`")
     args = p.parse_args(argv)
