@@ -11,9 +11,9 @@
   alpha      COIN's share of the budget      eta  Core-tuning's weight        ingredients  Core-tuning without each of its three
   keys       Bi-tuning's K                   losses  Bi-tuning without each of its two losses
 Each variant is trained from the same SimCLR checkpoint and fine-tuned with the same flags, --seeds times: labelled images,
-views and heads differ. `controls` tries several learning rates of fine-tuning and takes each variant's best mean. A finished run
-is a line of RUNS/runs.jsonl and is not made again. Writes tests/results/ablation-DATA.csv and one figure a group; with --name,
-ablation-NAME.csv.
+views and heads differ. Each is fine-tuned with all --pairs of learning rate and weight decay and has the best mean. A finished
+run is a line of RUNS/runs.jsonl and is not made again. Writes tests/results/ablation-DATA.csv and one figure a group; with
+--name, ablation-NAME.csv.
 """
 import argparse
 import contextlib
@@ -40,7 +40,7 @@ from bench_accuracy import Bench
 from bench_speed import device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SCRIPT = {"alpha": "coin", "eta": "core_tuning", "ingredients": "core_tuning", "keys": "bi_tuning", "losses": "bi_tuning"}
+SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning", "keys": "bi_tuning", "losses": "bi_tuning"}
 FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping": "--damping", "cg_steps": "--cg-steps",
         "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
 CONTROLS = ("fine-tuning", "fine-tuning, same seconds", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
@@ -80,6 +80,7 @@ class Ablation:
 
     def __init__(self, args):
         self.args, self.bench = args, Bench(args)
+        self.pairs = [("--lr", lr, "--weight-decay", decay) for lr, decay in (pair.split(",") for pair in args.pairs)]
         self.labels = ["--labels-per-class", args.labels] if args.labels else ["--fraction", 1]
 
     def default(self, group):
@@ -119,38 +120,39 @@ class Ablation:
             return *self.stage("bissl", seed, *same_steps), []
         _, whole = self.stage("bissl", seed)
         if value == "fine-tuning, same seconds":
-            line = self.score("finetune", self.args.ckpt, seed)
+            line = self.score("finetune", self.args.ckpt, seed, *self.pairs[0])
             return self.args.ckpt, {}, ["--epochs", round(self.args.epochs * (1 + whole["seconds"] / line["seconds"]))]
         _, part = self.stage("bissl", seed, *same_steps)
         lower_steps = round(self.default("N_L") * whole["seconds"] / part["seconds"])
         return *self.stage("bissl", seed, *same_steps, "--lower-steps", lower_steps), []
 
     def run(self, group, value, seed):
-        """Lines of the book: the stage before fine-tuning ({} without), and a list of fine-tuning runs to choose from."""
+        """Lines of the book: the stage before fine-tuning ({} without), and the fine-tuning runs, one for each of --pairs."""
+        scores = lambda method, ckpt, *flags, part=None: [
+            self.score(method, ckpt, seed, *pair, *flags, part=part) for pair in self.pairs]
         if group == "controls":
             ckpt, stage, flags = self.control(value, seed)  # a flag that is given twice counts as it comes last
-            return stage, [self.score("finetune", ckpt, seed, "--lr", lr, *flags) for lr in self.args.lr]
+            return stage, scores("finetune", ckpt, *flags)
         flags = [FLAG[group], value] if group in FLAG and value != self.default(group) else []
-        if SCRIPT.get(group) in ("core_tuning", "bi_tuning"):
-            part = value if group in ("ingredients", "losses") else None
-            return {}, [self.score(SCRIPT[group], self.args.ckpt, seed, *flags, part=part)]
-        flags += ["--layerwise"] * (value == "layer-wise")
-        if group == "alpha":
-            flags += ["--epochs", self.args.epochs]
-        ckpt, stage = self.stage(SCRIPT.get(group, "bissl"), seed, *flags)
-        return stage, [self.score("finetune", ckpt, seed)]
+        if group == "alpha":  # its search begins before fine-tuning
+            stages = [self.stage("coin", seed, "--epochs", self.args.epochs, *pair, *flags) for pair in self.pairs]
+            return stages[0][1], [self.score("finetune", ckpt, seed) for ckpt, _ in stages]
+        if group in SCRIPT:
+            return {}, scores(SCRIPT[group], self.args.ckpt, *flags, part=value if group in ("ingredients", "losses") else None)
+        ckpt, stage = self.stage("bissl", seed, *flags, *["--layerwise"] * (value == "layer-wise"))
+        return stage, scores("finetune", ckpt)
 
     def rows(self, group):
-        """One row a variant: mean and standard deviation over the seeds of its best learning rate."""
+        """One row a variant: mean and standard deviation over the seeds of its best pair."""
         rows, seeds = [], range(self.args.seeds)
         for value in VALUES[group]:
             stages, runs = zip(*(self.run(group, value, seed) for seed in seeds))
-            scores = np.array([[line["val"] for line in run] for run in runs])  # (seeds, learning rates)
+            scores = np.array([[line["val"] for line in run] for run in runs])  # (seeds, pairs)
             best = scores.mean(0).argmax()
             mean = lambda lines, key: round(float(np.mean([l[key] for l in lines])), 4) if lines[0].get(key) is not None else ""
             rows.append(dict(group=group, variant=value, val=round(scores[:, best].mean(), 2),
                              std=round(scores[:, best].std(ddof=1), 2) if len(seeds) > 1 else 0.0,
-                             scores=" ".join(f"{s:.1f}" for s in scores[:, best]), lr=self.args.lr[best] if group == "controls" else "",
+                             scores=" ".join(f"{s:.1f}" for s in scores[:, best]), pair=self.args.pairs[best],
                              seconds=mean([run[best] for run in runs], "seconds"), stage_seconds=mean(stages, "seconds"),
                              residual=mean(stages, "residual"), knn=mean(stages, "knn"), distance=mean(stages, "distance")))
             print("--- {group} {variant}: {val} +- {std} % on val".format(**rows[-1]), flush=True)
@@ -222,7 +224,7 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
     p.add_argument("--bissl", type=shlex.split, default=[], help="flags for every BiSSL run, in one string")
-    p.add_argument("--lr", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="of fine-tuning, in `controls`")
+    p.add_argument("--pairs", nargs="+", default=["0.03,0.0005", "0.08,0.008"], help="LR,WEIGHT_DECAY of fine-tuning")
     args = p.parse_args(argv)
     unknown = set(args.groups) - {"residual", *VALUES}
     if unknown:
@@ -230,7 +232,7 @@ def main(argv=None):
     name = args.name or (Path(args.data).resolve().name if Path(args.data).is_dir() else args.data)
     args.runs = args.runs or f"runs/ablation-{name}"
     ablation, path = Ablation(args), RESULTS / f"ablation-{name}.csv"
-    fields = ("device", "group", "variant", "value", "val", "std", "scores", "lr", "seconds", "stage_seconds", "residual", "knn", "distance")
+    fields = ("device", "group", "variant", "value", "val", "std", "scores", "pair", "seconds", "stage_seconds", "residual", "knn", "distance")
     for group in args.groups or ["residual", *VALUES]:
         rows = residuals(args, args.device) if group == "residual" else ablation.rows(group)
         rows = [dict(row, device=device_name(args.device)) for row in rows]
