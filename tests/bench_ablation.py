@@ -44,7 +44,7 @@ SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning", "keys": "bi_tuning
 FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping": "--damping", "cg_steps": "--cg-steps",
         "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
 CONTROLS = ("fine-tuning", "fine-tuning, same seconds", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
-VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0, 0.001, 0.01, 0.1, 1), "damping": (10, 100, 1000),
+VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0, 0.001, 0.1, 1, 10), "damping": (10, 100, 1000),
           "cg_steps": (1, 5, 10), "layerwise": ("plain", "layer-wise"), "alpha": (0.1, 0.3, 0.5, 0.7, 0.9),
           "eta": (0, 0.1, 0.3, 1, 3, 10), "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight"),
           "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither")}
