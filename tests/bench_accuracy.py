@@ -6,8 +6,8 @@
 
 A row is a chain {scratch, simclr, byol} - {nothing, coin, bissl} - {finetune, core_tuning, bi_tuning}, a column a label rate, a
 cell the mean +- standard deviation over seeds of the whole chain (pretext weights, views and the labelled images all differ).
-  budget   Every row has the same pretext epochs, and in a column the same fine-tuning epochs (RATES: about as many steps in
-           each). COIN's are taken from fine-tuning; those that BiSSL's lower level goes through are taken from the pretext.
+  budget   Every row has the same pretext epochs, and in a column the same fine-tuning epochs (RATES: more where
+           there are fewer images). COIN's are taken from fine-tuning; those that BiSSL's lower level goes through are taken from the pretext.
            What BiSSL's solves cost beyond that is not: the table has each row's seconds.
   search   Seed 0 of each cell tries the same random pairs of learning rate and weight decay, judged on val, of which nothing
            is ever trained on; the other seeds take the best pair. `all` labels means all of train.
@@ -52,7 +52,7 @@ ROWS = [(pretext, stage, method) for pretext in ("scratch", "simclr", "byol") fo
         if not (stage == "coin" and method != "finetune" or stage == "bissl" and pretext == "scratch")]
 QUICK_ROWS = [row for row in ROWS if row[0] == "simclr" and (row[1] == "" or row[2] == "finetune") or
               row == ("scratch", "", "finetune")]
-RATES = {"all": 12, "20": 60, "10": 120, "5": 240}  # labelled images a class, and how many epochs of fine-tuning they get
+RATES = {"all": 12, "20": 60, "10": 90, "5": 120}  # labelled images a class, and how many epochs of fine-tuning they get
 
 
 def name_of(row):
