@@ -45,13 +45,13 @@ FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping
         "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
 CONTROLS = ("fine-tuning", "fine-tuning, same seconds", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
 VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0, 0.001, 0.1, 1, 10), "damping": (10, 100, 1000),
-          "cg_steps": (1, 5, 10), "layerwise": ("plain", "layer-wise"), "alpha": (0.1, 0.3, 0.5, 0.7, 0.9),
-          "eta": (0, 0.1, 0.3, 1, 3, 10), "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight"),
-          "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither")}
+          "cg_steps": (1, 5, 10), "layerwise": ("plain", "layer-wise"), "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9),
+          "eta": (0, 0.1, 0.3, 1, 3, 10), "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
+          "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight", "fine-tuning")}
 
 
 def without(part):
-    """Core-tuning or Bi-tuning with one part taken out, as a patch."""
+    """Core-tuning or Bi-tuning with one part taken out, as a patch; None takes nothing."""
     hard_pairs, zero = core_tuning.hard_pairs, lambda *ignored, **named: torch.zeros(())
     own = lambda f, y, classes: (f, F.one_hot(y, classes).to(f.dtype))
 
@@ -100,7 +100,9 @@ class Ablation:
 
     def score(self, method, ckpt, seed, *flags, part=None):
         """Score on val of a fine-tuning run, and its line in the book."""
-        flags = [str(flag) for flag in (*(() if "coin-" in str(ckpt) else ("--epochs", self.args.epochs)), *flags)]  # COIN's: the rest
+        if not Path(ckpt).stem.startswith("coin"):  # which tells the epochs that are left
+            flags = ("--epochs", self.args.epochs, *flags)
+        flags = [str(flag) for flag in flags]
         out = f"{Path(ckpt).stem}-" + "".join([method, part or "", *flags, f"-{seed}"]).replace("--", "-").replace(" ", "_")
         def make():
             with without(part):
@@ -133,6 +135,8 @@ class Ablation:
         if group == "controls":
             ckpt, stage, flags = self.control(value, seed)  # a flag that is given twice counts as it comes last
             return stage, scores("finetune", ckpt, *flags)
+        if value == "fine-tuning" or (group, value) == ("alpha", 0):
+            return {}, scores("finetune", self.args.ckpt)
         flags = [FLAG[group], value] if group in FLAG and value != self.default(group) else []
         if group == "alpha":  # its search begins before fine-tuning
             stages = [self.stage("coin", seed, "--epochs", self.args.epochs, *pair, *flags) for pair in self.pairs]
@@ -143,12 +147,15 @@ class Ablation:
         return stage, scores("finetune", ckpt)
 
     def rows(self, group):
-        """One row a variant: mean and standard deviation over the seeds of its best pair."""
-        rows, seeds = [], range(self.args.seeds)
+        """One row a variant: mean and standard deviation over the seeds of its best pair, and `gain` over the group's reference
+        (plain fine-tuning, all parts, or the flag's default), seed by seed, on the same images."""
+        rows, seeds, chosen = [], range(self.args.seeds), {}
+        reference = self.default(group) if group in FLAG and group != "alpha" else VALUES[group][0]
         for value in VALUES[group]:
             stages, runs = zip(*(self.run(group, value, seed) for seed in seeds))
             scores = np.array([[line["val"] for line in run] for run in runs])  # (seeds, pairs)
             best = scores.mean(0).argmax()
+            chosen[value] = scores[:, best]
             mean = lambda lines, key: round(float(np.mean([l[key] for l in lines])), 4) if lines[0].get(key) is not None else ""
             rows.append(dict(group=group, variant=value, val=round(scores[:, best].mean(), 2),
                              std=round(scores[:, best].std(ddof=1), 2) if len(seeds) > 1 else 0.0,
@@ -156,6 +163,9 @@ class Ablation:
                              seconds=mean([run[best] for run in runs], "seconds"), stage_seconds=mean(stages, "seconds"),
                              residual=mean(stages, "residual"), knn=mean(stages, "knn"), distance=mean(stages, "distance")))
             print("--- {group} {variant}: {val} +- {std} % on val".format(**rows[-1]), flush=True)
+        for row in rows:
+            difference = chosen[row["variant"]] - chosen[reference]
+            row.update(gain=round(difference.mean(), 2), gain_std=round(difference.std(ddof=1), 2) if len(seeds) > 1 else 0.0)
         return rows
 
 
@@ -232,7 +242,8 @@ def main(argv=None):
     name = args.name or (Path(args.data).resolve().name if Path(args.data).is_dir() else args.data)
     args.runs = args.runs or f"runs/ablation-{name}"
     ablation, path = Ablation(args), RESULTS / f"ablation-{name}.csv"
-    fields = ("device", "group", "variant", "value", "val", "std", "scores", "pair", "seconds", "stage_seconds", "residual", "knn", "distance")
+    fields = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair", "seconds", "stage_seconds",
+              "residual", "knn", "distance")
     for group in args.groups or ["residual", *VALUES]:
         rows = residuals(args, args.device) if group == "residual" else ablation.rows(group)
         rows = [dict(row, device=device_name(args.device)) for row in rows]

@@ -6,8 +6,8 @@
 
 A row is a chain {scratch, simclr, byol} - {nothing, coin, bissl} - {finetune, core_tuning, bi_tuning}, a column a label rate, a
 cell the mean +- standard deviation over seeds of the whole chain (pretext weights, views and the labelled images all differ).
-  budget   Every row has the same pretext epochs, and in a column the same fine-tuning epochs (RATES: more where
-           there are fewer images). COIN's are taken from fine-tuning; those that BiSSL's lower level goes through are taken from the pretext.
+  budget   Every row has the same pretext epochs, and in a column the same fine-tuning epochs (RATES: more where there are fewer
+           images). COIN's are taken from fine-tuning; those that BiSSL's lower level goes through are taken from the pretext.
            What BiSSL's solves cost beyond that is not: the table has each row's seconds.
   search   Seed 0 of each cell tries the same random pairs of learning rate and weight decay, judged on val, of which nothing
            is ever trained on; the other seeds take the best pair. `all` labels means all of train.
@@ -164,7 +164,7 @@ def cell(bench, row, rate, args):
 
 
 def mark(cells):
-    """Adds what a row gains on the plain one, seed by seed, and `marked`: best of its column, by more than the pooled deviation."""
+    """Adds what a row gains on the plain one, seed by seed; `marked`: best of its column, by more than the pooled deviation."""
     plain = {(line["row"].split("-")[0], line["labels"]): line for line in cells if line["row"].count("-") == 1
              and line["row"].endswith("-finetune")}
     for line in cells:
@@ -184,7 +184,8 @@ def mark(cells):
 def draw(cells, path, title):
     """A group of bars for each row, a bar for each label rate, with the standard deviation; * where a row is marked."""
     order = [name_of(row) for row in ROWS]
-    rows, rates = sorted({line["row"] for line in cells}, key=order.index), [r for r in RATES if any(c["labels"] == r for c in cells)]
+    rows = sorted({line["row"] for line in cells}, key=order.index)
+    rates = [rate for rate in RATES if any(line["labels"] == rate for line in cells)]
     figure, axes = plt.subplots(figsize=(4 + 0.2 * len(rows) * (len(rates) + 1), 5))
     for i, rate in enumerate(rates):
         column = [line for line in cells if line["labels"] == rate]
@@ -234,11 +235,12 @@ def main(argv=None):
         print(f"--- cell {i + 1}/{len(todo)}: {name_of(row)}, {rate} labels a class", flush=True)
         line = cell(bench, row, rate, args)
         left = (time.perf_counter() - started) / (i + 1) * (len(todo) - i - 1)
-        print("--- {row} {labels}: {metric} {mean} +- {std} %".format(**line) + f"; about {left / 60:.0f} minutes left", flush=True)
+        print("--- {row} {labels}: {metric} {mean} +- {std} %; ".format(**line) + f"about {left / 60:.0f} minutes left", flush=True)
         key = lambda line: (line["device"], line["row"], line["labels"])
         before = list(csv.DictReader(path.open())) if path.exists() else []  # read anew: another of these may have written to it
         lines = [dict(old, mean=float(old["mean"]), std=float(old["std"])) for old in before if key(old) != key(line)]
-        lines = mark(sorted([*lines, line], key=lambda l: ([name_of(row) for row in ROWS].index(l["row"]), list(RATES).index(l["labels"]))))
+        place = lambda line: ([name_of(row) for row in ROWS].index(line["row"]), list(RATES).index(line["labels"]))
+        lines = mark(sorted([*lines, line], key=place))
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()

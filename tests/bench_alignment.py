@@ -1,12 +1,12 @@
-"""Do a backbone's features fit the task before it is fine-tuned? What BiSSL's paper shows of its backbones, as numbers and pictures.
+"""Do a backbone's features fit the task before fine-tuning? What BiSSL's paper shows of its backbones, as numbers and pictures.
 
     python tests/bench_alignment.py --data petals simclr=simclr.pt bissl=bissl.pt       NAME=CHECKPOINT, as many as you like
     python tests/bench_alignment.py --data petals simclr=runs/s0.pt simclr=runs/s1.pt   one name twice: mean +- std
 
-  linear_probe, knn   accuracy on test, %, of a linear classifier and of 20 nearest neighbours, both given the labels of all of train
+  linear_probe, knn   accuracy on test, %, of a linear classifier and of 20 nearest neighbours, given the labels of all of train
   s_dbw               cluster validity of the test classes (coin.s_dbw), lower is better
-  silhouette          (b - a) / max(a, b), a: mean distance to the others of its class, b: to the nearest other class; mean, -1 .. 1
-  alignment           mean squared distance of two images of one class (Wang and Isola 2020, arXiv 2005.10242; their pairs are views)
+  silhouette          (b - a) / max(a, b), a: mean distance to the others of its class, b: to the nearest other; mean, -1 .. 1
+  alignment           mean squared distance of two images of one class (Wang and Isola 2020, arXiv 2005.10242: of two views)
   uniformity          log of the mean of exp(-2 squared distance) over all pairs, lower is more uniform
 The last three are of features at unit length. Test labels are read, so choose no flags by these figures. Writes
 tests/results/alignment-DATA.csv and .png, with each name's first checkpoint side by side.
@@ -60,7 +60,7 @@ def silhouette(x, y):
 
 
 def alignment_and_uniformity(x, y):
-    """Of x (n, D) at unit length: mean squared distance over pairs of one class, log mean exp(-2 squared distance) over all pairs."""
+    """Of x (n, D) at unit length: mean squared distance over pairs of one class; log mean exp(-2 squared distance) over all."""
     squared = (2 - 2 * x @ x.T).clamp(min=0)                                      # (n, n)
     pair = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     return squared[pair & (y[:, None] == y)].mean().item(), (-2 * squared[pair]).exp().mean().log().item()
