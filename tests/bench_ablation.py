@@ -5,8 +5,8 @@
     python tests/bench_ablation.py --data petals --ckpt simclr.pt controls --bissl "--lam 0.1 --lr 0.02"    in another regime
 
   residual   ||v - A x|| / ||v|| of plain and layer-wise conjugate gradients against steps, for several dampings (one batch)
-  controls   what BiSSL has to beat: fine-tuning at once, and for as many seconds longer; the pretext continued from its own head
-             for as many lower steps (lambda 0: theta never hears of phi), and for as many seconds; J = I
+  controls   what BiSSL has to beat: fine-tuning at once; the pretext continued from its own head for as many lower steps
+             (lambda 0: theta never hears of phi), and for as many seconds; J = I
   N_L N_U lam damping cg_steps layerwise   BiSSL's own flags
   alpha      COIN's share of the budget      eta  Core-tuning's weight        ingredients  Core-tuning without each of its three
   keys       Bi-tuning's K                   losses  Bi-tuning without each of its two losses
@@ -43,10 +43,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning", "keys": "bi_tuning", "losses": "bi_tuning"}
 FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping": "--damping", "cg_steps": "--cg-steps",
         "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
-CONTROLS = ("fine-tuning", "fine-tuning, same seconds", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
+CONTROLS = ("fine-tuning", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
 VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0, 0.001, 0.1, 1, 10), "damping": (10, 100, 1000),
           "cg_steps": (1, 5, 10), "layerwise": ("plain", "layer-wise"), "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9),
-          "eta": (0, 0.1, 0.3, 1, 3, 10), "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
+          "eta": (0, 0.1, 0.3, 1, 3, 10), "keys": (1, 4, 16, 40, 100),
+          "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
           "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight", "fine-tuning")}
 
 
@@ -110,31 +111,28 @@ class Ablation:
         return self.bench.once(out, make)
 
     def control(self, value, seed):
-        """The backbone to fine-tune, the line of the stage that made it, and flags of fine-tuning."""
-        same_steps = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]  # the upper level does as little as can be
+        """The backbone to fine-tune, and the line of the stage that made it."""
+        same_steps = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]  # of flags given twice the last counts
         if value == "fine-tuning":
-            return self.args.ckpt, {}, []
+            return self.args.ckpt, {}
         if value == "BiSSL":
-            return *self.stage("bissl", seed), []
+            return self.stage("bissl", seed)
         if value == "J = I":
-            return *self.stage("bissl", seed, "--damping", 1e12), []
+            return self.stage("bissl", seed, "--damping", 1e12)
         if value == "pretext, same steps":
-            return *self.stage("bissl", seed, *same_steps), []
+            return self.stage("bissl", seed, *same_steps)
         _, whole = self.stage("bissl", seed)
-        if value == "fine-tuning, same seconds":
-            line = self.score("finetune", self.args.ckpt, seed, *self.pairs[0])
-            return self.args.ckpt, {}, ["--epochs", round(self.args.epochs * (1 + whole["seconds"] / line["seconds"]))]
         _, part = self.stage("bissl", seed, *same_steps)
         lower_steps = round(self.default("N_L") * whole["seconds"] / part["seconds"])
-        return *self.stage("bissl", seed, *same_steps, "--lower-steps", lower_steps), []
+        return self.stage("bissl", seed, *same_steps, "--lower-steps", lower_steps)
 
     def run(self, group, value, seed):
         """Lines of the book: the stage before fine-tuning ({} without), and the fine-tuning runs, one for each of --pairs."""
         scores = lambda method, ckpt, *flags, part=None: [
             self.score(method, ckpt, seed, *pair, *flags, part=part) for pair in self.pairs]
         if group == "controls":
-            ckpt, stage, flags = self.control(value, seed)  # a flag that is given twice counts as it comes last
-            return stage, scores("finetune", ckpt, *flags)
+            ckpt, stage = self.control(value, seed)
+            return stage, scores("finetune", ckpt)
         if value == "fine-tuning" or (group, value) == ("alpha", 0):
             return {}, scores("finetune", self.args.ckpt)
         flags = [FLAG[group], value] if group in FLAG and value != self.default(group) else []
@@ -242,8 +240,8 @@ def main(argv=None):
     name = args.name or (Path(args.data).resolve().name if Path(args.data).is_dir() else args.data)
     args.runs = args.runs or f"runs/ablation-{name}"
     ablation, path = Ablation(args), RESULTS / f"ablation-{name}.csv"
-    fields = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair", "seconds", "stage_seconds",
-              "residual", "knn", "distance")
+    fields = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair", "seconds",
+              "stage_seconds", "residual", "knn", "distance")
     for group in args.groups or ["residual", *VALUES]:
         rows = residuals(args, args.device) if group == "residual" else ablation.rows(group)
         rows = [dict(row, device=device_name(args.device)) for row in rows]
