@@ -19,15 +19,14 @@ a process computes on its share becomes the whole batch's by gather() (rows) and
 """
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import mmap
-import multiprocessing
 import os
 import re
 import shlex
-import signal
 import socket
 import sys
 import time
@@ -36,6 +35,7 @@ import weakref
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -48,11 +48,6 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -520,89 +515,51 @@ def open_dataset(name, root, split):
         fail(f"{folder}: {error}")
 
 
-DECODE_CHUNK = 256  # images that are decoded between two notes of how far it has come
+DECODE_CHUNK = 256  # images that are held decoded until they are written
 
 
-def decode_chunks(path, pictures, side, chunks, parent):
-    """Decode these chunks of the pictures into PATH.part and tick them off in PATH.done; stop if the parent process is gone."""
-    images, done = (np.load(f"{path}.{ending}", mmap_mode="r+") for ending in ("part", f"done{DECODE_CHUNK}"))
-    for chunk in chunks:
-        for i in range(chunk * DECODE_CHUNK, min((chunk + 1) * DECODE_CHUNK, len(pictures))):
-            if os.getppid() != parent:
-                return
-            image = Image.fromarray(pictures[i]) if isinstance(pictures, np.ndarray) else read_image(pictures[i], side)
-            images[i] = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        done[chunk] = True
-
-
-def decode_apart(broken, *work):
-    """decode_chunks in a process of its own. Ctrl-C is the parent's business, and so is a broken picture."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        decode_chunks(*work)
-    except ValueError as error:
-        broken.put(str(error))
+def decode_picture(picture, side):
+    """A path, or uint8 (H, W, 3), as the bytes of uint8 (3, side, side): short side resized, the centre cut out."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else read_image(picture, side)
+    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1).tobytes()
 
 
 def build_cache(path, pictures, side):
-    """Decode the pictures on all cores into an .npy file, uint8 (n, 3, side, side), which only shows up whole.
+    """Decode the pictures into an .npy file, uint8 (n, 3, side, side), on all cores: Pillow lets other threads run meanwhile.
 
-    Goes on where a killed run was. Raises ValueError for a broken picture, OSError for a full disk.
+    The images are appended to PATH.part, renamed when it is whole, so that a run goes on where a killed one was. Raises
+    ValueError for a broken picture, OSError for a full disk.
     """
-    n, part, ticks = len(pictures), Path(f"{path}.part"), Path(f"{path}.done{DECODE_CHUNK}")
-    if not (part.exists() and ticks.exists()):
-        np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, side, side))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later it would be a crash
-            with open(part, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        write_whole(ticks, lambda file: np.save(file, np.zeros(-(-n // DECODE_CHUNK), bool)))
-    done, started = np.load(ticks, mmap_mode="r"), time.perf_counter()
-    todo, shown = np.flatnonzero(~done).tolist(), started
-    if len(todo) < 2:  # not worth a process
-        decode_chunks(path, pictures, side, todo, os.getppid())
-    else:  # forked, as a DataLoader's: they run Pillow and numpy alone, and inherit the list of pictures
-        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        broken, work = context.SimpleQueue(), [todo[i::cores] for i in range(min(cores, len(todo)))]
-        workers = [context.Process(target=decode_apart, args=(broken, path, pictures, side, chunks, os.getpid()), daemon=True)
-                   for chunks in work]
-        try:
-            [worker.start() for worker in workers]
-            while any(worker.is_alive() for worker in workers) and broken.empty():
-                time.sleep(0.02)
-                now, ready = time.perf_counter(), len(todo) - int((~done).sum())
-                if now - shown > 5 and ready:
-                    shown, speed, left = now, ready * DECODE_CHUNK / (now - started), int((now - started) * (len(todo) / ready - 1))
-                    print(f"{speed:,.0f} images/s  left {left // 60}:{left % 60:02d}", flush=True)
-        finally:
-            [worker.terminate() or worker.join() for worker in workers if worker.pid]
-        if not broken.empty():
-            raise ValueError(broken.get())
-    if not done.all():
-        fail("a process that decodes was killed, perhaps for want of memory: the same command goes on where it stopped")
-    spent = time.perf_counter() - started
-    print(f"decoded in {spent:.1f} s, {min(n, len(todo) * DECODE_CHUNK) / spent:,.0f} images/s", flush=True)
+    part, n, size = Path(f"{path}.part"), len(pictures), 3 * side * side
+    part.touch()
+    with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side)))
+        header, end = file.tell(), file.seek(0, os.SEEK_END)
+        first = (end - header) // size  # a torn image is written anew
+        file.seek(header + first * size)
+        started = shown = time.perf_counter()
+        for i in range(first, n, DECODE_CHUNK):
+            file.writelines(pool.map(partial(decode_picture, side=side), pictures[i:i + DECODE_CHUNK]))
+            now, ready = time.perf_counter(), min(i + DECODE_CHUNK, n)
+            if now - shown > 5 or ready == n:
+                shown, speed = now, (ready - first) / (now - started)
+                print(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {timedelta(seconds=int((n - ready) / speed))}", flush=True)
     os.replace(part, path)
-    ticks.unlink()
 
 
 @contextlib.contextmanager
 def one_at_a_time(lock):
-    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock.
-
-    Gives False where the file system has no locks.
-    """
-    locks = fcntl is not None
+    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock."""
     with open(lock, "w") as file:
         try:
-            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print("another run is getting these images ready: waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            locks = False
+        except OSError:  # a file system without locks: runs that start together write the same bytes
+            pass
         try:
-            yield locks
+            yield
         finally:
             Path(lock).unlink(missing_ok=True)
 
@@ -610,7 +567,7 @@ def one_at_a_time(lock):
 def map_images(path):
     """The array in an .npy file, mapped read-only: its pages are no memory of the process's own, and are let go when others need it."""
     array = np.load(path, mmap_mode="r")
-    if array.nbytes > 0.5 * memory("cpu") and hasattr(mmap, "MADV_RANDOM"):
+    if array.nbytes > 0.5 * memory("cpu"):
         array.base.madvise(mmap.MADV_RANDOM)  # else megabytes around each image are read and soon dropped again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
@@ -618,48 +575,32 @@ def map_images(path):
 
 
 def decode(args, splits):
-    """Path of the cached images uint8 (n, 3, S, S) of these splits, one after the other; labels int64 (n,) or (n, 20); the splits'
-    sizes; the classes.
-
-    The images are decoded once, short side resized and centre cropped, into one cache under --root.
-    """
-    name, side = args.data, store_side(args.image_size)
+    """Path of the cached images uint8 (n, 3, S, S) of these splits, one after the other; labels int64 (n,) or (n, 20); the
+    splits' sizes; the classes. Where there is no cache yet, one run makes it, while others wait."""
+    name, root, side = Path(args.data).resolve().name, Path(args.root), store_side(args.image_size)
     try:
-        Path(args.root).mkdir(parents=True, exist_ok=True)
-        downloads = name in DATASETS and os.access(args.root, os.W_OK)  # perhaps: then one process, while others wait
-        with one_at_a_time(Path(args.root) / f"{name}.lock") if downloads else contextlib.nullcontext():
-            opened = [open_dataset(name, args.root, split) for split in splits]
-    except OSError as error:
-        fail(f"cannot write to --root {args.root}: {error.strerror}")
-    for split, (_, labels, classes) in zip(splits, opened):
-        check_classes(args, classes, opened[0][2], split)
-        if not len(labels):
-            fail(f"{name} has no images for {split}")
-    pictures = opened[0][0] if len(splits) == 1 else [picture for part in opened for picture in part[0]]
-    files = pictures if not isinstance(pictures, np.ndarray) else sorted((Path(args.root) / DATASETS[name][2]).rglob("*"))
-    key = hashlib.sha256()  # another source or another side is another file
-    try:
-        for file in files:
-            stat = os.stat(file)
-            key.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
-    except OSError as error:
-        fail(f"{name} lacks {error.filename}: {error.strerror}")
-    path = Path(args.root) / "cache" / f"{Path(name).resolve().name}-{'-'.join(splits)}-{side}-{key.hexdigest()[:12]}.npy"
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(f"{path}.lock") as locked:
-                if world() > 1 and not locked:
-                    fail(f"--root {args.root} is on a file system without locks: start with one process, which makes the cache")
-                if not path.exists():  # else the run that was waited for has made it
-                    print(f"decoding {len(pictures):,} images of {name} {' and '.join(splits)} to {side} px", flush=True)
-                    build_cache(path, pictures, side)
-        except ValueError as error:
-            fail(error)
-        except OSError as error:
-            fail(f"cannot write the cache under --root {args.root}: {error.strerror}")
-    labels = torch.from_numpy(np.concatenate([np.asarray(labels, np.int64) for _, labels, _ in opened]))
-    return path, labels, [len(labels) for _, labels, _ in opened], opened[0][2]
+        (root / "cache").mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(root / f"{name}.lock") if os.access(root, os.W_OK) else contextlib.nullcontext():
+            opened = [open_dataset(args.data, args.root, split) for split in splits]
+            classes, pictures = opened[0][2], [picture for part in opened for picture in part[0]]
+            for split, part in zip(splits, opened):
+                check_classes(args, part[2], classes, split)
+                if not len(part[1]):
+                    fail(f"{args.data} has no images for {split}")
+            in_files = not isinstance(pictures[0], np.ndarray)
+            files = pictures if in_files else sorted((root / DATASETS[args.data][2]).rglob("*"))
+            key = hashlib.sha256()  # another source or another side is another file
+            for file in files:
+                stat = os.stat(file)
+                key.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
+            path = root / "cache" / f"{name}-{'-'.join(splits)}-{side}-{key.hexdigest()[:12]}.npy"
+            if not path.exists():
+                print(f"decoding {len(pictures):,} images of {name} {' and '.join(splits)} to {side} px", flush=True)
+                build_cache(path, pictures, side)
+    except (OSError, ValueError) as error:
+        fail(f"{args.data} and its cache under --root {args.root}: {error}")
+    labels = torch.from_numpy(np.concatenate([np.asarray(part[1], np.int64) for part in opened]))
+    return path, labels, [len(part[1]) for part in opened], classes
 
 
 ON_DEVICE = weakref.WeakValueDictionary()  # cache file, device -> its images there, for as long as a Store has them
@@ -1087,7 +1028,7 @@ def memory(device):
     """Bytes that are free on a GPU; for a CPU, all that the machine has."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def autocast(device, precision):
@@ -1360,7 +1301,7 @@ class Log:
         left = spent / (done - self.first) * (self.epochs - done)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
         print(f"{unit} {done}/{self.epochs}  {shown}  {self.images / spent:,.0f} images/s  "
-              f"left {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+              f"left {timedelta(seconds=int(left))}", flush=True)
         self.write(self.history)
 
     def write(self, lines):

@@ -337,20 +337,21 @@ def test_two_folders_of_one_name_do_not_share_a_cache(tmp_path):
     assert len(x) == 4 and len(y) == 6
 
 
-@pytest.mark.parametrize("moment", ["when the record is made", "at the 20th picture", "before the renaming"])
+@pytest.mark.parametrize("moment", ["at the header", "at the 20th picture", "before the renaming"])
 def test_a_cache_that_was_only_half_written_is_never_taken(folder, tmp_path, monkeypatch, moment):
     expected = common.load_data(options(folder, tmp_path / "whole"), "test").images
     calls = []
 
     def interrupted(*args):
         calls.append(args)
-        if moment != "at the 20th picture" or len(calls) == 20:
+        if moment != "at the 20th picture" or len(calls) >= 20:
             raise KeyboardInterrupt
         return read_image(*args)
 
     read_image = common.read_image
     with monkeypatch.context() as patch:
-        patch.setattr(*{"when the record is made": (np, "save"), "at the 20th picture": (common, "read_image"),
+        patch.setattr(*{"at the header": (np.lib.format, "write_array_header_1_0"),
+                        "at the 20th picture": (common, "read_image"),
                         "before the renaming": (common.os, "replace")}[moment], interrupted)
         with pytest.raises(KeyboardInterrupt):
             common.load_data(options(folder, tmp_path), "test")
