@@ -31,7 +31,6 @@ import socket
 import sys
 import time
 import warnings
-import weakref
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -321,6 +320,7 @@ PETAL_COUNTS, PETAL_FORMS = (3, 4, 5, 6, 8), ("round", "pointed")
 PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}
 
 
+@cache
 def petals(count, side, seed):
     """Procedural blossoms: class = petal count x petal form; hue, size, tilts, places and background vary freely.
 
@@ -603,7 +603,15 @@ def decode(args, splits):
     return path, labels, [len(part[1]) for part in opened], classes
 
 
-ON_DEVICE = weakref.WeakValueDictionary()  # cache file, device -> its images there, for as long as a Store has them
+@cache
+def shared_images(path, device):
+    """The images in a cache file, once for all splits and runs that take rows of them."""
+    return fit_on(device, map_images(path))
+
+
+def fit_on(device, images):
+    """On a GPU where half of its free memory holds them, else on the host."""
+    return images.to(device) if device.type == "cuda" and images.nbytes < 0.5 * memory(device) else images
 
 
 def load_data(args, split):
@@ -612,35 +620,29 @@ def load_data(args, split):
     Where the data has no such split, val is a seeded, stratified fifth of train, trainval the two together and unlabeled
     the same as trainval. Labels of `unlabeled` are there but mean nothing to a pretext task.
     """
-    if args.data == "petals":
-        splits, own = ["train", "val"] if split == "trainval" else [split], list(PETAL_SPLITS)
-        drawn = [petals(PETAL_SPLITS[part], store_side(args.image_size), seed=1 + own.index(part)) for part in splits]
-        images, labels, path = *map(torch.cat, zip(*drawn)), None
-        rows, classes = torch.arange(len(labels)), [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
+    name, device = args.data, torch.device(args.device)
+    if name not in KNOWN_DATA and not Path(name).is_dir():
+        fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, test/CLASS/*.png")
+    own = (list(PETAL_SPLITS) if name == "petals" else DATASETS[name][1].split() if name in DATASETS else
+           [part.name for part in Path(name).iterdir()])
+    if split == "unlabeled" and "unlabeled" not in own:
+        split = "trainval"
+    if split in ("train", "val", "trainval"):  # rows of one array: no image is in two
+        splits = ["train", "val"] if "val" in own else ["train"]
     else:
-        if args.data not in KNOWN_DATA and not Path(args.data).is_dir():
-            fail(f"unknown data set {args.data}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, "
-                 "test/CLASS/*.png")
-        own = DATASETS[args.data][1].split() if args.data in DATASETS else [
-            part for part in ("unlabeled", "train", "val", "test") if (Path(args.data) / part).is_dir()]
-        if split == "unlabeled" and "unlabeled" not in own:
-            split = "trainval"
-        trains = split in ("train", "val", "trainval")  # these three are rows of one cache: no image is in two
-        splits = (["train", "val"] if "val" in own else ["train"]) if trains else [split]
+        splits = [split]
+    if name == "petals":
+        drawn = [petals(PETAL_SPLITS[part], store_side(args.image_size), seed=1 + own.index(part)) for part in splits]
+        images, labels = map(torch.cat, zip(*drawn))
+        images, sizes = fit_on(device, images), [PETAL_SPLITS[part] for part in splits]
+        classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
+    else:
         path, labels, sizes, classes = decode(args, splits)
-        images = map_images(path)
-        rows = torch.arange(len(labels))
-        if split in ("train", "val"):
-            held_out = rows[sizes[0]:] if "val" in own else labelled_subset(labels, seed=0, fraction=0.2)
-            rows = held_out if split == "val" else torch.from_numpy(np.setdiff1d(rows.numpy(), held_out.numpy()))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        there = ON_DEVICE.get((path, device))
-        if there is None and images.nbytes < 0.5 * memory(device):
-            there = images.to(device)
-            if path:
-                ON_DEVICE[path, device] = there
-        images = images if there is None else there
+        images = shared_images(path, device)
+    rows = torch.arange(len(labels))
+    if split in ("train", "val"):
+        held_out = rows[sizes[0]:] if "val" in own else labelled_subset(labels, seed=0, fraction=0.2)
+        rows = held_out if split == "val" else torch.from_numpy(np.setdiff1d(rows.numpy(), held_out.numpy()))
     return Store(images, labels[rows].to(device), rows, classes)
 
 
@@ -737,38 +739,36 @@ def batches(store, batch_size, shuffle=True, whole_only=False):
     """
     n = len(store)
     order = torch.randperm(n) if shuffle else torch.arange(n)
-    parts = (share(order[:n - n % batch_size]).split(batch_size // world()) if whole_only
-             else share(order).tensor_split(-(-n // batch_size)))
-    yield from feed(store, parts)
+    if whole_only:
+        return feed(store, share(order[:n - n % batch_size]).split(batch_size // world()))
+    return feed(store, share(order).tensor_split(-(-n // batch_size)))
 
 
 def feed(store, parts):
-    """Yields images and labels, on the device, of each index tensor in `parts`."""
+    """Yields images and labels, on the device, of each index tensor in `parts`. What is on the host is read a batch ahead."""
     device = store.labels.device
-    if store.images.is_cuda:  # no copy to wait for
+    if store.images.is_cuda:
         for part in parts:
             yield store.images[store.rows[part].to(device, non_blocking=True)], store.labels[part.to(device, non_blocking=True)]
         return
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = torch.cuda.Stream(device) if store.labels.is_cuda else None  # copies beside the computation
 
-    def fetch(part):
-        images = torch.empty(len(part), *store.images.shape[1:], dtype=torch.uint8, pin_memory=bool(stream))
-        torch.index_select(store.images, 0, store.rows[part], out=images)
-        with torch.cuda.stream(stream):  # without a GPU this does nothing
-            batch = images.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
-            return batch, stream and stream.record_event()
+    def read(part):
+        images = torch.empty(len(part), *store.images.shape[1:], dtype=torch.uint8, pin_memory=store.labels.is_cuda)
+        return torch.index_select(store.images, 0, store.rows[part], out=images)
 
-    use_device = lambda: stream and torch.cuda.set_device(device)  # which is a thread's own
-    with ThreadPoolExecutor(1, initializer=use_device) as reader:  # reads and copies a batch while the device computes another
-        ahead = reader.submit(fetch, parts[0])
-        for part in (*parts[1:], None):
-            batch, copied = ahead.result()
-            ahead = reader.submit(fetch, part) if part is not None else None
-            if stream:
-                torch.cuda.current_stream(device).wait_event(copied)
-                for tensor in batch:
-                    tensor.record_stream(torch.cuda.current_stream(device))
-            yield batch
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, parts[0])
+        for part, following in zip(parts, [*parts[1:], None]):
+            images = ahead.result()
+            if following is not None:
+                ahead = reader.submit(read, following)
+            with torch.cuda.stream(side):  # without a GPU this does nothing
+                images = images.to(device, non_blocking=True)
+            if side:
+                torch.cuda.current_stream(device).wait_stream(side)
+                images.record_stream(torch.cuda.current_stream(device))
+            yield images, store.labels[part.to(device, non_blocking=True)]
 
 
 # ----------------------------------------------------------------------------------------------- augmentations
