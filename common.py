@@ -126,19 +126,18 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         defaults = dict(self.petals if args.data == "petals" else self.others)
         if args.ckpt:  # it tells its architecture and image size, and, where it leaves a budget unfinished, how to go on
-            defaults = {name: value for name, value in defaults.items() if name not in ("arch", "image_size")}
+            if not getattr(args, "eval", False) and Path(args.ckpt).resolve() == Path(f"{args.out}.pt").resolve():
+                fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
+            defaults.update(arch=None, image_size=None)
             config = load_checkpoint(args.ckpt)["config"]
             if self.finishes_budget and Path(config.get("data", "")) == Path(args.data):
                 defaults.update(config.get("rest", {}))
-        if args.ckpt and not getattr(args, "eval", False) and Path(args.ckpt).resolve() == Path(f"{args.out}.pt").resolve():
-            fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
-        given = [name for name in ("labels_per_class", "fraction") if getattr(args, name, None) is not None]
-        if len(given) == 2:
-            self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
-        if given:  # what was asked for, and not the other one by default
-            defaults = {name: value for name, value in defaults.items() if name not in ("labels_per_class", "fraction")}
+        if getattr(args, "fraction", None) is not None:
+            if args.labels_per_class is not None:
+                self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
+            defaults["labels_per_class"] = None
         for name, value in defaults.items():
-            if getattr(args, name, value) is None:
+            if getattr(args, name) is None:
                 setattr(args, name, value)
         try:
             args.device = str(torch.empty(0, device=join_processes(args.device)).device)
@@ -146,18 +145,17 @@ class Parser(argparse.ArgumentParser):
             fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
         for name in ("batch_size", "pretext_batch_size", "hessian_batch"):
             if (size := getattr(args, name, None) or 0) % world() or 0 < size < 2 * world():
-                fail(f"--{name.replace('_', '-')} {size} cannot be shared by {world()} processes: make it a multiple of {world()}, "
-                     f"two images each or more")
+                fail(f"--{name.replace('_', '-')} {size} cannot be shared by {world()} processes, each with two images or more")
         if args.precision is None:
             half = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
             args.precision = "bfloat16" if half else "float32"
+        folder = Path(args.out).parent
         try:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            if rank() == 0:
-                write_whole(f"{args.out}.try", lambda file: None)
-                os.remove(f"{args.out}.try")
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot write to --out {args.out}: {error.strerror}")
+        if not os.access(folder, os.W_OK):
+            fail(f"cannot write to --out {args.out}")
         return args
 
     def error(self, message):
@@ -167,22 +165,21 @@ class Parser(argparse.ArgumentParser):
 @contextlib.contextmanager
 def resumable(script, args, argv):
     """Ctrl-C, or the loss of another process, ends with how to go on; running out of device memory ends as bad input does."""
-    command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+    stopped = f"stopped; {args.out}.pt holds the last finished epoch, if any. Go on with"
     try:
         yield
         if dist.is_torchelastic_launched():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        command = "the same torchrun command with --resume" if world() > 1 else command + " --resume" * (not args.resume)
-        print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. Go on with: {command}", file=sys.stderr)
+        command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv), "--resume"])
+        print(f"\n{stopped}: {command if world() == 1 else 'the same torchrun command and --resume'}", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
         fail(f"out of memory on {args.device}: lower --batch-size or --image-size ({str(error).split('.')[0]})")
     except RuntimeError as error:
         if world() == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
             raise
-        fail(f"another process of this run has stopped; {args.out}.pt holds the last finished epoch, if any. Go on with --resume, "
-             "with any number of processes")
+        fail(f"another process of this run has {stopped} --resume, with any number of processes")
 
 
 # ---------------------------------------------------------------------------------------------- several devices
@@ -202,8 +199,6 @@ def join_processes(device):
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         if torch.device(device).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                fail(f"{device}: this machine has {torch.cuda.device_count()} GPUs, one process for each is the most")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
         if rank():
@@ -229,43 +224,32 @@ def share(rows):
     return rows[:len(rows) - len(rows) % world()][rank()::world()]
 
 
-class Gather(torch.autograd.Function):
-    """share() undone: the rows of all processes in the batch's order. Gradients, and theirs, go back to where a row came from."""
-
-    @staticmethod
-    def forward(ctx, own):
-        every = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(world())]
-        dist.all_gather(every, own.contiguous())
-        return torch.stack(every, 1).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumShare.apply(gradient)
-
-
-class SumShare(torch.autograd.Function):
-    """Sum over all processes, of which each keeps its share: what Gather's derivative is, and the other way round."""
-
-    @staticmethod
-    def forward(ctx, every):
-        return share(all_sum(every)).clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Gather.apply(gradient)
-
-
-def gather(own):
-    """Rows (b, ...) of each process -> those of the whole batch (b world, ...) on every process, with a graph."""
-    return Gather.apply(own) if world() > 1 else own
-
-
 def all_sum(x):
     """Sum of a tensor over all processes, without a graph."""
     if world() > 1:
         x = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
     return x
+
+
+class AllSum(torch.autograd.Function):
+    """all_sum() with a graph, for losses that reach over processes: its derivative is the sum of their gradients, of any order."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_sum(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return AllSum.apply(gradient)
+
+
+def gather(own):
+    """share() undone: rows (b, ...) of each process -> those of the whole batch (b world, ...) on every one, with a graph."""
+    if world() == 1:
+        return own
+    rows = [own if number == rank() else torch.zeros_like(own) for number in range(world())]
+    return AllSum.apply(torch.stack(rows, 1).flatten(0, 1))
 
 
 def average(tensors):
@@ -279,19 +263,17 @@ def average(tensors):
 @torch.no_grad()
 def average_gradients(module):
     """After backward(): losses are means over a process's share, so the mean of the gradients is the whole batch's."""
-    if world() > 1:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        for gradient, mean in zip(gradients, average(gradients)):
-            gradient.copy_(mean)
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    for gradient, mean in zip(gradients, average(gradients)):
+        gradient.copy_(mean)
 
 
 @torch.no_grad()
 def average_statistics(module):
     """BatchNorm's running statistics, which on CPUs are those of a process's own images, become the same everywhere."""
-    if world() > 1:
-        statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-        for statistic, mean in zip(statistics, average(statistics)):
-            statistic.copy_(mean)
+    statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    for statistic, mean in zip(statistics, average(statistics)):
+        statistic.copy_(mean)
 
 
 # --------------------------------------------------------------------------------------------------------- data
@@ -387,8 +369,8 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
 
 def listed(dataset):
     """(paths, labels, classes) of a data set that gives paths. ImageNet's classes have several names each."""
-    pairs, names = [dataset[i] for i in range(len(dataset))], [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
-    return [path for path, _ in pairs], [label for _, label in pairs], names
+    paths, labels = zip(*(dataset[i] for i in range(len(dataset))))
+    return paths, labels, [name if isinstance(name, str) else ", ".join(name) for name in dataset.classes]
 
 
 def any_copy(published, *needed):
@@ -398,10 +380,15 @@ def any_copy(published, *needed):
     return type(published.__name__, (published,), dict(_check_integrity=there, meta=meta))
 
 
+def read_flowers(root, split):
+    needed = [f"flowers-102/{file}" for file in ("jpg", "imagelabels.mat", "setid.mat")]
+    return listed(any_copy(sets.Flowers102, *needed)(root, split, **PATHS))
+
+
 def read_cub200(root, split):
-    folder, page = root / "CUB_200_2011", "https://data.caltech.edu/records/65de6-vp158/files"
+    folder, archive = root / "CUB_200_2011", "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
     if not folder.exists():
-        sets.utils.download_and_extract_archive(f"{page}/CUB_200_2011.tgz", root, md5="97eceeb196236b17998738112f37df78")
+        sets.utils.download_and_extract_archive(archive, root, md5="97eceeb196236b17998738112f37df78")
     files, labels, training, classes = (  # a line: a number and what it stands for
         dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
         for name in ("images", "image_class_labels", "train_test_split", "classes"))
@@ -415,7 +402,7 @@ def read_sun397(root, split):
     folder, label, page = root / "SUN397", dict(zip(paths, labels)), "https://vision.princeton.edu/projects/2010/SUN/download"
     if not (folder / "Testing_01.txt").exists():
         sets.utils.download_and_extract_archive(f"{page}/Partitions.zip", folder)
-    lines = (folder / ("Training_01.txt" if split == "train" else "Testing_01.txt")).read_text().split()  # /a/abbey/sun_x.jpg
+    lines = (folder / f"{split.title()}ing_01.txt").read_text().split()  # /a/abbey/sun_x.jpg
     return [f"{folder}{line}" for line in lines], [label[f"{folder}{line}"] for line in lines], classes
 
 
@@ -453,40 +440,35 @@ def read_pets(root, split):
     return data._images, data._labels, data.classes
 
 
-OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
-# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; contents, from where
+# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; what to unpack there
 DATASETS = {
-    "flowers": (lambda root, split: listed(any_copy(sets.Flowers102, *(f"flowers-102/{file}" for file in (
-                    "jpg", "imagelabels.mat", "setid.mat")))(root, split, **PATHS)), "train val test", "flowers-102",
-                f"jpg/ (unpacked from 102flowers.tgz), imagelabels.mat and setid.mat from {OXFORD}/flowers/102"),
+    "flowers": (read_flowers, "train val test", "flowers-102",
+                "102flowers.tgz (as jpg/), imagelabels.mat, setid.mat of https://www.robots.ox.ac.uk/~vgg/data/flowers/102"),
     "food": (lambda root, split: listed(sets.Food101(root, split, **PATHS)), "train test", "food-101",
-             "images/ and meta/ (food-101.tar.gz) from https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
-    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py", "data_batch_1 to data_batch_5, "
-                "test_batch, batches.meta (cifar-10-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python", "train, test and meta "
-                 "(cifar-100-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cub200": (read_cub200, "train test", "CUB_200_2011", "images/, images.txt, image_class_labels.txt, train_test_split.txt and "
-               "classes.txt (CUB_200_2011.tgz) from https://data.caltech.edu/records/65de6-vp158"),
-    "sun397": (read_sun397, "train test", "SUN397", "a/ to z/, ClassName.txt (SUN397.tar.gz), Training_01.txt and Testing_01.txt "
-               "(Partitions.zip) from https://vision.princeton.edu/projects/2010/SUN"),
+             "food-101.tar.gz of https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
+    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py",
+                "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python",
+                 "cifar-100-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"),
+    "cub200": (read_cub200, "train test", "CUB_200_2011", "CUB_200_2011.tgz of https://data.caltech.edu/records/65de6-vp158"),
+    "sun397": (read_sun397, "train test", "SUN397",
+               "SUN397.tar.gz and Partitions.zip of https://vision.princeton.edu/projects/2010/SUN"),
     "cars": (lambda root, split: listed(sets.StanfordCars(root, split, loader=str)), "train test", "stanford_cars",
-             "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, whose own address is dead, from a copy named "
-             "on https://github.com/pytorch/vision/issues/7545"),
+             "cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat (https://github.com/pytorch/vision/issues/7545)"),
     "aircrafts": (lambda root, split: listed(sets.FGVCAircraft(root, split, "variant", **PATHS)), "train val test",
-                  "fgvc-aircraft-2013b", f"data/ (fgvc-aircraft-2013b.tar.gz) from {OXFORD}/fgvc-aircraft"),
-    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007", "Annotations/, ImageSets/ and JPEGImages/ (VOCtrainval_06-Nov-"
-              "2007.tar, VOCtest_06-Nov-2007.tar) from http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
+                  "fgvc-aircraft-2013b", "fgvc-aircraft-2013b.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
+    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007",
+              "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
     "dtd": (lambda root, split: listed(sets.DTD(root, split, partition=1, **PATHS)), "train val test", "dtd/dtd",
-            f"images/ and labels/ (dtd-r1.0.1.tar.gz) from {OXFORD}/dtd"),
-    "pets": (read_pets, "train test", "oxford-iiit-pet", "images/ and annotations/ (images.tar.gz and annotations.tar.gz) from "
-             f"{OXFORD}/pets"),
-    "caltech101": (read_caltech101, "train test", "caltech101", "101_ObjectCategories/ (its .tar.gz in caltech-101.zip; "
-                   "an old torchvision needs gdown to get it) from https://data.caltech.edu/records/mzrjq-6wc02"),
-    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", "train_X.bin, train_y.bin, test_X.bin, test_y.bin, "
-              "unlabeled_X.bin and class_names.txt (stl10_binary.tar.gz) from https://cs.stanford.edu/~acoates/stl10"),
+            "dtd-r1.0.1.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/dtd"),
+    "pets": (read_pets, "train test", "oxford-iiit-pet",
+             "images.tar.gz and annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets"),
+    "caltech101": (read_caltech101, "train test", "caltech101",
+                   "101_ObjectCategories.tar.gz, in the caltech-101.zip of https://data.caltech.edu/records/mzrjq-6wc02"),
+    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", "*.bin, class_names.txt in stl10_binary.tar.gz of https://cs.stanford.edu/~acoates/stl10"),
     "imagenet": (lambda root, split: listed(sets.ImageNet(root / "imagenet", "val" if split == "test" else split, loader=str)),
-                 "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
-                 "(they need an account) from https://image-net.org/download-images"),
+                 "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, "
+                 "left packed, of https://image-net.org/download-images"),
 }
 KNOWN_DATA = ("petals", *DATASETS)
 
@@ -496,23 +478,16 @@ def open_dataset(name, root, split):
 
     What is absent is downloaded; where that cannot be, one line says what to put where by hand.
     """
-    if name in DATASETS:
-        (read, _, folder, contents), timeout = DATASETS[name], socket.getdefaulttimeout()
-        try:
-            socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
-            return read(Path(root), split)
-        except Exception as error:  # whatever the network or the files did, the way out is the same
-            fail(f"{name} is not whole and cannot be downloaded ({type(error).__name__}: {error}): "
-                 f"put {contents} into {root}/{folder}")
-        finally:
-            socket.setdefaulttimeout(timeout)
-    folder = Path(name) / split
-    if not folder.is_dir():
-        fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
-    try:
+    if name not in DATASETS:
+        if not (folder := Path(name) / split).is_dir():
+            fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
         return listed(sets.ImageFolder(folder, loader=str))
-    except FileNotFoundError as error:
-        fail(f"{folder}: {error}")
+    read, _, folder, contents = DATASETS[name]
+    socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
+    try:
+        return read(Path(root), split)
+    except Exception as error:  # whatever the network or the files did, the way out is the same
+        fail(f"{name} is not whole and cannot be downloaded ({type(error).__name__}: {error}): unpack as {root}/{folder} {contents}")
 
 
 DECODE_CHUNK = 256  # images that are held decoded until they are written
@@ -886,37 +861,34 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
     if blur_p:
         view["sigma"] = uniform(0.1, 2)
     view = {name: share(values) for name, values in view.items()}
-    operations = [i for i in order if jitter[i]]
     out = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
     at_once = 64 if x.device.type == "cpu" else max(1, len(x))  # parts that fit the processor's cache: twice as fast
-    for i in range(0, len(x), at_once):
-        part = slice(i, i + at_once)
-        make_view(x[part], size, {name: values[part] for name, values in view.items()}, operations, out[part])
+    for part in (slice(i, i + at_once) for i in range(0, len(x), at_once)):
+        make_view(x[part], {name: values[part] for name, values in view.items()}, [i for i in order if jitter[i]], out[part])
     return out
 
 
-def make_view(x, size, view, operations, out):
-    """What augment() has drawn for the images x, done to them; `operations` are the colour jitter's, in order."""
-    send = lambda values: values.to(x.device, non_blocking=True)
-    rows_of = lambda name: view[name].nonzero()[:, 0]  # on the CPU: the device is not waited for
+def make_view(x, view, order, out):
+    """What augment() has drawn for the images x, done to them; order: of the colour operations, by number."""
+    size, send = out.shape[-1], lambda values: values.to(x.device, non_blocking=True)
+
+    def change(drawn, operation, *parameters):
+        """operation() on the images drawn for it. Which they are is found out on the CPU: the device is not waited for."""
+        if drawn in view:
+            rows = view[drawn].nonzero()[:, 0]
+            parameters, rows = [send(view[name][rows]) for name in parameters], send(rows)
+            x[rows] = operation(x[rows], *parameters)
+
+    def jitter(x, factors):
+        for i in order:
+            x = (brightness, contrast, saturation, hue)[i](x, factors[:, i])
+        return x
+
     x = resample(x.float(), send(view["box"]), send(view["flip"]), size).div_(255)
-    if operations:
-        rows = rows_of("jittered")
-        factors, rows = send(view["factors"][rows]), send(rows)
-        part = x[rows]
-        for i in operations:
-            part = (brightness, contrast, saturation, hue)[i](part, factors[:, i])
-        x[rows] = part
-    if "grey" in view:
-        rows = send(rows_of("grey"))
-        x[rows] = grey(x[rows]).expand(-1, 3, -1, -1)
-    if "blurred" in view:
-        rows = rows_of("blurred")
-        sigma, rows = send(view["sigma"][rows]), send(rows)
-        x[rows] = blur(x[rows], sigma, max(3, size // 10 // 2 * 2 + 1))
-    if "solarised" in view:
-        rows = send(rows_of("solarised"))
-        x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
+    change("jittered", jitter, "factors")
+    change("grey", lambda x: grey(x).expand(-1, 3, -1, -1))
+    change("blurred", lambda x, sigma: blur(x, sigma, max(3, size // 10 // 2 * 2 + 1)), "sigma")
+    change("solarised", lambda x: torch.where(x >= 0.5, 1 - x, x))
     normalise(x, out)
 
 
@@ -964,37 +936,41 @@ def build_backbone(arch, small_stem):
 def start_backbone(args, say=True):
     """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles args.arch and image_size."""
     torch.manual_seed(args.seed)
-    if args.ckpt is None:
-        return finish_backbone(build_backbone(args.arch, args.image_size <= 40), args), None
-    ckpt = load_checkpoint(args.ckpt)
-    args.image_size = args.image_size or ckpt["image_size"]
-    if args.image_size is None:
-        fail(f"{args.ckpt} does not say for which image size: give --image-size")
-    small_stem = ckpt["backbone"]["conv1.weight"].shape[-1:] == (3,)
-    shapes = {key: value.shape for key, value in ckpt["backbone"].items() if not key.endswith("num_batches_tracked")}
-    if args.arch is None:
-        difference = lambda arch: len(backbone_shapes(arch, small_stem).items() ^ shapes.items())
-        args.arch = ckpt["arch"] or min(ARCHS, key=difference)
-    expected = backbone_shapes(args.arch, small_stem)
-    for key, shape in expected.items():
-        if shapes.get(key) != shape:
-            found = f"has shape {tuple(shapes[key])}" if key in shapes else "is missing"
-            fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {found}, should be {tuple(shape)}")
-    backbone = build_backbone(args.arch, small_stem)
-    kept = {key: value for key, value in ckpt["backbone"].items() if key in backbone.state_dict()}
-    backbone.load_state_dict({**backbone.state_dict(), **kept})
-    left = [key for key in shapes if key not in expected]
-    if say:
-        print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(expected)} backbone tensors matched"
-              + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
-    return finish_backbone(backbone, args), ckpt
-
-
-def finish_backbone(backbone, args):
+    ckpt = load_checkpoint(args.ckpt) if args.ckpt else None
+    backbone = load_backbone(ckpt, args, say) if ckpt else build_backbone(args.arch, args.image_size <= 40)
     backbone = place(backbone, args.device)
     if args.compile:
         backbone.compile()
+    return backbone, ckpt
+
+
+def load_backbone(ckpt, args, say):
+    """The checkpoint's backbone. Every tensor but BatchNorm's counts has to be there in the right shape."""
+    args.image_size = args.image_size or ckpt["image_size"]
+    if args.image_size is None:
+        fail(f"{args.ckpt} does not say for which image size: give --image-size")
+    found, small_stem = shapes(ckpt["backbone"]), ckpt["backbone"]["conv1.weight"].shape[-1:] == (3,)
+    if args.arch is None:
+        with torch.device("meta"):  # shapes without memory
+            difference = {arch: len(shapes(build_backbone(arch, small_stem).state_dict()).items() ^ found.items()) for arch in ARCHS}
+        args.arch = ckpt["arch"] or min(difference, key=difference.get)
+    backbone = build_backbone(args.arch, small_stem)
+    needed = shapes(backbone.state_dict())
+    for key, shape in needed.items():
+        if found.get(key) != shape:
+            problem = f"has shape {tuple(found[key])}" if key in found else "is missing"
+            fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {problem}, should be {tuple(shape)}")
+    kept = {key: value for key, value in ckpt["backbone"].items() if key in backbone.state_dict()}
+    backbone.load_state_dict({**backbone.state_dict(), **kept})
+    if say:
+        left = [key for key in found if key not in needed]
+        print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors matched"
+              + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
     return backbone
+
+
+def shapes(state):
+    return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 @contextlib.contextmanager
@@ -1010,18 +986,12 @@ def frozen_statistics(model, second_order=False):
         if second_order and world() > 1:
             layer.process_group = own_group()
     try:
-        compiled = second_order and "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        compiled = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if second_order and compiled else contextlib.nullcontext():
             yield
     finally:
         for layer, group in zip(layers, groups):
             layer.track_running_stats, layer.process_group = True, group
-
-
-def backbone_shapes(arch, small_stem):
-    with torch.device("meta"):
-        state = build_backbone(arch, small_stem).state_dict()
-    return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def memory(device):
@@ -1100,23 +1070,15 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            decay, steps = group["weight_decay"], [p.grad for p in params]
-            if decay:
-                steps = torch._foreach_add(steps, params, alpha=decay)
-            if group["adapt"]:
-                w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, [p.grad for p in params]))
-                trust = torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), torch.ones_like(w))
-                steps = torch._foreach_mul(steps, list(trust.unbind()))
-            for p in params:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            speeds = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(speeds, group["momentum"])
-            torch._foreach_add_(speeds, steps)
-            torch._foreach_add_(params, speeds, alpha=-group["lr"])
+            decay = group["weight_decay"]
+            for w in (w for w in group["params"] if w.grad is not None):
+                g = w.grad.add(w, alpha=decay)
+                if group["adapt"]:
+                    size, slope = w.norm(), w.grad.norm()
+                    g *= torch.where((size > 0) & (slope > 0), group["eta"] * size / (slope + decay * size), 1.0)
+                v = self.state[w].setdefault("momentum", torch.zeros_like(w))
+                v.mul_(group["momentum"]).add_(g)
+                w.sub_(v, alpha=group["lr"])
 
 
 OPTIMIZERS = ("adamw", "lars", "sgd")
@@ -1127,10 +1089,9 @@ def make_optimizer(name, modules, lr, weight_decay, scales=None):
 
     scales: what set_learning_rate multiplies the learning rate by, a number for each module (without: 1).
     """
-    groups = []
-    for scale in dict.fromkeys(scales or [1.0]):  # each value once
-        params = [p for module, own in zip(modules, scales or [1.0] * len(modules)) if own == scale
-                  for p in module.parameters() if p.requires_grad]
+    groups, scales = [], scales or [1.0] * len(modules)
+    for scale in dict.fromkeys(scales):  # each value once
+        params = [p for module, own in zip(modules, scales) if own == scale for p in module.parameters() if p.requires_grad]
         groups += [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay, scale=scale),
                    dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, scale=scale)]
     if name == "adamw":
