@@ -1,18 +1,8 @@
-"""What every stage shares and no paper is about: command line, data, augmentations, backbone, optimisers, checkpoints.
+"""What every stage shares and no paper is about: command line, processes, data, views, backbone, optimisers, checkpoints, logs.
 
-Sections, in this order:
-    command line      Parser, fail, resumable
-    several devices   join_processes, share, gather, average_gradients
-    data              Store, petals, DATASETS, decode, load_data, labelled_subset, batches
-    augmentations     augment, test_crop and the batched operations under them
-    backbone          build_backbone, start_backbone, task_loss, features, knn_accuracy
-    optimisation      LARS, make_optimizer, set_learning_rate
-    checkpoints       save_checkpoint, load_checkpoint, resume_checkpoint
-    logs and figures  Log, plot_curves, plot_features, show_images
-
-Images travel as uint8 (B, 3, S, S), S being 1.15 to 1.35 times the training side; augment() turns them into normalised
-floats (B, 3, size, size). Random numbers that decide what a view looks like are drawn on the CPU, so that no step waits for
-the device to learn how many images an operation is for; each epoch seeds them anew, so that a resumed run repeats them.
+Images travel as uint8 (B, 3, S, S), S being a quarter more than the training side; augment() turns them into normalised
+floats (B, 3, size, size). What a view looks like is drawn on the CPU, so that no step waits for the device to learn how many
+images an operation is for; each epoch seeds the draws anew, so that a resumed run repeats them.
 
 Under torchrun every process holds the same weights and makes the same random draws; of each batch it takes its share. What
 a process computes on its share becomes the whole batch's by gather() (rows) and average_gradients().
@@ -29,6 +19,7 @@ import re
 import shlex
 import socket
 import sys
+import tempfile
 import time
 import warnings
 import xml.etree.ElementTree
@@ -46,6 +37,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 matplotlib.use("Agg")
@@ -80,10 +72,8 @@ POSITIVE, NOT_NEGATIVE = number(float, 1e-12, 1e12), number(float, 0, 1e12)
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags that all scripts share, in one order. `petals` and `others` hold the defaults that depend on --data.
-
-    finishes_budget: a checkpoint with config["rest"] (COIN's) sets the defaults for the epochs that are left of its budget.
-    """
+    """The flags that all scripts share. `petals` and `others` hold the defaults that depend on --data; with finishes_budget, a
+    checkpoint's config["rest"] (COIN's) replaces them for the epochs that are left of its budget."""
 
     def __init__(self, script, doc, petals, others, finishes_budget=False):
         super().__init__(prog=script, description=doc, allow_abbrev=False,
@@ -96,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
         self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in petals:
-            self.option("--epochs", COUNT, "passes over the images" + ("; after coin.py: those it left" if finishes_budget else ""))
+            self.option("--epochs", COUNT, "passes over the images" + "; after coin.py: those it left" * finishes_budget)
         self.option("--batch-size", number(int, 4), "images a step; BatchNorm needs a few")
         self.option("--lr", POSITIVE, "peak learning rate")
         self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")
@@ -149,13 +139,11 @@ class Parser(argparse.ArgumentParser):
         if args.precision is None:
             half = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
             args.precision = "bfloat16" if half else "float32"
-        folder = Path(args.out).parent
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=Path(args.out).parent).close()
         except OSError as error:
             fail(f"cannot write to --out {args.out}: {error.strerror}")
-        if not os.access(folder, os.W_OK):
-            fail(f"cannot write to --out {args.out}")
         return args
 
     def error(self, message):
@@ -211,12 +199,6 @@ def place(module, device):
     if world() > 1 and torch.device(device).type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return module.to(device)
-
-
-@cache
-def own_group():
-    """The process group of this process alone."""
-    return [dist.new_group([number]) for number in range(world())][rank()]
 
 
 def share(rows):
@@ -306,11 +288,9 @@ PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}
 def petals(count, side, seed):
     """Procedural blossoms: class = petal count x petal form; hue, size, tilts, places and background vary freely.
 
-    Four blooms of one species an image, so that any crop still shows the species. They stand in a loose grid and have one hue
-    on a grey ground: SimCLR learns what tells one image from another, and a free arrangement or a pair of hues, which colour
-    jitter turns together, would tell it without a look at the petals.
-    Returns uint8 (count, 3, side, side) and int64 (count,), as many of each class as can be. Drawn on the CPU in float64,
-    so that rounding to uint8 gives the same bytes on every machine.
+    Four blooms of one species an image, so that any crop still shows it, in a loose grid and of one hue on a grey ground: what
+    tells two images apart should be the petals (README). Returns uint8 (count, 3, side, side) and int64 (count,), as many of
+    each class as can be. Drawn on the CPU in float64, so that rounding gives the same bytes on every machine.
     """
     rng = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
@@ -346,8 +326,7 @@ def petals(count, side, seed):
 def read_image(path, side=None):
     """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named.
 
-    side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 of its size in much less time; that
-    is enough where it leaves twice that side, the rest is shrunk with care afterwards.
+    side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 much faster; twice the side has to be left.
     """
     try:
         with Image.open(path) as image:
@@ -502,8 +481,7 @@ def decode_picture(picture, side):
 def build_cache(path, pictures, side):
     """Decode the pictures into an .npy file, uint8 (n, 3, side, side), on all cores: Pillow lets other threads run meanwhile.
 
-    The images are appended to PATH.part, renamed when it is whole, so that a run goes on where a killed one was. Raises
-    ValueError for a broken picture, OSError for a full disk.
+    They are appended to PATH.part, renamed when it is whole: a run goes on where a killed one was. Raises ValueError, OSError.
     """
     part, n, size = Path(f"{path}.part"), len(pictures), 3 * side * side
     part.touch()
@@ -540,7 +518,7 @@ def one_at_a_time(lock):
 
 
 def map_images(path):
-    """The array in an .npy file, mapped read-only: its pages are no memory of the process's own, and are let go when others need it."""
+    """The array in an .npy file, mapped read-only: its pages are no memory of the process's own, and given up where others need it."""
     array = np.load(path, mmap_mode="r")
     if array.nbytes > 0.5 * memory("cpu"):
         array.base.madvise(mmap.MADV_RANDOM)  # else megabytes around each image are read and soon dropped again
@@ -551,7 +529,7 @@ def map_images(path):
 
 def decode(args, splits):
     """Path of the cached images uint8 (n, 3, S, S) of these splits, one after the other; labels int64 (n,) or (n, 20); the
-    splits' sizes; the classes. Where there is no cache yet, one run makes it, while others wait."""
+    splits' sizes; the classes. Where there is no cache yet, one run makes it while others wait."""
     name, root, side = Path(args.data).resolve().name, Path(args.root), store_side(args.image_size)
     try:
         (root / "cache").mkdir(parents=True, exist_ok=True)
@@ -592,8 +570,7 @@ def fit_on(device, images):
 def load_data(args, split):
     """A Store of one split: unlabeled, train, val, trainval or test.
 
-    Where the data has no such split, val is a seeded, stratified fifth of train, trainval the two together and unlabeled
-    the same as trainval. Labels of `unlabeled` are there but mean nothing to a pretext task.
+    Without a val of the data's own, it is a seeded, stratified fifth of train; without unlabeled, it is trainval.
     """
     name, device = args.data, torch.device(args.device)
     if name not in KNOWN_DATA and not Path(name).is_dir():
@@ -640,10 +617,7 @@ PROBE_IMAGES = 50_000, 10_000  # at most, of train and of val
 
 
 def load_probe(args):
-    """train and val for a probe on held-out labels; None where the data has no labels to probe with, or several an image.
-
-    Of huge data a random part: the probe is watched, not reported, and takes time and memory with memory x query.
-    """
+    """train and val for a probe on held-out labels, of huge data a random part; None without labels, or with several an image."""
     if args.data not in KNOWN_DATA and not (Path(args.data) / "train").is_dir():
         return None
     probe = load_data(args, "train"), load_data(args, "val")
@@ -656,10 +630,8 @@ def load_probe(args):
 
 
 def labelled_subset(labels, seed, per_class=None, fraction=None):
-    """Indices of a seeded, stratified subset: per_class images of each class, or that fraction of it (at least one).
-
-    Images with several labels (n, C) belong to no one class: they are not stratified.
-    """
+    """Indices of a seeded subset: per_class images of each class, or that fraction of it (at least one). Images with several
+    labels (n, C) belong to no one class: they are not stratified."""
     rng = torch.Generator().manual_seed(seed)
     if labels.ndim == 2:
         if per_class is not None:
@@ -708,9 +680,8 @@ def load_held_out(args, data):
 def batches(store, batch_size, shuffle=True, whole_only=False):
     """Yields images uint8 (b, 3, S, S) and labels (b,) on the device: every image once, of each batch this process's share.
 
-    whole_only drops the rest that does not fill a batch (a pretext task wants as many negatives each step); otherwise
-    the images are spread evenly over the batches, because BatchNorm cannot work on a rest of one. Several processes get as
-    many images each: up to world() - 1, others every epoch, are left out.
+    whole_only drops a rest that does not fill a batch (a pretext task wants as many negatives each step); else the images are
+    spread evenly over the batches, because BatchNorm cannot work on a rest of one.
     """
     n = len(store)
     order = torch.randperm(n) if shuffle else torch.arange(n)
@@ -749,11 +720,10 @@ def feed(store, parts):
 # ----------------------------------------------------------------------------------------------- augmentations
 
 def resample(x, box, flip, size):
-    """Crop, resize and flip as one anti-aliased bilinear resampling.
+    """Crop, resize and flip as one anti-aliased bilinear resampling, equal to torchvision's resized_crop image by image.
 
-    x (B, 3, S, S) float; box (B, 4) top, left, height, width in whole pixels; flip (B,) bool -> (B, 3, size, size).
-    Equal to torchvision's resized_crop(antialias=True) image by image: a separable triangle filter, as wide as the
-    scale where that shrinks, cut off at the crop's edge. One matrix an axis and image makes it two batched products.
+    x (B, 3, S, S) float; box (B, 4) top, left, height, width in whole pixels; flip (B,) bool -> (B, 3, size, size). Separable:
+    a matrix an axis and image, each row a triangle as wide as the scale where that shrinks, cut off at the crop's edge.
     """
     def weights(start, length):  # (B,), (B,) -> (B, size, S)
         scale = (length / size)[:, None, None]
@@ -843,11 +813,8 @@ def crop_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), tries=10):
 
 
 def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0, solarise_p=0):
-    """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size).
-
-    Crop with flip, then colour jitter (brightness, contrast, saturation, hue; in an order drawn once a batch), grey, blur
-    (sigma 0.1 to 2 pixels, kernel a tenth of the side), solarise. Everything else is drawn for each image.
-    """
+    """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size). Crop with flip, colour jitter
+    (brightness, contrast, saturation, hue; in an order drawn once a batch), grey, blur (sigma 0.1 to 2 pixels), solarise."""
     count = len(x) * world()  # views are drawn for the whole batch, so that they do not depend on the number of processes
     uniform = lambda low, high: torch.empty(count).uniform_(low, high)
     view = dict(box=crop_boxes(count, x.shape[-1], crop), flip=torch.rand(count) < 0.5)
@@ -909,11 +876,9 @@ ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2,
 
 
 def build_backbone(arch, small_stem):
-    """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features).
-
-    small_stem, for images of 40 px and less: 3x3 convolution of stride 1 and no max-pool (SimCLR, appendix B.9).
-    resnet10 is for small machines: one block a stage, half the channels, and a stride of 2 in its small stem.
-    """
+    """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features). small_stem, for images of 40 px and less:
+    3x3 convolution of stride 1 and no max-pool (SimCLR, appendix B.9). resnet10 is for small machines: half the channels, and a
+    stride of 2 in its small stem."""
     block, layers = ARCHS[arch]
     model = ResNet(block, layers, width_per_group=128 if arch.startswith("wide") else 64)
     narrow = arch == "resnet10"
@@ -979,19 +944,19 @@ def frozen_statistics(model, second_order=False):
 
     second_order: leave out what has no second derivative, torch.compile and statistics over several processes.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    groups = [getattr(layer, "process_group", None) for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
-        if second_order and world() > 1:
-            layer.process_group = own_group()
+        if second_order:
+            layer.forward = partial(_BatchNorm.forward, layer)  # instead of SyncBatchNorm's
     try:
         compiled = "torch._dynamo" in sys.modules
         with torch.compiler.set_stance("force_eager") if second_order and compiled else contextlib.nullcontext():
             yield
     finally:
-        for layer, group in zip(layers, groups):
-            layer.track_running_stats, layer.process_group = True, group
+        for layer in layers:
+            layer.track_running_stats = True
+            layer.__dict__.pop("forward", None)
 
 
 def memory(device):
@@ -1085,10 +1050,7 @@ OPTIMIZERS = ("adamw", "lars", "sgd")
 
 
 def make_optimizer(name, modules, lr, weight_decay, scales=None):
-    """adamw, lars or sgd (momentum 0.9) over the modules' parameters; biases and BatchNorm are not decayed.
-
-    scales: what set_learning_rate multiplies the learning rate by, a number for each module (without: 1).
-    """
+    """adamw, lars or sgd (momentum 0.9); biases and BatchNorm are not decayed. scales: factors of the learning rate, one a module."""
     groups, scales = [], scales or [1.0] * len(modules)
     for scale in dict.fromkeys(scales):  # each value once
         params = [p for module, own in zip(modules, scales) if own == scale for p in module.parameters() if p.requires_grad]
@@ -1102,10 +1064,8 @@ def make_optimizer(name, modules, lr, weight_decay, scales=None):
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
-    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017, arXiv 1608.03983).
-
-    start: the share of the cosine that an earlier stage has gone through already.
-    """
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017, arXiv 1608.03983), of which
+    an earlier stage has gone through the share `start` already."""
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:
@@ -1117,16 +1077,15 @@ def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
 def chunked_backward(model, embed, loss, x, chunk):
     """Gradient caching (Gao et al. 2021, arXiv 2101.06983): loss(z).backward() for z = embed(x), in the memory of `chunk` images.
 
-    embed: images (b, ...) -> their embeddings (b, ...), by model; loss: all embeddings (B, ...) -> scalar. Embeds chunk by
-    chunk without a graph, takes the loss's gradient at the embeddings, embeds again and lets that gradient flow into the
-    parameters. Exact but for BatchNorm, which sees a chunk at a time. Returns the loss.
+    embed: images (b, ...) -> their embeddings (b, ...), by model; loss: all embeddings (B, ...) -> scalar. Exact but for
+    BatchNorm, which sees a chunk at a time. Returns the loss.
     """
     parts, before = x.split(chunk), torch.get_rng_state()
-    with torch.no_grad(), frozen_statistics(model):
+    with torch.no_grad(), frozen_statistics(model):  # first without a graph
         z = torch.cat([upcast(embed(part)) for part in parts]).requires_grad_()
     value = loss(z)
     gradient, = torch.autograd.grad(value, z)
-    torch.set_rng_state(before)  # the same views again
+    torch.set_rng_state(before)  # then once more, with the same views
     for part, slope in zip(parts, gradient.split(chunk)):
         upcast(embed(part)).backward(slope)
     return value
@@ -1156,12 +1115,11 @@ def is_finite(*modules):
 
 
 def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None, projector=None):
-    """Write one dict of plain types and tensors: backbone, head and projector are modules or state dicts, resume is what
-    --resume needs.
+    """Write one dict of plain types and tensors; backbone, head and projector are modules or state dicts.
 
-    The backbone's state dict is one that torchvision's own resnet of that name loads (its fc aside). head is what answers
-    the stage's question: a pretext task's head, or the classifier; projector, where a contrastive loss on labels stands
-    beside it, leads to that loss. Weights that are not finite are refused, so that the last good checkpoint stays.
+    backbone: torchvision's own resnet of that name loads it (its fc aside); head: of the pretext task, or the classifier;
+    projector: leads to a loss beside the head; resume: what --resume needs. Weights that are not finite are refused, so that
+    the last good checkpoint stays.
     """
     backbone, head, projector = (part.state_dict() if isinstance(part, nn.Module) else part
                                  for part in (backbone, head, projector))
@@ -1180,11 +1138,8 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
 
 
 def load_checkpoint(path):
-    """Read any script's checkpoint or a foreign one; checked, on the CPU, without running any code it may hold.
-
-    A foreign file (torchvision, timm, MoCo, solo-learn, lightly, VISSL, ...) is searched for a backbone: whatever stands
-    in front of "conv1.weight" is the prefix. Returns our dict; what a foreign file does not tell is None.
-    """
+    """Read any script's checkpoint or a foreign one (whatever stands in front of "conv1.weight" is the prefix); checked, on the
+    CPU, without running any code it may hold. Returns our dict; what a foreign file does not tell is None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats: what matters is checked below
@@ -1196,19 +1151,16 @@ def load_checkpoint(path):
         fail(f"cannot read {path}: {reason} ({type(error).__name__})")
     ours = isinstance(content, dict) and {"method", "arch", "image_size", "backbone", "config"} <= content.keys()
     for state in tensor_dicts(content["backbone"] if ours else content):
-        # children of a Sequential instead of names, as in lightly's examples: 0 conv1, 1 bn1, (2 relu, 3 maxpool,) 4 layer1, ...
         if found := next(filter(None, (re.fullmatch(r"(.*\.|)4\.0\.conv1\.weight", key) for key in state)), None):
-            prefix = found[1]
-            names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-            split = {key: key[len(prefix):].split(".", 1) for key in state if key.startswith(prefix)}
-            state = {f"{names[first]}.{rest[0]}": state[key] for key, (first, *rest) in split.items() if first in names and rest}
+            names = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()  # a Sequential numbers them, as in lightly's files
+            state = {re.sub(r"^[0-7]\b", lambda child: names[int(child[0])], key[found.end(1):]): value
+                     for key, value in state.items() if key.startswith(found[1])}
         prefixes = [key[:-len("layer1.0.conv1.weight")] for key in state if key.endswith("layer1.0.conv1.weight")]
         prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in state), None)
         if prefix is not None:  # of a query and a key encoder, the first is the trained one
             backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
-            method = f"foreign, under {prefix}" if prefix else "foreign"
-            nothing = dict(arch=None, image_size=None, head=None, projector=None, classes=None, config={}, resume=None)
-            return {**nothing, "method": method, **(content if ours else {}), "backbone": backbone}
+            nothing = dict.fromkeys(("arch", "image_size", "head", "projector", "classes", "resume"))
+            return {**nothing, "config": {}, "method": "foreign", **(content if ours else {}), "backbone": backbone}
     fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
 
 
@@ -1285,10 +1237,8 @@ def plot_curves(axes, history, names, x="epoch"):
 
 
 def plot_features(axes, x, y, title):
-    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most.
-
-    y (n, C): an image's first class stands for all of its.
-    """
+    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most. Of several labels,
+    y (n, C), the first stands for all."""
     y = y if y.ndim == 1 else (y == 1).int().argmax(1)
     if not x.isfinite().all():  # of a run that diverged just short of infinity
         return
