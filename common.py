@@ -202,7 +202,7 @@ def place(module, device):
 
 
 def share(rows):
-    """This process's rows (n // world) of a batch (n, ...) that all know: every world-th; a rest that does not go round is left."""
+    """This process's rows (n // world) of a batch (n, ...) that all know: every world-th; an uneven rest is left out."""
     return rows[:len(rows) - len(rows) % world()][rank()::world()]
 
 
@@ -215,7 +215,7 @@ def all_sum(x):
 
 
 class AllSum(torch.autograd.Function):
-    """all_sum() with a graph, for losses that reach over processes: its derivative is the sum of their gradients, of any order."""
+    """all_sum() with a graph, for losses that reach over processes: its derivative is the sum of all gradients, of any order."""
 
     @staticmethod
     def forward(ctx, x):
@@ -341,7 +341,9 @@ def read_image(path, side=None):
         raise ValueError(f"broken image file {path}: {error}") from None
 
 
-sets, PATHS = torchvision.datasets, dict(download=True, loader=str)  # loader=str: its data sets give paths for images
+sets, OXFORD = torchvision.datasets, "https://www.robots.ox.ac.uk/~vgg/data"
+CUB200 = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+SUN397 = "https://vision.princeton.edu/projects/2010/SUN"
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
                "sheep sofa train tvmonitor").split()
 
@@ -352,22 +354,15 @@ def listed(dataset):
     return paths, labels, [name if isinstance(name, str) else ", ".join(name) for name in dataset.classes]
 
 
-def any_copy(published, *needed):
-    """torchvision's class without its checksum test: the data set counts as present where the `needed` paths are."""
-    there = lambda self: all((Path(self.root) / path).exists() for path in needed)
-    meta = dict(getattr(published, "meta", {}), md5=None)
-    return type(published.__name__, (published,), dict(_check_integrity=there, meta=meta))
-
-
-def read_flowers(root, split):
-    needed = [f"flowers-102/{file}" for file in ("jpg", "imagelabels.mat", "setid.mat")]
-    return listed(any_copy(sets.Flowers102, *needed)(root, split, **PATHS))
+def plain(published, **how):
+    """The reader of a data set of torchvision's that has the splits and gives, with loader=str, paths for images."""
+    return lambda root, split: listed(published(root, split, loader=str, **how))
 
 
 def read_cub200(root, split):
-    folder, archive = root / "CUB_200_2011", "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+    folder = root / "CUB_200_2011"
     if not folder.exists():
-        sets.utils.download_and_extract_archive(archive, root, md5="97eceeb196236b17998738112f37df78")
+        sets.utils.download_and_extract_archive(CUB200, root, md5="97eceeb196236b17998738112f37df78")
     files, labels, training, classes = (  # a line: a number and what it stands for
         dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
         for name in ("images", "image_class_labels", "train_test_split", "classes"))
@@ -377,10 +372,10 @@ def read_cub200(root, split):
 
 def read_sun397(root, split):
     """The first of the official partitions, 50 + 50 images a class; torchvision has none."""
-    paths, labels, classes = listed(sets.SUN397(root, **PATHS))
-    folder, label, page = root / "SUN397", dict(zip(paths, labels)), "https://vision.princeton.edu/projects/2010/SUN/download"
+    paths, labels, classes = listed(sets.SUN397(root, loader=str, download=True))
+    folder, label = root / "SUN397", dict(zip(paths, labels))
     if not (folder / "Testing_01.txt").exists():
-        sets.utils.download_and_extract_archive(f"{page}/Partitions.zip", folder)
+        sets.utils.download_and_extract_archive(f"{SUN397}/download/Partitions.zip", folder)
     lines = (folder / f"{split.title()}ing_01.txt").read_text().split()  # /a/abbey/sun_x.jpg
     return [f"{folder}{line}" for line in lines], [label[f"{folder}{line}"] for line in lines], classes
 
@@ -405,12 +400,12 @@ def read_caltech101(root, split):
 
 
 def read_cifar(published, root, split):
-    data = any_copy(published, published.base_folder)(root, split == "train", download=True)
+    data = published(root, split == "train", download=True)
     return data.data, data.targets, data.classes
 
 
 def read_stl10(root, split):
-    data = any_copy(sets.STL10, "stl10_binary")(root, split, download=True)
+    data = sets.STL10(root, split, download=True)
     return data.data.transpose(0, 2, 3, 1), data.labels, data.classes
 
 
@@ -419,35 +414,29 @@ def read_pets(root, split):
     return data._images, data._labels, data.classes
 
 
-# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; what to unpack there
+# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; what is unpacked there
 DATASETS = {
-    "flowers": (read_flowers, "train val test", "flowers-102",
-                "102flowers.tgz (as jpg/), imagelabels.mat, setid.mat of https://www.robots.ox.ac.uk/~vgg/data/flowers/102"),
-    "food": (lambda root, split: listed(sets.Food101(root, split, **PATHS)), "train test", "food-101",
-             "food-101.tar.gz of https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
-    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py",
-                "cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python",
-                 "cifar-100-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cub200": (read_cub200, "train test", "CUB_200_2011", "CUB_200_2011.tgz of https://data.caltech.edu/records/65de6-vp158"),
-    "sun397": (read_sun397, "train test", "SUN397",
-               "SUN397.tar.gz and Partitions.zip of https://vision.princeton.edu/projects/2010/SUN"),
-    "cars": (lambda root, split: listed(sets.StanfordCars(root, split, loader=str)), "train test", "stanford_cars",
-             "cars_train/, cars_test/, devkit/, cars_test_annos_withlabels.mat (https://github.com/pytorch/vision/issues/7545)"),
-    "aircrafts": (lambda root, split: listed(sets.FGVCAircraft(root, split, "variant", **PATHS)), "train val test",
-                  "fgvc-aircraft-2013b", "fgvc-aircraft-2013b.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft"),
+    "flowers": (plain(sets.Flowers102, download=True), "train val test", "flowers-102",
+                f"102flowers.tgz (the folder jpg), imagelabels.mat and setid.mat of {OXFORD}/flowers/102"),
+    "food": (plain(sets.Food101, download=True), "train test", "food-101", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py", sets.CIFAR10.url),
+    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python", sets.CIFAR100.url),
+    "cub200": (read_cub200, "train test", "CUB_200_2011", CUB200),
+    "sun397": (read_sun397, "train test", "SUN397", f"SUN397.tar.gz of {SUN397} and {SUN397}/download/Partitions.zip"),
+    "cars": (plain(sets.StanfordCars), "train test", "stanford_cars",
+             "cars_train, cars_test, devkit, cars_test_annos_withlabels.mat of https://github.com/pytorch/vision/issues/7545"),
+    "aircrafts": (plain(sets.FGVCAircraft, annotation_level="variant", download=True), "train val test", "fgvc-aircraft-2013b",
+                  f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),
     "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007",
               "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
-    "dtd": (lambda root, split: listed(sets.DTD(root, split, partition=1, **PATHS)), "train val test", "dtd/dtd",
-            "dtd-r1.0.1.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/dtd"),
-    "pets": (read_pets, "train test", "oxford-iiit-pet",
-             "images.tar.gz and annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets"),
+    "dtd": (plain(sets.DTD, partition=1, download=True), "train val test", "dtd/dtd", f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz"),
+    "pets": (read_pets, "train test", "oxford-iiit-pet", f"images.tar.gz and annotations.tar.gz of {OXFORD}/pets/data"),
     "caltech101": (read_caltech101, "train test", "caltech101",
-                   "101_ObjectCategories.tar.gz, in the caltech-101.zip of https://data.caltech.edu/records/mzrjq-6wc02"),
-    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", "*.bin, class_names.txt in stl10_binary.tar.gz of https://cs.stanford.edu/~acoates/stl10"),
-    "imagenet": (lambda root, split: listed(sets.ImageNet(root / "imagenet", "val" if split == "test" else split, loader=str)),
-                 "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, "
-                 "left packed, of https://image-net.org/download-images"),
+                   "101_ObjectCategories.tar.gz in https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"),
+    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", f"{sets.STL10.url} (*.bin and class_names.txt)"),
+    "imagenet": (lambda root, split: plain(sets.ImageNet)(root / "imagenet", "val" if split == "test" else split), "train test",
+                 "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, left packed, of "
+                 "https://image-net.org/download-images"),
 }
 KNOWN_DATA = ("petals", *DATASETS)
 
@@ -466,16 +455,10 @@ def open_dataset(name, root, split):
     try:
         return read(Path(root), split)
     except Exception as error:  # whatever the network or the files did, the way out is the same
-        fail(f"{name} is not whole and cannot be downloaded ({type(error).__name__}: {error}): unpack as {root}/{folder} {contents}")
+        fail(f"{name} is not whole and cannot be downloaded ({error}): unpack as {root}/{folder} {contents}")
 
 
 DECODE_CHUNK = 256  # images that are held decoded until they are written
-
-
-def decode_picture(picture, side):
-    """A path, or uint8 (H, W, 3), as the bytes of uint8 (3, side, side): short side resized, the centre cut out."""
-    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else read_image(picture, side)
-    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1).tobytes()
 
 
 def build_cache(path, pictures, side):
@@ -483,6 +466,10 @@ def build_cache(path, pictures, side):
 
     They are appended to PATH.part, renamed when it is whole: a run goes on where a killed one was. Raises ValueError, OSError.
     """
+    def decoded(picture):  # short side resized, the centre cut out
+        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else read_image(picture, side)
+        return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1).tobytes()
+
     part, n, size = Path(f"{path}.part"), len(pictures), 3 * side * side
     part.touch()
     with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -492,11 +479,12 @@ def build_cache(path, pictures, side):
         file.seek(header + first * size)
         started = shown = time.perf_counter()
         for i in range(first, n, DECODE_CHUNK):
-            file.writelines(pool.map(partial(decode_picture, side=side), pictures[i:i + DECODE_CHUNK]))
+            file.writelines(pool.map(decoded, pictures[i:i + DECODE_CHUNK]))
             now, ready = time.perf_counter(), min(i + DECODE_CHUNK, n)
             if now - shown > 5 or ready == n:
                 shown, speed = now, (ready - first) / (now - started)
-                print(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {timedelta(seconds=int((n - ready) / speed))}", flush=True)
+                left = timedelta(seconds=int((n - ready) / speed))
+                print(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {left}", flush=True)
     os.replace(part, path)
 
 
@@ -509,7 +497,7 @@ def one_at_a_time(lock):
         except BlockingIOError:
             print("another run is getting these images ready: waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: runs that start together write the same bytes
+        except OSError:  # a file system without locks: let the first run get ready alone
             pass
         try:
             yield
@@ -518,7 +506,7 @@ def one_at_a_time(lock):
 
 
 def map_images(path):
-    """The array in an .npy file, mapped read-only: its pages are no memory of the process's own, and given up where others need it."""
+    """The array in an .npy file, mapped read-only: its pages are given up where memory is needed."""
     array = np.load(path, mmap_mode="r")
     if array.nbytes > 0.5 * memory("cpu"):
         array.base.madvise(mmap.MADV_RANDOM)  # else megabytes around each image are read and soon dropped again
@@ -602,7 +590,7 @@ def check_classes(args, classes, expected, split):
     """Labels are positions in the list of classes: a split that lacks a class would shift them."""
     if classes != expected:
         odd = sorted(set(classes) ^ set(expected))
-        fail(f"{args.data}: {split} does not have the classes of the other splits: {', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}")
+        fail(f"{args.data}: {split} does not have the classes of the other splits: {', '.join(odd[:4])}, ...")
 
 
 def load_unlabeled(args, flag="batch_size"):
@@ -917,8 +905,8 @@ def load_backbone(ckpt, args, say):
     found, small_stem = shapes(ckpt["backbone"]), ckpt["backbone"]["conv1.weight"].shape[-1:] == (3,)
     if args.arch is None:
         with torch.device("meta"):  # shapes without memory
-            difference = {arch: len(shapes(build_backbone(arch, small_stem).state_dict()).items() ^ found.items()) for arch in ARCHS}
-        args.arch = ckpt["arch"] or min(difference, key=difference.get)
+            difference = lambda arch: len(shapes(build_backbone(arch, small_stem).state_dict()).items() ^ found.items())
+            args.arch = ckpt["arch"] or min(ARCHS, key=difference)
     backbone = build_backbone(args.arch, small_stem)
     needed = shapes(backbone.state_dict())
     for key, shape in needed.items():
@@ -1041,8 +1029,9 @@ class LARS(torch.optim.Optimizer):
                 if group["adapt"]:
                     size, slope = w.norm(), w.grad.norm()
                     g *= torch.where((size > 0) & (slope > 0), group["eta"] * size / (slope + decay * size), 1.0)
-                v = self.state[w].setdefault("momentum", torch.zeros_like(w))
-                v.mul_(group["momentum"]).add_(g)
+                if "momentum" not in self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+                v = self.state[w]["momentum"].mul_(group["momentum"]).add_(g)
                 w.sub_(v, alpha=group["lr"])
 
 
@@ -1050,7 +1039,7 @@ OPTIMIZERS = ("adamw", "lars", "sgd")
 
 
 def make_optimizer(name, modules, lr, weight_decay, scales=None):
-    """adamw, lars or sgd (momentum 0.9); biases and BatchNorm are not decayed. scales: factors of the learning rate, one a module."""
+    """adamw, lars or sgd; biases and BatchNorm are not decayed. scales: factors of the learning rate, one a module."""
     groups, scales = [], scales or [1.0] * len(modules)
     for scale in dict.fromkeys(scales):  # each value once
         params = [p for module, own in zip(modules, scales) if own == scale for p in module.parameters() if p.requires_grad]
@@ -1152,7 +1141,7 @@ def load_checkpoint(path):
     ours = isinstance(content, dict) and {"method", "arch", "image_size", "backbone", "config"} <= content.keys()
     for state in tensor_dicts(content["backbone"] if ours else content):
         if found := next(filter(None, (re.fullmatch(r"(.*\.|)4\.0\.conv1\.weight", key) for key in state)), None):
-            names = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()  # a Sequential numbers them, as in lightly's files
+            names = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()  # numbered by lightly
             state = {re.sub(r"^[0-7]\b", lambda child: names[int(child[0])], key[found.end(1):]): value
                      for key, value in state.items() if key.startswith(found[1])}
         prefixes = [key[:-len("layer1.0.conv1.weight")] for key in state if key.endswith("layer1.0.conv1.weight")]
@@ -1160,7 +1149,8 @@ def load_checkpoint(path):
         if prefix is not None:  # of a query and a key encoder, the first is the trained one
             backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
             nothing = dict.fromkeys(("arch", "image_size", "head", "projector", "classes", "resume"))
-            return {**nothing, "config": {}, "method": "foreign", **(content if ours else {}), "backbone": backbone}
+            method = f"foreign, under {prefix}" if prefix else "foreign"
+            return {**nothing, "config": {}, "method": method, **(content if ours else {}), "backbone": backbone}
     fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
 
 
@@ -1218,10 +1208,9 @@ class Log:
         self.write(self.history)
 
     def write(self, lines):
-        if rank():
-            return
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_whole(f"{self.args.out}.jsonl", lambda file: file.write(text.encode()))
+        if rank() == 0:
+            write_whole(f"{self.args.out}.jsonl", lambda file: file.write(text.encode()))
 
 
 def plot_curves(axes, history, names, x="epoch"):

@@ -386,7 +386,7 @@ FLOWER_LABELS = [1, 102, 5, 5, 1, 102, 5]  # of images 1, 2, ..., counted from 1
 
 
 @pytest.fixture
-def flowers(tmp_path, monkeypatch):
+def flowers(tmp_path, any_copy):
     """A root with a tiny copy of the original's files; image i is grey of value 30 i."""
     folder = tmp_path / "root" / "flowers-102"
     (folder / "jpg").mkdir(parents=True)

@@ -28,6 +28,7 @@ import finetune
 import simclr
 from conftest import write_folder
 
+pytestmark = pytest.mark.usefixtures("any_copy")
 COLOURS = [(230, 40, 40), (40, 200, 60), (60, 60, 230), (220, 200, 40), (200, 60, 200)]  # of class 0, 1, ...
 USUAL = ["--device", "cpu", "--precision", "float32", "--image-size", "16", "--arch", "resnet10"]
 SMALL = [*USUAL, "--epochs", "1", "--batch-size", "8"]
@@ -308,7 +309,7 @@ def test_absent_files_without_a_network_are_one_line_with_page_and_folder(no_net
 
 
 @pytest.mark.parametrize("name, file, named", [
-    ("sun397", "SUN397/Training_01.txt", "Training_01.txt"), ("cifar10", "cifar-10-batches-py/data_batch_3", "data_batch_3"),
+    ("sun397", "SUN397/Training_01.txt", "Training_01.txt"), ("cifar10", "cifar-10-batches-py/data_batch_3", "cifar-10-python.tar.gz"),
     ("voc07", "VOCdevkit/VOC2007/Annotations/000003.xml", "000003.xml"), ("stl10", "stl10_binary/class_names.txt", "class_names"),
     ("dtd", "dtd/dtd/images/banded/banded_train2.jpg", "banded_train2"),
     ("pets", "oxford-iiit-pet/images/Abyssinian_trainval0.jpg", "trainval0")])
