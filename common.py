@@ -122,12 +122,13 @@ class Parser(argparse.ArgumentParser):
             config = load_checkpoint(args.ckpt)["config"]
             if self.finishes_budget and Path(config.get("data", "")) == Path(args.data):
                 defaults.update(config.get("rest", {}))
-        if getattr(args, "fraction", None) is not None:
-            if args.labels_per_class is not None:
-                self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
-            defaults["labels_per_class"] = None
+        given = [name for name in ("labels_per_class", "fraction") if getattr(args, name, None) is not None]
+        if len(given) == 2:
+            self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
+        if given:  # what was asked for, and not the other one by default
+            defaults.update(labels_per_class=None, fraction=None)
         for name, value in defaults.items():
-            if getattr(args, name) is None:
+            if getattr(args, name, value) is None:  # what a script has no flag for is left out
                 setattr(args, name, value)
         try:
             args.device = str(torch.empty(0, device=join_processes(args.device)).device)
@@ -528,8 +529,8 @@ def decode(args, splits):
                 check_classes(args, part[2], classes, split)
                 if not len(part[1]):
                     fail(f"{args.data} has no images for {split}")
-            in_files = not isinstance(pictures[0], np.ndarray)
-            files = pictures if in_files else sorted((root / DATASETS[args.data][2]).rglob("*"))
+            decoded = isinstance(pictures[0], np.ndarray)
+            files = sorted((root / DATASETS[args.data][2]).rglob("*")) if decoded else pictures
             key = hashlib.sha256()  # another source or another side is another file
             for file in files:
                 stat = os.stat(file)
@@ -567,10 +568,8 @@ def load_data(args, split):
            [part.name for part in Path(name).iterdir()])
     if split == "unlabeled" and "unlabeled" not in own:
         split = "trainval"
-    if split in ("train", "val", "trainval"):  # rows of one array: no image is in two
-        splits = ["train", "val"] if "val" in own else ["train"]
-    else:
-        splits = [split]
+    # train, val and trainval are rows of one array: no image is in two
+    splits = [split] if split in ("unlabeled", "test") else ["train", "val"] if "val" in own else ["train"]
     if name == "petals":
         drawn = [petals(PETAL_SPLITS[part], store_side(args.image_size), seed=1 + own.index(part)) for part in splits]
         images, labels = map(torch.cat, zip(*drawn))
@@ -643,11 +642,11 @@ def few_labels(args):
 def load_labelled(args, seed, hold_out=False):
     """The labelled images to train on: with --labels-per-class or --fraction a subset of train drawn by the seed, else all of
     train and val. hold_out keeps val out, for a search that is judged on it."""
-    few, per_class = few_labels(args), args.labels_per_class if args.fraction is None else None
+    few = few_labels(args)
     store = load_data(args, "train" if few or hold_out else "trainval")
     if len(store.classes) < 2:
         fail(f"{args.data} has only one class, {store.classes[0]}: there is nothing to tell apart")
-    return store.subset(labelled_subset(store.labels, seed, per_class, args.fraction)) if few else store
+    return store.subset(labelled_subset(store.labels, seed, args.labels_per_class, args.fraction)) if few else store
 
 
 def need_one_label(args, data):
