@@ -9,7 +9,6 @@ a process computes on its share becomes the whole batch's by gather() (rows) and
 """
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -39,6 +38,11 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+try:
+    import fcntl
+except ImportError:  # Windows has no file locks
+    fcntl = None
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
@@ -494,7 +498,7 @@ def one_at_a_time(lock):
     """Runs that start together wait for each other here. The kernel lets go of a killed run's lock."""
     with open(lock, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print("another run is getting these images ready: waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -509,7 +513,7 @@ def one_at_a_time(lock):
 def map_images(path):
     """The array in an .npy file, mapped read-only: its pages are given up where memory is needed."""
     array = np.load(path, mmap_mode="r")
-    if array.nbytes > 0.5 * memory("cpu"):
+    if array.nbytes > 0.5 * memory("cpu") and hasattr(mmap, "MADV_RANDOM"):
         array.base.madvise(mmap.MADV_RANDOM)  # else megabytes around each image are read and soon dropped again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
@@ -950,7 +954,7 @@ def memory(device):
     """Bytes that are free on a GPU; for a CPU, all that the machine has."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
 
 def autocast(device, precision):
