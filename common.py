@@ -1,18 +1,8 @@
-"""What every stage shares and no paper is about: command line, data, augmentations, backbone, optimisers, checkpoints.
+"""What every stage shares and no paper is about: command line, processes, data, views, backbone, optimisers, checkpoints, logs.
 
-Sections, in this order:
-    command line      Parser, fail, resumable
-    several devices   join_processes, share, gather, average_gradients
-    data              Store, petals, DATASETS, decode, load_data, labelled_subset, batches
-    augmentations     augment, test_crop and the batched operations under them
-    backbone          build_backbone, start_backbone, task_loss, features, knn_accuracy
-    optimisation      LARS, make_optimizer, set_learning_rate
-    checkpoints       save_checkpoint, load_checkpoint, resume_checkpoint
-    logs and figures  Log, plot_curves, plot_features, show_images
-
-Images travel as uint8 (B, 3, S, S), S being 1.15 to 1.35 times the training side; augment() turns them into normalised
-floats (B, 3, size, size). Random numbers that decide what a view looks like are drawn on the CPU, so that no step waits for
-the device to learn how many images an operation is for; each epoch seeds them anew, so that a resumed run repeats them.
+Images travel as uint8 (B, 3, S, S), S being a quarter more than the training side; augment() turns them into normalised
+floats (B, 3, size, size). What a view looks like is drawn on the CPU, so that no step waits for the device to learn how many
+images an operation is for; each epoch seeds the draws anew, so that a resumed run repeats them.
 
 Under torchrun every process holds the same weights and makes the same random draws; of each batch it takes its share. What
 a process computes on its share becomes the whole batch's by gather() (rows) and average_gradients().
@@ -23,19 +13,18 @@ import hashlib
 import json
 import math
 import mmap
-import multiprocessing
 import os
 import re
 import shlex
-import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
-import weakref
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -47,11 +36,12 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has no file locks
     fcntl = None
 
 matplotlib.use("Agg")
@@ -86,10 +76,8 @@ POSITIVE, NOT_NEGATIVE = number(float, 1e-12, 1e12), number(float, 0, 1e12)
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags that all scripts share, in one order. `petals` and `others` hold the defaults that depend on --data.
-
-    finishes_budget: a checkpoint with config["rest"] (COIN's) sets the defaults for the epochs that are left of its budget.
-    """
+    """The flags that all scripts share. `petals` and `others` hold the defaults that depend on --data; with finishes_budget, a
+    checkpoint's config["rest"] (COIN's) replaces them for the epochs that are left of its budget."""
 
     def __init__(self, script, doc, petals, others, finishes_budget=False):
         super().__init__(prog=script, description=doc, allow_abbrev=False,
@@ -102,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
         self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in petals:
-            self.option("--epochs", COUNT, "passes over the images" + ("; after coin.py: those it left" if finishes_budget else ""))
+            self.option("--epochs", COUNT, "passes over the images" + "; after coin.py: those it left" * finishes_budget)
         self.option("--batch-size", number(int, 4), "images a step; BatchNorm needs a few")
         self.option("--lr", POSITIVE, "peak learning rate")
         self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")
@@ -132,19 +120,19 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         defaults = dict(self.petals if args.data == "petals" else self.others)
         if args.ckpt:  # it tells its architecture and image size, and, where it leaves a budget unfinished, how to go on
-            defaults = {name: value for name, value in defaults.items() if name not in ("arch", "image_size")}
+            if not getattr(args, "eval", False) and Path(args.ckpt).resolve() == Path(f"{args.out}.pt").resolve():
+                fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
+            defaults.update(arch=None, image_size=None)
             config = load_checkpoint(args.ckpt)["config"]
             if self.finishes_budget and Path(config.get("data", "")) == Path(args.data):
                 defaults.update(config.get("rest", {}))
-        if args.ckpt and not getattr(args, "eval", False) and Path(args.ckpt).resolve() == Path(f"{args.out}.pt").resolve():
-            fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
         given = [name for name in ("labels_per_class", "fraction") if getattr(args, name, None) is not None]
         if len(given) == 2:
             self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
         if given:  # what was asked for, and not the other one by default
-            defaults = {name: value for name, value in defaults.items() if name not in ("labels_per_class", "fraction")}
+            defaults.update(labels_per_class=None, fraction=None)
         for name, value in defaults.items():
-            if getattr(args, name, value) is None:
+            if getattr(args, name, value) is None:  # what a script has no flag for is left out
                 setattr(args, name, value)
         try:
             args.device = str(torch.empty(0, device=join_processes(args.device)).device)
@@ -152,16 +140,13 @@ class Parser(argparse.ArgumentParser):
             fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
         for name in ("batch_size", "pretext_batch_size", "hessian_batch"):
             if (size := getattr(args, name, None) or 0) % world() or 0 < size < 2 * world():
-                fail(f"--{name.replace('_', '-')} {size} cannot be shared by {world()} processes: make it a multiple of {world()}, "
-                     f"two images each or more")
+                fail(f"--{name.replace('_', '-')} {size} cannot be shared by {world()} processes, each with two images or more")
         if args.precision is None:
             half = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
             args.precision = "bfloat16" if half else "float32"
         try:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            if rank() == 0:
-                write_whole(f"{args.out}.try", lambda file: None)
-                os.remove(f"{args.out}.try")
+            tempfile.TemporaryFile(dir=Path(args.out).parent).close()
         except OSError as error:
             fail(f"cannot write to --out {args.out}: {error.strerror}")
         return args
@@ -173,22 +158,21 @@ class Parser(argparse.ArgumentParser):
 @contextlib.contextmanager
 def resumable(script, args, argv):
     """Ctrl-C, or the loss of another process, ends with how to go on; running out of device memory ends as bad input does."""
-    command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+    stopped = f"stopped; {args.out}.pt holds the last finished epoch, if any. Go on with"
     try:
         yield
         if dist.is_torchelastic_launched():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        command = "the same torchrun command with --resume" if world() > 1 else command + " --resume" * (not args.resume)
-        print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. Go on with: {command}", file=sys.stderr)
+        command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv), "--resume"])
+        print(f"\n{stopped}: {command if world() == 1 else 'the same torchrun command and --resume'}", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
         fail(f"out of memory on {args.device}: lower --batch-size or --image-size ({str(error).split('.')[0]})")
     except RuntimeError as error:
         if world() == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
             raise
-        fail(f"another process of this run has stopped; {args.out}.pt holds the last finished epoch, if any. Go on with --resume, "
-             "with any number of processes")
+        fail(f"another process of this run has {stopped} --resume, with any number of processes")
 
 
 # ---------------------------------------------------------------------------------------------- several devices
@@ -208,8 +192,6 @@ def join_processes(device):
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         if torch.device(device).type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                fail(f"{device}: this machine has {torch.cuda.device_count()} GPUs, one process for each is the most")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
         if rank():
@@ -224,46 +206,9 @@ def place(module, device):
     return module.to(device)
 
 
-@cache
-def own_group():
-    """The process group of this process alone."""
-    return [dist.new_group([number]) for number in range(world())][rank()]
-
-
 def share(rows):
-    """This process's rows (n // world) of a batch (n, ...) that all know: every world-th; a rest that does not go round is left."""
+    """This process's rows (n // world) of a batch (n, ...) that all know: every world-th; an uneven rest is left out."""
     return rows[:len(rows) - len(rows) % world()][rank()::world()]
-
-
-class Gather(torch.autograd.Function):
-    """share() undone: the rows of all processes in the batch's order. Gradients, and theirs, go back to where a row came from."""
-
-    @staticmethod
-    def forward(ctx, own):
-        every = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(world())]
-        dist.all_gather(every, own.contiguous())
-        return torch.stack(every, 1).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumShare.apply(gradient)
-
-
-class SumShare(torch.autograd.Function):
-    """Sum over all processes, of which each keeps its share: what Gather's derivative is, and the other way round."""
-
-    @staticmethod
-    def forward(ctx, every):
-        return share(all_sum(every)).clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Gather.apply(gradient)
-
-
-def gather(own):
-    """Rows (b, ...) of each process -> those of the whole batch (b world, ...) on every process, with a graph."""
-    return Gather.apply(own) if world() > 1 else own
 
 
 def all_sum(x):
@@ -272,6 +217,26 @@ def all_sum(x):
         x = x.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
     return x
+
+
+class AllSum(torch.autograd.Function):
+    """all_sum() with a graph, for losses that reach over processes: its derivative is the sum of all gradients, of any order."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_sum(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return AllSum.apply(gradient)
+
+
+def gather(own):
+    """share() undone: rows (b, ...) of each process -> those of the whole batch (b world, ...) on every one, with a graph."""
+    if world() == 1:
+        return own
+    rows = [own if number == rank() else torch.zeros_like(own) for number in range(world())]
+    return AllSum.apply(torch.stack(rows, 1).flatten(0, 1))
 
 
 def average(tensors):
@@ -285,19 +250,17 @@ def average(tensors):
 @torch.no_grad()
 def average_gradients(module):
     """After backward(): losses are means over a process's share, so the mean of the gradients is the whole batch's."""
-    if world() > 1:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        for gradient, mean in zip(gradients, average(gradients)):
-            gradient.copy_(mean)
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    for gradient, mean in zip(gradients, average(gradients)):
+        gradient.copy_(mean)
 
 
 @torch.no_grad()
 def average_statistics(module):
     """BatchNorm's running statistics, which on CPUs are those of a process's own images, become the same everywhere."""
-    if world() > 1:
-        statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-        for statistic, mean in zip(statistics, average(statistics)):
-            statistic.copy_(mean)
+    statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    for statistic, mean in zip(statistics, average(statistics)):
+        statistic.copy_(mean)
 
 
 # --------------------------------------------------------------------------------------------------------- data
@@ -326,14 +289,13 @@ PETAL_COUNTS, PETAL_FORMS = (3, 4, 5, 6, 8), ("round", "pointed")
 PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}
 
 
+@cache
 def petals(count, side, seed):
     """Procedural blossoms: class = petal count x petal form; hue, size, tilts, places and background vary freely.
 
-    Four blooms of one species an image, so that any crop still shows the species. They stand in a loose grid and have one hue
-    on a grey ground: SimCLR learns what tells one image from another, and a free arrangement or a pair of hues, which colour
-    jitter turns together, would tell it without a look at the petals.
-    Returns uint8 (count, 3, side, side) and int64 (count,), as many of each class as can be. Drawn on the CPU in float64,
-    so that rounding to uint8 gives the same bytes on every machine.
+    Four blooms of one species an image, so that any crop still shows it, in a loose grid and of one hue on a grey ground: what
+    tells two images apart should be the petals (README). Returns uint8 (count, 3, side, side) and int64 (count,), as many of
+    each class as can be. Drawn on the CPU in float64, so that rounding gives the same bytes on every machine.
     """
     rng = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
@@ -369,8 +331,7 @@ def petals(count, side, seed):
 def read_image(path, side=None):
     """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named.
 
-    side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 of its size in much less time; that
-    is enough where it leaves twice that side, the rest is shrunk with care afterwards.
+    side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 much faster; twice the side has to be left.
     """
     try:
         with Image.open(path) as image:
@@ -385,28 +346,28 @@ def read_image(path, side=None):
         raise ValueError(f"broken image file {path}: {error}") from None
 
 
-sets, PATHS = torchvision.datasets, dict(download=True, loader=str)  # loader=str: its data sets give paths for images
+sets, OXFORD = torchvision.datasets, "https://www.robots.ox.ac.uk/~vgg/data"
+CUB200 = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+SUN397 = "https://vision.princeton.edu/projects/2010/SUN"
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
                "sheep sofa train tvmonitor").split()
 
 
 def listed(dataset):
     """(paths, labels, classes) of a data set that gives paths. ImageNet's classes have several names each."""
-    pairs, names = [dataset[i] for i in range(len(dataset))], [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
-    return [path for path, _ in pairs], [label for _, label in pairs], names
+    paths, labels = zip(*(dataset[i] for i in range(len(dataset))))
+    return paths, labels, [name if isinstance(name, str) else ", ".join(name) for name in dataset.classes]
 
 
-def any_copy(published, *needed):
-    """torchvision's class without its checksum test: the data set counts as present where the `needed` paths are."""
-    there = lambda self: all((Path(self.root) / path).exists() for path in needed)
-    meta = dict(getattr(published, "meta", {}), md5=None)
-    return type(published.__name__, (published,), dict(_check_integrity=there, meta=meta))
+def plain(published, **how):
+    """The reader of a data set of torchvision's that has the splits and gives, with loader=str, paths for images."""
+    return lambda root, split: listed(published(root, split, loader=str, **how))
 
 
 def read_cub200(root, split):
-    folder, page = root / "CUB_200_2011", "https://data.caltech.edu/records/65de6-vp158/files"
+    folder = root / "CUB_200_2011"
     if not folder.exists():
-        sets.utils.download_and_extract_archive(f"{page}/CUB_200_2011.tgz", root, md5="97eceeb196236b17998738112f37df78")
+        sets.utils.download_and_extract_archive(CUB200, root, md5="97eceeb196236b17998738112f37df78")
     files, labels, training, classes = (  # a line: a number and what it stands for
         dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
         for name in ("images", "image_class_labels", "train_test_split", "classes"))
@@ -416,11 +377,11 @@ def read_cub200(root, split):
 
 def read_sun397(root, split):
     """The first of the official partitions, 50 + 50 images a class; torchvision has none."""
-    paths, labels, classes = listed(sets.SUN397(root, **PATHS))
-    folder, label, page = root / "SUN397", dict(zip(paths, labels)), "https://vision.princeton.edu/projects/2010/SUN/download"
+    paths, labels, classes = listed(sets.SUN397(root, loader=str, download=True))
+    folder, label = root / "SUN397", dict(zip(paths, labels))
     if not (folder / "Testing_01.txt").exists():
-        sets.utils.download_and_extract_archive(f"{page}/Partitions.zip", folder)
-    lines = (folder / ("Training_01.txt" if split == "train" else "Testing_01.txt")).read_text().split()  # /a/abbey/sun_x.jpg
+        sets.utils.download_and_extract_archive(f"{SUN397}/download/Partitions.zip", folder)
+    lines = (folder / f"{split.title()}ing_01.txt").read_text().split()  # /a/abbey/sun_x.jpg
     return [f"{folder}{line}" for line in lines], [label[f"{folder}{line}"] for line in lines], classes
 
 
@@ -444,12 +405,12 @@ def read_caltech101(root, split):
 
 
 def read_cifar(published, root, split):
-    data = any_copy(published, published.base_folder)(root, split == "train", download=True)
+    data = published(root, split == "train", download=True)
     return data.data, data.targets, data.classes
 
 
 def read_stl10(root, split):
-    data = any_copy(sets.STL10, "stl10_binary")(root, split, download=True)
+    data = sets.STL10(root, split, download=True)
     return data.data.transpose(0, 2, 3, 1), data.labels, data.classes
 
 
@@ -458,40 +419,29 @@ def read_pets(root, split):
     return data._images, data._labels, data.classes
 
 
-OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
-# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; contents, from where
+# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; what is unpacked there
 DATASETS = {
-    "flowers": (lambda root, split: listed(any_copy(sets.Flowers102, *(f"flowers-102/{file}" for file in (
-                    "jpg", "imagelabels.mat", "setid.mat")))(root, split, **PATHS)), "train val test", "flowers-102",
-                f"jpg/ (unpacked from 102flowers.tgz), imagelabels.mat and setid.mat from {OXFORD}/flowers/102"),
-    "food": (lambda root, split: listed(sets.Food101(root, split, **PATHS)), "train test", "food-101",
-             "images/ and meta/ (food-101.tar.gz) from https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101"),
-    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py", "data_batch_1 to data_batch_5, "
-                "test_batch, batches.meta (cifar-10-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python", "train, test and meta "
-                 "(cifar-100-python.tar.gz) from https://www.cs.toronto.edu/~kriz/cifar.html"),
-    "cub200": (read_cub200, "train test", "CUB_200_2011", "images/, images.txt, image_class_labels.txt, train_test_split.txt and "
-               "classes.txt (CUB_200_2011.tgz) from https://data.caltech.edu/records/65de6-vp158"),
-    "sun397": (read_sun397, "train test", "SUN397", "a/ to z/, ClassName.txt (SUN397.tar.gz), Training_01.txt and Testing_01.txt "
-               "(Partitions.zip) from https://vision.princeton.edu/projects/2010/SUN"),
-    "cars": (lambda root, split: listed(sets.StanfordCars(root, split, loader=str)), "train test", "stanford_cars",
-             "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat, whose own address is dead, from a copy named "
-             "on https://github.com/pytorch/vision/issues/7545"),
-    "aircrafts": (lambda root, split: listed(sets.FGVCAircraft(root, split, "variant", **PATHS)), "train val test",
-                  "fgvc-aircraft-2013b", f"data/ (fgvc-aircraft-2013b.tar.gz) from {OXFORD}/fgvc-aircraft"),
-    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007", "Annotations/, ImageSets/ and JPEGImages/ (VOCtrainval_06-Nov-"
-              "2007.tar, VOCtest_06-Nov-2007.tar) from http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
-    "dtd": (lambda root, split: listed(sets.DTD(root, split, partition=1, **PATHS)), "train val test", "dtd/dtd",
-            f"images/ and labels/ (dtd-r1.0.1.tar.gz) from {OXFORD}/dtd"),
-    "pets": (read_pets, "train test", "oxford-iiit-pet", "images/ and annotations/ (images.tar.gz and annotations.tar.gz) from "
-             f"{OXFORD}/pets"),
-    "caltech101": (read_caltech101, "train test", "caltech101", "101_ObjectCategories/ (its .tar.gz in caltech-101.zip; "
-                   "an old torchvision needs gdown to get it) from https://data.caltech.edu/records/mzrjq-6wc02"),
-    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", "train_X.bin, train_y.bin, test_X.bin, test_y.bin, "
-              "unlabeled_X.bin and class_names.txt (stl10_binary.tar.gz) from https://cs.stanford.edu/~acoates/stl10"),
-    "imagenet": (lambda root, split: listed(sets.ImageNet(root / "imagenet", "val" if split == "test" else split, loader=str)),
-                 "train test", "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
-                 "(they need an account) from https://image-net.org/download-images"),
+    "flowers": (plain(sets.Flowers102, download=True), "train val test", "flowers-102",
+                f"102flowers.tgz (the folder jpg), imagelabels.mat and setid.mat of {OXFORD}/flowers/102"),
+    "food": (plain(sets.Food101, download=True), "train test", "food-101", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
+    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py", sets.CIFAR10.url),
+    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python", sets.CIFAR100.url),
+    "cub200": (read_cub200, "train test", "CUB_200_2011", CUB200),
+    "sun397": (read_sun397, "train test", "SUN397", f"SUN397.tar.gz of {SUN397} and {SUN397}/download/Partitions.zip"),
+    "cars": (plain(sets.StanfordCars), "train test", "stanford_cars",
+             "cars_train, cars_test, devkit, cars_test_annos_withlabels.mat of https://github.com/pytorch/vision/issues/7545"),
+    "aircrafts": (plain(sets.FGVCAircraft, annotation_level="variant", download=True), "train val test", "fgvc-aircraft-2013b",
+                  f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),
+    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007",
+              "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
+    "dtd": (plain(sets.DTD, partition=1, download=True), "train val test", "dtd/dtd", f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz"),
+    "pets": (read_pets, "train test", "oxford-iiit-pet", f"images.tar.gz and annotations.tar.gz of {OXFORD}/pets/data"),
+    "caltech101": (read_caltech101, "train test", "caltech101",
+                   "101_ObjectCategories.tar.gz in https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"),
+    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", f"{sets.STL10.url} (*.bin and class_names.txt)"),
+    "imagenet": (lambda root, split: plain(sets.ImageNet)(root / "imagenet", "val" if split == "test" else split), "train test",
+                 "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, left packed, of "
+                 "https://image-net.org/download-images"),
 }
 KNOWN_DATA = ("petals", *DATASETS)
 
@@ -501,114 +451,67 @@ def open_dataset(name, root, split):
 
     What is absent is downloaded; where that cannot be, one line says what to put where by hand.
     """
-    if name in DATASETS:
-        (read, _, folder, contents), timeout = DATASETS[name], socket.getdefaulttimeout()
-        try:
-            socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
-            return read(Path(root), split)
-        except Exception as error:  # whatever the network or the files did, the way out is the same
-            fail(f"{name} is not whole and cannot be downloaded ({type(error).__name__}: {error}): "
-                 f"put {contents} into {root}/{folder}")
-        finally:
-            socket.setdefaulttimeout(timeout)
-    folder = Path(name) / split
-    if not folder.is_dir():
-        fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
-    try:
+    if name not in DATASETS:
+        if not (folder := Path(name) / split).is_dir():
+            fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
         return listed(sets.ImageFolder(folder, loader=str))
-    except FileNotFoundError as error:
-        fail(f"{folder}: {error}")
-
-
-DECODE_CHUNK = 256  # images that are decoded between two notes of how far it has come
-
-
-def decode_chunks(path, pictures, side, chunks, parent):
-    """Decode these chunks of the pictures into PATH.part and tick them off in PATH.done; stop if the parent process is gone."""
-    images, done = (np.load(f"{path}.{ending}", mmap_mode="r+") for ending in ("part", f"done{DECODE_CHUNK}"))
-    for chunk in chunks:
-        for i in range(chunk * DECODE_CHUNK, min((chunk + 1) * DECODE_CHUNK, len(pictures))):
-            if os.getppid() != parent:
-                return
-            image = Image.fromarray(pictures[i]) if isinstance(pictures, np.ndarray) else read_image(pictures[i], side)
-            images[i] = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-        done[chunk] = True
-
-
-def decode_apart(broken, *work):
-    """decode_chunks in a process of its own. Ctrl-C is the parent's business, and so is a broken picture."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    read, _, folder, contents = DATASETS[name]
+    socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
     try:
-        decode_chunks(*work)
-    except ValueError as error:
-        broken.put(str(error))
+        return read(Path(root), split)
+    except Exception as error:  # whatever the network or the files did, the way out is the same
+        fail(f"{name} is not whole and cannot be downloaded ({error}): unpack as {root}/{folder} {contents}")
+
+
+DECODE_CHUNK = 256  # images that are held decoded until they are written
 
 
 def build_cache(path, pictures, side):
-    """Decode the pictures on all cores into an .npy file, uint8 (n, 3, side, side), which only shows up whole.
+    """Decode the pictures into an .npy file, uint8 (n, 3, side, side), on all cores: Pillow lets other threads run meanwhile.
 
-    Goes on where a killed run was. Raises ValueError for a broken picture, OSError for a full disk.
+    They are appended to PATH.part, renamed when it is whole: a run goes on where a killed one was. Raises ValueError, OSError.
     """
-    n, part, ticks = len(pictures), Path(f"{path}.part"), Path(f"{path}.done{DECODE_CHUNK}")
-    if not (part.exists() and ticks.exists()):
-        np.lib.format.open_memmap(part, "w+", np.uint8, (n, 3, side, side))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later it would be a crash
-            with open(part, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        write_whole(ticks, lambda file: np.save(file, np.zeros(-(-n // DECODE_CHUNK), bool)))
-    done, started = np.load(ticks, mmap_mode="r"), time.perf_counter()
-    todo, shown = np.flatnonzero(~done).tolist(), started
-    if len(todo) < 2:  # not worth a process
-        decode_chunks(path, pictures, side, todo, os.getppid())
-    else:  # forked, as a DataLoader's: they run Pillow and numpy alone, and inherit the list of pictures
-        context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        broken, work = context.SimpleQueue(), [todo[i::cores] for i in range(min(cores, len(todo)))]
-        workers = [context.Process(target=decode_apart, args=(broken, path, pictures, side, chunks, os.getpid()), daemon=True)
-                   for chunks in work]
-        try:
-            [worker.start() for worker in workers]
-            while any(worker.is_alive() for worker in workers) and broken.empty():
-                time.sleep(0.02)
-                now, ready = time.perf_counter(), len(todo) - int((~done).sum())
-                if now - shown > 5 and ready:
-                    shown, speed, left = now, ready * DECODE_CHUNK / (now - started), int((now - started) * (len(todo) / ready - 1))
-                    print(f"{speed:,.0f} images/s  left {left // 60}:{left % 60:02d}", flush=True)
-        finally:
-            [worker.terminate() or worker.join() for worker in workers if worker.pid]
-        if not broken.empty():
-            raise ValueError(broken.get())
-    if not done.all():
-        fail("a process that decodes was killed, perhaps for want of memory: the same command goes on where it stopped")
-    spent = time.perf_counter() - started
-    print(f"decoded in {spent:.1f} s, {min(n, len(todo) * DECODE_CHUNK) / spent:,.0f} images/s", flush=True)
+    def decoded(picture):  # short side resized, the centre cut out
+        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else read_image(picture, side)
+        return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1).tobytes()
+
+    part, n, size = Path(f"{path}.part"), len(pictures), 3 * side * side
+    part.touch()
+    with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side)))
+        header, end = file.tell(), file.seek(0, os.SEEK_END)
+        first = (end - header) // size  # a torn image is written anew
+        file.seek(header + first * size)
+        started = shown = time.perf_counter()
+        for i in range(first, n, DECODE_CHUNK):
+            file.writelines(pool.map(decoded, pictures[i:i + DECODE_CHUNK]))
+            now, ready = time.perf_counter(), min(i + DECODE_CHUNK, n)
+            if now - shown > 5 or ready == n:
+                shown, speed = now, (ready - first) / (now - started)
+                left = timedelta(seconds=int((n - ready) / speed))
+                print(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {left}", flush=True)
     os.replace(part, path)
-    ticks.unlink()
 
 
 @contextlib.contextmanager
 def one_at_a_time(lock):
-    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock.
-
-    Gives False where the file system has no locks.
-    """
-    locks = fcntl is not None
+    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock."""
     with open(lock, "w") as file:
         try:
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print("another run is getting these images ready: waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            locks = False
+        except OSError:  # a file system without locks: let the first run get ready alone
+            pass
         try:
-            yield locks
+            yield
         finally:
             Path(lock).unlink(missing_ok=True)
 
 
 def map_images(path):
-    """The array in an .npy file, mapped read-only: its pages are no memory of the process's own, and are let go when others need it."""
+    """The array in an .npy file, mapped read-only: its pages are given up where memory is needed."""
     array = np.load(path, mmap_mode="r")
     if array.nbytes > 0.5 * memory("cpu") and hasattr(mmap, "MADV_RANDOM"):
         array.base.madvise(mmap.MADV_RANDOM)  # else megabytes around each image are read and soon dropped again
@@ -618,88 +521,71 @@ def map_images(path):
 
 
 def decode(args, splits):
-    """Path of the cached images uint8 (n, 3, S, S) of these splits, one after the other; labels int64 (n,) or (n, 20); the splits'
-    sizes; the classes.
-
-    The images are decoded once, short side resized and centre cropped, into one cache under --root.
-    """
-    name, side = args.data, store_side(args.image_size)
+    """Path of the cached images uint8 (n, 3, S, S) of these splits, one after the other; labels int64 (n,) or (n, 20); the
+    splits' sizes; the classes. Where there is no cache yet, one run makes it while others wait."""
+    name, root, side = Path(args.data).resolve().name, Path(args.root), store_side(args.image_size)
     try:
-        Path(args.root).mkdir(parents=True, exist_ok=True)
-        downloads = name in DATASETS and os.access(args.root, os.W_OK)  # perhaps: then one process, while others wait
-        with one_at_a_time(Path(args.root) / f"{name}.lock") if downloads else contextlib.nullcontext():
-            opened = [open_dataset(name, args.root, split) for split in splits]
-    except OSError as error:
-        fail(f"cannot write to --root {args.root}: {error.strerror}")
-    for split, (_, labels, classes) in zip(splits, opened):
-        check_classes(args, classes, opened[0][2], split)
-        if not len(labels):
-            fail(f"{name} has no images for {split}")
-    pictures = opened[0][0] if len(splits) == 1 else [picture for part in opened for picture in part[0]]
-    files = pictures if not isinstance(pictures, np.ndarray) else sorted((Path(args.root) / DATASETS[name][2]).rglob("*"))
-    key = hashlib.sha256()  # another source or another side is another file
-    try:
-        for file in files:
-            stat = os.stat(file)
-            key.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
-    except OSError as error:
-        fail(f"{name} lacks {error.filename}: {error.strerror}")
-    path = Path(args.root) / "cache" / f"{Path(name).resolve().name}-{'-'.join(splits)}-{side}-{key.hexdigest()[:12]}.npy"
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with one_at_a_time(f"{path}.lock") as locked:
-                if world() > 1 and not locked:
-                    fail(f"--root {args.root} is on a file system without locks: start with one process, which makes the cache")
-                if not path.exists():  # else the run that was waited for has made it
-                    print(f"decoding {len(pictures):,} images of {name} {' and '.join(splits)} to {side} px", flush=True)
-                    build_cache(path, pictures, side)
-        except ValueError as error:
-            fail(error)
-        except OSError as error:
-            fail(f"cannot write the cache under --root {args.root}: {error.strerror}")
-    labels = torch.from_numpy(np.concatenate([np.asarray(labels, np.int64) for _, labels, _ in opened]))
-    return path, labels, [len(labels) for _, labels, _ in opened], opened[0][2]
+        (root / "cache").mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(root / f"{name}.lock") if os.access(root, os.W_OK) else contextlib.nullcontext():
+            opened = [open_dataset(args.data, args.root, split) for split in splits]
+            classes, pictures = opened[0][2], [picture for part in opened for picture in part[0]]
+            for split, part in zip(splits, opened):
+                check_classes(args, part[2], classes, split)
+                if not len(part[1]):
+                    fail(f"{args.data} has no images for {split}")
+            decoded = isinstance(pictures[0], np.ndarray)
+            files = sorted((root / DATASETS[args.data][2]).rglob("*")) if decoded else pictures
+            key = hashlib.sha256()  # another source or another side is another file
+            for file in files:
+                stat = os.stat(file)
+                key.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
+            path = root / "cache" / f"{name}-{'-'.join(splits)}-{side}-{key.hexdigest()[:12]}.npy"
+            if not path.exists():
+                print(f"decoding {len(pictures):,} images of {name} {' and '.join(splits)} to {side} px", flush=True)
+                build_cache(path, pictures, side)
+    except (OSError, ValueError) as error:
+        fail(f"{args.data} and its cache under --root {args.root}: {error}")
+    labels = torch.from_numpy(np.concatenate([np.asarray(part[1], np.int64) for part in opened]))
+    return path, labels, [len(part[1]) for part in opened], classes
 
 
-ON_DEVICE = weakref.WeakValueDictionary()  # cache file, device -> its images there, for as long as a Store has them
+@cache
+def shared_images(path, device):
+    """The images in a cache file, once for all splits and runs that take rows of them."""
+    return fit_on(device, map_images(path))
+
+
+def fit_on(device, images):
+    """On a GPU where half of its free memory holds them, else on the host."""
+    return images.to(device) if device.type == "cuda" and images.nbytes < 0.5 * memory(device) else images
 
 
 def load_data(args, split):
     """A Store of one split: unlabeled, train, val, trainval or test.
 
-    Where the data has no such split, val is a seeded, stratified fifth of train, trainval the two together and unlabeled
-    the same as trainval. Labels of `unlabeled` are there but mean nothing to a pretext task.
+    Without a val of the data's own, it is a seeded, stratified fifth of train; without unlabeled, it is trainval.
     """
-    if args.data == "petals":
-        splits, own = ["train", "val"] if split == "trainval" else [split], list(PETAL_SPLITS)
+    name, device = args.data, torch.device(args.device)
+    if name not in KNOWN_DATA and not Path(name).is_dir():
+        fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, test/CLASS/*.png")
+    own = (list(PETAL_SPLITS) if name == "petals" else DATASETS[name][1].split() if name in DATASETS else
+           [part.name for part in Path(name).iterdir()])
+    if split == "unlabeled" and "unlabeled" not in own:
+        split = "trainval"
+    # train, val and trainval are rows of one array: no image is in two
+    splits = [split] if split in ("unlabeled", "test") else ["train", "val"] if "val" in own else ["train"]
+    if name == "petals":
         drawn = [petals(PETAL_SPLITS[part], store_side(args.image_size), seed=1 + own.index(part)) for part in splits]
-        images, labels, path = *map(torch.cat, zip(*drawn)), None
-        rows, classes = torch.arange(len(labels)), [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
+        images, labels = map(torch.cat, zip(*drawn))
+        images, sizes = fit_on(device, images), [PETAL_SPLITS[part] for part in splits]
+        classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
     else:
-        if args.data not in KNOWN_DATA and not Path(args.data).is_dir():
-            fail(f"unknown data set {args.data}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, "
-                 "test/CLASS/*.png")
-        own = DATASETS[args.data][1].split() if args.data in DATASETS else [
-            part for part in ("unlabeled", "train", "val", "test") if (Path(args.data) / part).is_dir()]
-        if split == "unlabeled" and "unlabeled" not in own:
-            split = "trainval"
-        trains = split in ("train", "val", "trainval")  # these three are rows of one cache: no image is in two
-        splits = (["train", "val"] if "val" in own else ["train"]) if trains else [split]
         path, labels, sizes, classes = decode(args, splits)
-        images = map_images(path)
-        rows = torch.arange(len(labels))
-        if split in ("train", "val"):
-            held_out = rows[sizes[0]:] if "val" in own else labelled_subset(labels, seed=0, fraction=0.2)
-            rows = held_out if split == "val" else torch.from_numpy(np.setdiff1d(rows.numpy(), held_out.numpy()))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        there = ON_DEVICE.get((path, device))
-        if there is None and images.nbytes < 0.5 * memory(device):
-            there = images.to(device)
-            if path:
-                ON_DEVICE[path, device] = there
-        images = images if there is None else there
+        images = shared_images(path, device)
+    rows = torch.arange(len(labels))
+    if split in ("train", "val"):
+        held_out = rows[sizes[0]:] if "val" in own else labelled_subset(labels, seed=0, fraction=0.2)
+        rows = held_out if split == "val" else torch.from_numpy(np.setdiff1d(rows.numpy(), held_out.numpy()))
     return Store(images, labels[rows].to(device), rows, classes)
 
 
@@ -707,7 +593,7 @@ def check_classes(args, classes, expected, split):
     """Labels are positions in the list of classes: a split that lacks a class would shift them."""
     if classes != expected:
         odd = sorted(set(classes) ^ set(expected))
-        fail(f"{args.data}: {split} does not have the classes of the other splits: {', '.join(odd[:4])}{' ...' if len(odd) > 4 else ''}")
+        fail(f"{args.data}: {split} does not have the classes of the other splits: {', '.join(odd[:4])}, ...")
 
 
 def load_unlabeled(args, flag="batch_size"):
@@ -722,10 +608,7 @@ PROBE_IMAGES = 50_000, 10_000  # at most, of train and of val
 
 
 def load_probe(args):
-    """train and val for a probe on held-out labels; None where the data has no labels to probe with, or several an image.
-
-    Of huge data a random part: the probe is watched, not reported, and takes time and memory with memory x query.
-    """
+    """train and val for a probe on held-out labels, of huge data a random part; None without labels, or with several an image."""
     if args.data not in KNOWN_DATA and not (Path(args.data) / "train").is_dir():
         return None
     probe = load_data(args, "train"), load_data(args, "val")
@@ -738,10 +621,8 @@ def load_probe(args):
 
 
 def labelled_subset(labels, seed, per_class=None, fraction=None):
-    """Indices of a seeded, stratified subset: per_class images of each class, or that fraction of it (at least one).
-
-    Images with several labels (n, C) belong to no one class: they are not stratified.
-    """
+    """Indices of a seeded subset: per_class images of each class, or that fraction of it (at least one). Images with several
+    labels (n, C) belong to no one class: they are not stratified."""
     rng = torch.Generator().manual_seed(seed)
     if labels.ndim == 2:
         if per_class is not None:
@@ -765,11 +646,11 @@ def few_labels(args):
 def load_labelled(args, seed, hold_out=False):
     """The labelled images to train on: with --labels-per-class or --fraction a subset of train drawn by the seed, else all of
     train and val. hold_out keeps val out, for a search that is judged on it."""
-    few, per_class = few_labels(args), args.labels_per_class if args.fraction is None else None
+    few = few_labels(args)
     store = load_data(args, "train" if few or hold_out else "trainval")
     if len(store.classes) < 2:
         fail(f"{args.data} has only one class, {store.classes[0]}: there is nothing to tell apart")
-    return store.subset(labelled_subset(store.labels, seed, per_class, args.fraction)) if few else store
+    return store.subset(labelled_subset(store.labels, seed, args.labels_per_class, args.fraction)) if few else store
 
 
 def need_one_label(args, data):
@@ -790,54 +671,50 @@ def load_held_out(args, data):
 def batches(store, batch_size, shuffle=True, whole_only=False):
     """Yields images uint8 (b, 3, S, S) and labels (b,) on the device: every image once, of each batch this process's share.
 
-    whole_only drops the rest that does not fill a batch (a pretext task wants as many negatives each step); otherwise
-    the images are spread evenly over the batches, because BatchNorm cannot work on a rest of one. Several processes get as
-    many images each: up to world() - 1, others every epoch, are left out.
+    whole_only drops a rest that does not fill a batch (a pretext task wants as many negatives each step); else the images are
+    spread evenly over the batches, because BatchNorm cannot work on a rest of one.
     """
     n = len(store)
     order = torch.randperm(n) if shuffle else torch.arange(n)
-    parts = (share(order[:n - n % batch_size]).split(batch_size // world()) if whole_only
-             else share(order).tensor_split(-(-n // batch_size)))
-    yield from feed(store, parts)
+    if whole_only:
+        return feed(store, share(order[:n - n % batch_size]).split(batch_size // world()))
+    return feed(store, share(order).tensor_split(-(-n // batch_size)))
 
 
 def feed(store, parts):
-    """Yields images and labels, on the device, of each index tensor in `parts`."""
+    """Yields images and labels, on the device, of each index tensor in `parts`. What is on the host is read a batch ahead."""
     device = store.labels.device
-    if store.images.is_cuda:  # no copy to wait for
+    if store.images.is_cuda:
         for part in parts:
             yield store.images[store.rows[part].to(device, non_blocking=True)], store.labels[part.to(device, non_blocking=True)]
         return
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    side = torch.cuda.Stream(device) if store.labels.is_cuda else None  # copies beside the computation
 
-    def fetch(part):
-        images = torch.empty(len(part), *store.images.shape[1:], dtype=torch.uint8, pin_memory=bool(stream))
-        torch.index_select(store.images, 0, store.rows[part], out=images)
-        with torch.cuda.stream(stream):  # without a GPU this does nothing
-            batch = images.to(device, non_blocking=True), store.labels[part.to(device, non_blocking=True)]
-            return batch, stream and stream.record_event()
+    def read(part):
+        images = torch.empty(len(part), *store.images.shape[1:], dtype=torch.uint8, pin_memory=store.labels.is_cuda)
+        return torch.index_select(store.images, 0, store.rows[part], out=images)
 
-    use_device = lambda: stream and torch.cuda.set_device(device)  # which is a thread's own
-    with ThreadPoolExecutor(1, initializer=use_device) as reader:  # reads and copies a batch while the device computes another
-        ahead = reader.submit(fetch, parts[0])
-        for part in (*parts[1:], None):
-            batch, copied = ahead.result()
-            ahead = reader.submit(fetch, part) if part is not None else None
-            if stream:
-                torch.cuda.current_stream(device).wait_event(copied)
-                for tensor in batch:
-                    tensor.record_stream(torch.cuda.current_stream(device))
-            yield batch
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, parts[0])
+        for part, following in zip(parts, [*parts[1:], None]):
+            images = ahead.result()
+            if following is not None:
+                ahead = reader.submit(read, following)
+            with torch.cuda.stream(side):  # without a GPU this does nothing
+                images = images.to(device, non_blocking=True)
+            if side:
+                torch.cuda.current_stream(device).wait_stream(side)
+                images.record_stream(torch.cuda.current_stream(device))
+            yield images, store.labels[part.to(device, non_blocking=True)]
 
 
 # ----------------------------------------------------------------------------------------------- augmentations
 
 def resample(x, box, flip, size):
-    """Crop, resize and flip as one anti-aliased bilinear resampling.
+    """Crop, resize and flip as one anti-aliased bilinear resampling, equal to torchvision's resized_crop image by image.
 
-    x (B, 3, S, S) float; box (B, 4) top, left, height, width in whole pixels; flip (B,) bool -> (B, 3, size, size).
-    Equal to torchvision's resized_crop(antialias=True) image by image: a separable triangle filter, as wide as the
-    scale where that shrinks, cut off at the crop's edge. One matrix an axis and image makes it two batched products.
+    x (B, 3, S, S) float; box (B, 4) top, left, height, width in whole pixels; flip (B,) bool -> (B, 3, size, size). Separable:
+    a matrix an axis and image, each row a triangle as wide as the scale where that shrinks, cut off at the crop's edge.
     """
     def weights(start, length):  # (B,), (B,) -> (B, size, S)
         scale = (length / size)[:, None, None]
@@ -927,11 +804,8 @@ def crop_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), tries=10):
 
 
 def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0, solarise_p=0):
-    """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size).
-
-    Crop with flip, then colour jitter (brightness, contrast, saturation, hue; in an order drawn once a batch), grey, blur
-    (sigma 0.1 to 2 pixels, kernel a tenth of the side), solarise. Everything else is drawn for each image.
-    """
+    """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size). Crop with flip, colour jitter
+    (brightness, contrast, saturation, hue; in an order drawn once a batch), grey, blur (sigma 0.1 to 2 pixels), solarise."""
     count = len(x) * world()  # views are drawn for the whole batch, so that they do not depend on the number of processes
     uniform = lambda low, high: torch.empty(count).uniform_(low, high)
     view = dict(box=crop_boxes(count, x.shape[-1], crop), flip=torch.rand(count) < 0.5)
@@ -945,37 +819,34 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
     if blur_p:
         view["sigma"] = uniform(0.1, 2)
     view = {name: share(values) for name, values in view.items()}
-    operations = [i for i in order if jitter[i]]
     out = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
     at_once = 64 if x.device.type == "cpu" else max(1, len(x))  # parts that fit the processor's cache: twice as fast
-    for i in range(0, len(x), at_once):
-        part = slice(i, i + at_once)
-        make_view(x[part], size, {name: values[part] for name, values in view.items()}, operations, out[part])
+    for part in (slice(i, i + at_once) for i in range(0, len(x), at_once)):
+        make_view(x[part], {name: values[part] for name, values in view.items()}, [i for i in order if jitter[i]], out[part])
     return out
 
 
-def make_view(x, size, view, operations, out):
-    """What augment() has drawn for the images x, done to them; `operations` are the colour jitter's, in order."""
-    send = lambda values: values.to(x.device, non_blocking=True)
-    rows_of = lambda name: view[name].nonzero()[:, 0]  # on the CPU: the device is not waited for
+def make_view(x, view, order, out):
+    """What augment() has drawn for the images x, done to them; order: of the colour operations, by number."""
+    size, send = out.shape[-1], lambda values: values.to(x.device, non_blocking=True)
+
+    def change(drawn, operation, *parameters):
+        """operation() on the images drawn for it. Which they are is found out on the CPU: the device is not waited for."""
+        if drawn in view:
+            rows = view[drawn].nonzero()[:, 0]
+            parameters, rows = [send(view[name][rows]) for name in parameters], send(rows)
+            x[rows] = operation(x[rows], *parameters)
+
+    def jitter(x, factors):
+        for i in order:
+            x = (brightness, contrast, saturation, hue)[i](x, factors[:, i])
+        return x
+
     x = resample(x.float(), send(view["box"]), send(view["flip"]), size).div_(255)
-    if operations:
-        rows = rows_of("jittered")
-        factors, rows = send(view["factors"][rows]), send(rows)
-        part = x[rows]
-        for i in operations:
-            part = (brightness, contrast, saturation, hue)[i](part, factors[:, i])
-        x[rows] = part
-    if "grey" in view:
-        rows = send(rows_of("grey"))
-        x[rows] = grey(x[rows]).expand(-1, 3, -1, -1)
-    if "blurred" in view:
-        rows = rows_of("blurred")
-        sigma, rows = send(view["sigma"][rows]), send(rows)
-        x[rows] = blur(x[rows], sigma, max(3, size // 10 // 2 * 2 + 1))
-    if "solarised" in view:
-        rows = send(rows_of("solarised"))
-        x[rows] = torch.where(x[rows] >= 0.5, 1 - x[rows], x[rows])
+    change("jittered", jitter, "factors")
+    change("grey", lambda x: grey(x).expand(-1, 3, -1, -1))
+    change("blurred", lambda x, sigma: blur(x, sigma, max(3, size // 10 // 2 * 2 + 1)), "sigma")
+    change("solarised", lambda x: torch.where(x >= 0.5, 1 - x, x))
     normalise(x, out)
 
 
@@ -996,11 +867,9 @@ ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2,
 
 
 def build_backbone(arch, small_stem):
-    """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features).
-
-    small_stem, for images of 40 px and less: 3x3 convolution of stride 1 and no max-pool (SimCLR, appendix B.9).
-    resnet10 is for small machines: one block a stage, half the channels, and a stride of 2 in its small stem.
-    """
+    """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features). small_stem, for images of 40 px and less:
+    3x3 convolution of stride 1 and no max-pool (SimCLR, appendix B.9). resnet10 is for small machines: half the channels, and a
+    stride of 2 in its small stem."""
     block, layers = ARCHS[arch]
     model = ResNet(block, layers, width_per_group=128 if arch.startswith("wide") else 64)
     narrow = arch == "resnet10"
@@ -1023,37 +892,41 @@ def build_backbone(arch, small_stem):
 def start_backbone(args, say=True):
     """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles args.arch and image_size."""
     torch.manual_seed(args.seed)
-    if args.ckpt is None:
-        return finish_backbone(build_backbone(args.arch, args.image_size <= 40), args), None
-    ckpt = load_checkpoint(args.ckpt)
-    args.image_size = args.image_size or ckpt["image_size"]
-    if args.image_size is None:
-        fail(f"{args.ckpt} does not say for which image size: give --image-size")
-    small_stem = ckpt["backbone"]["conv1.weight"].shape[-1:] == (3,)
-    shapes = {key: value.shape for key, value in ckpt["backbone"].items() if not key.endswith("num_batches_tracked")}
-    if args.arch is None:
-        difference = lambda arch: len(backbone_shapes(arch, small_stem).items() ^ shapes.items())
-        args.arch = ckpt["arch"] or min(ARCHS, key=difference)
-    expected = backbone_shapes(args.arch, small_stem)
-    for key, shape in expected.items():
-        if shapes.get(key) != shape:
-            found = f"has shape {tuple(shapes[key])}" if key in shapes else "is missing"
-            fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {found}, should be {tuple(shape)}")
-    backbone = build_backbone(args.arch, small_stem)
-    kept = {key: value for key, value in ckpt["backbone"].items() if key in backbone.state_dict()}
-    backbone.load_state_dict({**backbone.state_dict(), **kept})
-    left = [key for key in shapes if key not in expected]
-    if say:
-        print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(expected)} backbone tensors matched"
-              + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
-    return finish_backbone(backbone, args), ckpt
-
-
-def finish_backbone(backbone, args):
+    ckpt = load_checkpoint(args.ckpt) if args.ckpt else None
+    backbone = load_backbone(ckpt, args, say) if ckpt else build_backbone(args.arch, args.image_size <= 40)
     backbone = place(backbone, args.device)
     if args.compile:
         backbone.compile()
+    return backbone, ckpt
+
+
+def load_backbone(ckpt, args, say):
+    """The checkpoint's backbone. Every tensor but BatchNorm's counts has to be there in the right shape."""
+    args.image_size = args.image_size or ckpt["image_size"]
+    if args.image_size is None:
+        fail(f"{args.ckpt} does not say for which image size: give --image-size")
+    found, small_stem = shapes(ckpt["backbone"]), ckpt["backbone"]["conv1.weight"].shape[-1:] == (3,)
+    if args.arch is None:
+        with torch.device("meta"):  # shapes without memory
+            difference = lambda arch: len(shapes(build_backbone(arch, small_stem).state_dict()).items() ^ found.items())
+            args.arch = ckpt["arch"] or min(ARCHS, key=difference)
+    backbone = build_backbone(args.arch, small_stem)
+    needed = shapes(backbone.state_dict())
+    for key, shape in needed.items():
+        if found.get(key) != shape:
+            problem = f"has shape {tuple(found[key])}" if key in found else "is missing"
+            fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {problem}, should be {tuple(shape)}")
+    kept = {key: value for key, value in ckpt["backbone"].items() if key in backbone.state_dict()}
+    backbone.load_state_dict({**backbone.state_dict(), **kept})
+    if say:
+        left = [key for key in found if key not in needed]
+        print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors matched"
+              + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
     return backbone
+
+
+def shapes(state):
+    return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 @contextlib.contextmanager
@@ -1062,25 +935,19 @@ def frozen_statistics(model, second_order=False):
 
     second_order: leave out what has no second derivative, torch.compile and statistics over several processes.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    groups = [getattr(layer, "process_group", None) for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
-        if second_order and world() > 1:
-            layer.process_group = own_group()
+        if second_order:
+            layer.forward = partial(_BatchNorm.forward, layer)  # instead of SyncBatchNorm's
     try:
-        compiled = second_order and "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        compiled = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if second_order and compiled else contextlib.nullcontext():
             yield
     finally:
-        for layer, group in zip(layers, groups):
-            layer.track_running_stats, layer.process_group = True, group
-
-
-def backbone_shapes(arch, small_stem):
-    with torch.device("meta"):
-        state = build_backbone(arch, small_stem).state_dict()
-    return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+        for layer in layers:
+            layer.track_running_stats = True
+            layer.__dict__.pop("forward", None)
 
 
 def memory(device):
@@ -1159,37 +1026,26 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            decay, steps = group["weight_decay"], [p.grad for p in params]
-            if decay:
-                steps = torch._foreach_add(steps, params, alpha=decay)
-            if group["adapt"]:
-                w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, [p.grad for p in params]))
-                trust = torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), torch.ones_like(w))
-                steps = torch._foreach_mul(steps, list(trust.unbind()))
-            for p in params:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            speeds = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(speeds, group["momentum"])
-            torch._foreach_add_(speeds, steps)
-            torch._foreach_add_(params, speeds, alpha=-group["lr"])
+            decay = group["weight_decay"]
+            for w in (w for w in group["params"] if w.grad is not None):
+                g = w.grad.add(w, alpha=decay)
+                if group["adapt"]:
+                    size, slope = w.norm(), w.grad.norm()
+                    g *= torch.where((size > 0) & (slope > 0), group["eta"] * size / (slope + decay * size), 1.0)
+                if "momentum" not in self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+                v = self.state[w]["momentum"].mul_(group["momentum"]).add_(g)
+                w.sub_(v, alpha=group["lr"])
 
 
 OPTIMIZERS = ("adamw", "lars", "sgd")
 
 
 def make_optimizer(name, modules, lr, weight_decay, scales=None):
-    """adamw, lars or sgd (momentum 0.9) over the modules' parameters; biases and BatchNorm are not decayed.
-
-    scales: what set_learning_rate multiplies the learning rate by, a number for each module (without: 1).
-    """
-    groups = []
-    for scale in dict.fromkeys(scales or [1.0]):  # each value once
-        params = [p for module, own in zip(modules, scales or [1.0] * len(modules)) if own == scale
-                  for p in module.parameters() if p.requires_grad]
+    """adamw, lars or sgd; biases and BatchNorm are not decayed. scales: factors of the learning rate, one a module."""
+    groups, scales = [], scales or [1.0] * len(modules)
+    for scale in dict.fromkeys(scales):  # each value once
+        params = [p for module, own in zip(modules, scales) if own == scale for p in module.parameters() if p.requires_grad]
         groups += [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay, scale=scale),
                    dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, scale=scale)]
     if name == "adamw":
@@ -1200,10 +1056,8 @@ def make_optimizer(name, modules, lr, weight_decay, scales=None):
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
-    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017, arXiv 1608.03983).
-
-    start: the share of the cosine that an earlier stage has gone through already.
-    """
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017, arXiv 1608.03983), of which
+    an earlier stage has gone through the share `start` already."""
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:
@@ -1215,16 +1069,15 @@ def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
 def chunked_backward(model, embed, loss, x, chunk):
     """Gradient caching (Gao et al. 2021, arXiv 2101.06983): loss(z).backward() for z = embed(x), in the memory of `chunk` images.
 
-    embed: images (b, ...) -> their embeddings (b, ...), by model; loss: all embeddings (B, ...) -> scalar. Embeds chunk by
-    chunk without a graph, takes the loss's gradient at the embeddings, embeds again and lets that gradient flow into the
-    parameters. Exact but for BatchNorm, which sees a chunk at a time. Returns the loss.
+    embed: images (b, ...) -> their embeddings (b, ...), by model; loss: all embeddings (B, ...) -> scalar. Exact but for
+    BatchNorm, which sees a chunk at a time. Returns the loss.
     """
     parts, before = x.split(chunk), torch.get_rng_state()
-    with torch.no_grad(), frozen_statistics(model):
+    with torch.no_grad(), frozen_statistics(model):  # first without a graph
         z = torch.cat([upcast(embed(part)) for part in parts]).requires_grad_()
     value = loss(z)
     gradient, = torch.autograd.grad(value, z)
-    torch.set_rng_state(before)  # the same views again
+    torch.set_rng_state(before)  # then once more, with the same views
     for part, slope in zip(parts, gradient.split(chunk)):
         upcast(embed(part)).backward(slope)
     return value
@@ -1254,12 +1107,11 @@ def is_finite(*modules):
 
 
 def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None, projector=None):
-    """Write one dict of plain types and tensors: backbone, head and projector are modules or state dicts, resume is what
-    --resume needs.
+    """Write one dict of plain types and tensors; backbone, head and projector are modules or state dicts.
 
-    The backbone's state dict is one that torchvision's own resnet of that name loads (its fc aside). head is what answers
-    the stage's question: a pretext task's head, or the classifier; projector, where a contrastive loss on labels stands
-    beside it, leads to that loss. Weights that are not finite are refused, so that the last good checkpoint stays.
+    backbone: torchvision's own resnet of that name loads it (its fc aside); head: of the pretext task, or the classifier;
+    projector: leads to a loss beside the head; resume: what --resume needs. Weights that are not finite are refused, so that
+    the last good checkpoint stays.
     """
     backbone, head, projector = (part.state_dict() if isinstance(part, nn.Module) else part
                                  for part in (backbone, head, projector))
@@ -1278,11 +1130,8 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
 
 
 def load_checkpoint(path):
-    """Read any script's checkpoint or a foreign one; checked, on the CPU, without running any code it may hold.
-
-    A foreign file (torchvision, timm, MoCo, solo-learn, lightly, VISSL, ...) is searched for a backbone: whatever stands
-    in front of "conv1.weight" is the prefix. Returns our dict; what a foreign file does not tell is None.
-    """
+    """Read any script's checkpoint or a foreign one (whatever stands in front of "conv1.weight" is the prefix); checked, on the
+    CPU, without running any code it may hold. Returns our dict; what a foreign file does not tell is None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old formats: what matters is checked below
@@ -1294,19 +1143,17 @@ def load_checkpoint(path):
         fail(f"cannot read {path}: {reason} ({type(error).__name__})")
     ours = isinstance(content, dict) and {"method", "arch", "image_size", "backbone", "config"} <= content.keys()
     for state in tensor_dicts(content["backbone"] if ours else content):
-        # children of a Sequential instead of names, as in lightly's examples: 0 conv1, 1 bn1, (2 relu, 3 maxpool,) 4 layer1, ...
         if found := next(filter(None, (re.fullmatch(r"(.*\.|)4\.0\.conv1\.weight", key) for key in state)), None):
-            prefix = found[1]
-            names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-            split = {key: key[len(prefix):].split(".", 1) for key in state if key.startswith(prefix)}
-            state = {f"{names[first]}.{rest[0]}": state[key] for key, (first, *rest) in split.items() if first in names and rest}
+            names = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()  # numbered by lightly
+            state = {re.sub(r"^[0-7]\b", lambda child: names[int(child[0])], key[found.end(1):]): value
+                     for key, value in state.items() if key.startswith(found[1])}
         prefixes = [key[:-len("layer1.0.conv1.weight")] for key in state if key.endswith("layer1.0.conv1.weight")]
         prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in state), None)
         if prefix is not None:  # of a query and a key encoder, the first is the trained one
             backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+            nothing = dict.fromkeys(("arch", "image_size", "head", "projector", "classes", "resume"))
             method = f"foreign, under {prefix}" if prefix else "foreign"
-            nothing = dict(arch=None, image_size=None, head=None, projector=None, classes=None, config={}, resume=None)
-            return {**nothing, "method": method, **(content if ours else {}), "backbone": backbone}
+            return {**nothing, "config": {}, "method": method, **(content if ours else {}), "backbone": backbone}
     fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
 
 
@@ -1360,14 +1207,13 @@ class Log:
         left = spent / (done - self.first) * (self.epochs - done)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
         print(f"{unit} {done}/{self.epochs}  {shown}  {self.images / spent:,.0f} images/s  "
-              f"left {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+              f"left {timedelta(seconds=int(left))}", flush=True)
         self.write(self.history)
 
     def write(self, lines):
-        if rank():
-            return
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_whole(f"{self.args.out}.jsonl", lambda file: file.write(text.encode()))
+        if rank() == 0:
+            write_whole(f"{self.args.out}.jsonl", lambda file: file.write(text.encode()))
 
 
 def plot_curves(axes, history, names, x="epoch"):
@@ -1383,10 +1229,8 @@ def plot_curves(axes, history, names, x="epoch"):
 
 
 def plot_features(axes, x, y, title):
-    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most.
-
-    y (n, C): an image's first class stands for all of its.
-    """
+    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most. Of several labels,
+    y (n, C), the first stands for all."""
     y = y if y.ndim == 1 else (y == 1).int().argmax(1)
     if not x.isfinite().all():  # of a run that diverged just short of infinity
         return

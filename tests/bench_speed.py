@@ -285,7 +285,7 @@ def byol_row(device):
 
 
 def decoding(device):
-    """On one core: the forked worker of the cache is held to this process's."""
+    """On one core: the threads that decode are held to this process's."""
     side, count = common.store_side(64), 2 * common.DECODE_CHUNK
     with tempfile.TemporaryDirectory() as folder:
         os.makedirs(f"{folder}/pictures/test/class")

@@ -35,3 +35,10 @@ def folder(tmp_path):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def any_copy(monkeypatch):
+    """torchvision takes small copies of its data sets for whole ones: what exists has the right checksum."""
+    for name in ("cifar", "stl10", "flowers102"):
+        monkeypatch.setattr(f"torchvision.datasets.{name}.check_integrity", lambda path, md5=None: Path(path).exists())
