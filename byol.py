@@ -41,8 +41,8 @@ def byol_loss(p, z):
 
 
 def mlp(width, hidden, out):
-    return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-                         nn.Linear(hidden, out, bias=False))
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out, bias=False))
 
 
 class Model(nn.Module):
@@ -137,9 +137,8 @@ def train(args):
         knn = common.knn_probe(backbone, *probe, args) if probe and due else None
         log.epoch(steps_per_epoch * args.batch_size, loss=total, spread=spread, knn=knn)
         common.save_checkpoint(
-            f"{args.out}.pt", method="byol", arch=args.arch, image_size=args.image_size, backbone=backbone,
-            head=model.head, classes=data.classes, config=config,
-            resume=dict(optimizer=optimizer.state_dict(), history=log.history))
+            f"{args.out}.pt", method="byol", arch=args.arch, image_size=args.image_size, backbone=backbone, head=model.head,
+            classes=data.classes, config=config, resume=dict(optimizer=optimizer.state_dict(), history=log.history))
 
     draw(args, log.history, make_views(data.images[:32].to(args.device), config))
     return log.history[-1]
@@ -163,12 +162,10 @@ def draw(args, history, views):
 
 
 def parser():
-    p = common.Parser(
-        "byol.py", __doc__,
-        petals=dict(image_size=32, arch="resnet10", epochs=24, batch_size=64, lr=0.05, weight_decay=5e-4,
-                    crop=0.4, jitter=[1.0, 1.0, 0.5, 0.5], blur=[0.0, 0.0], solarise=[0.0, 0.5]),
-        others=dict(image_size=64, arch="resnet10", epochs=500, batch_size=64, lr=0.05, weight_decay=5e-4,
-                    crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1], solarise=[0.0, 0.2]))
+    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=64, lr=0.05, weight_decay=5e-4,
+                  crop=0.4, jitter=[1.0, 1.0, 0.5, 0.5], blur=[0.0, 0.0], solarise=[0.0, 0.5])
+    others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1], solarise=[0.0, 0.2])
+    p = common.Parser("byol.py", __doc__, petals, others)
     p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands", "sgd", choices=common.OPTIMIZERS)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
     p.option("--decay", common.SHARE, "tau_base of the target's average; the paper has 0.996 for batches of 4096", 0.99)

@@ -114,9 +114,8 @@ def train(args):
         knn = common.knn_probe(backbone, *probe, args) if probe and due else None
         log.epoch(steps_per_epoch * args.batch_size, loss=total, knn=knn)
         common.save_checkpoint(
-            f"{args.out}.pt", method="simclr", arch=args.arch, image_size=args.image_size, backbone=backbone,
-            head=model.head, classes=data.classes, config=config,
-            resume=dict(optimizer=optimizer.state_dict(), history=log.history))
+            f"{args.out}.pt", method="simclr", arch=args.arch, image_size=args.image_size, backbone=backbone, head=model.head,
+            classes=data.classes, config=config, resume=dict(optimizer=optimizer.state_dict(), history=log.history))
 
     draw(args, log.history, make_views(data.images[:32].to(args.device), config))
     return log.history[-1]
@@ -134,12 +133,10 @@ def draw(args, history, views):
 
 
 def parser():
-    p = common.Parser(
-        "simclr.py", __doc__,
-        petals=dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
-                    crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0),
-        others=dict(image_size=64, arch="resnet10", epochs=500, batch_size=128, lr=2e-3, weight_decay=1e-4,
-                    crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.0))
+    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
+                  crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
+    others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
+    p = common.Parser("simclr.py", __doc__, petals, others)
     p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands", "adamw", choices=common.OPTIMIZERS)
     p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a second forward pass; 0: all", 0)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
