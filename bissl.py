@@ -112,11 +112,9 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
     """Conjugate gradients that reuse the directions of earlier solves with the same A (Saad, Yeung, Erhel, Guyomarc'h 2000).
 
     b as in conjugate_gradient(). x starts at the best point of the span of the directions so far, and each new direction is
-    the residual made conjugate to all of them, which takes the few large eigenvalues of A that they have found out of the
-    problem. Without any it is plain conjugate gradients. Ends once ||b - A x|| <= tolerance ||b||, or after `steps` products.
-
-    An indefinite A (H has an eigenvalue below -damping) is solved as well, but directions with p . A p < 0 are not kept. Once
-    `most` are kept, the earliest stay: the first steps find the largest eigenvalues.
+    the residual made conjugate to all of them; without any these are plain conjugate gradients. Ends once ||b - A x|| <=
+    tolerance ||b||, or after `steps` products. Of the directions the first `most` are kept, since the first steps find the
+    largest eigenvalues, and none with p . A p < 0, which there is where H has an eigenvalue below -damping.
     """
     flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])
     unflat = lambda v: tuple(part.view(t.shape) for part, t in zip(v.split([t.numel() for t in b]), b))

@@ -128,7 +128,7 @@ def say_positives(labels, batch_size, balanced=0):
 def train(args):
     coin_epochs = round(args.alpha * args.epochs)
     if not 0 < coin_epochs < args.epochs:
-        common.fail(f"--alpha {args.alpha:g} of --epochs {args.epochs} is {coin_epochs} epochs of SupCon: neither none nor all")
+        common.fail(f"--alpha {args.alpha:g} of --epochs {args.epochs} is {coin_epochs} epochs of SupCon: both stages need one")
     backbone, _ = common.start_backbone(args)
     data, test = common.load_labelled(args, args.seed), common.load_data(args, "test")
     common.need_one_label(args, data)
@@ -152,7 +152,8 @@ def train(args):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
         parts = balanced_batches(data.labels.cpu(), args.batch_size, args.balanced) if args.balanced else None
         batches = common.feed(data, list(map(common.share, parts))) if parts else common.batches(data, args.batch_size)
-        steps_per_epoch, total, images = len(parts) if parts else -(-len(data) // args.batch_size), 0, 0
+        steps_per_epoch = len(parts) if parts else -(-len(data) // args.batch_size)
+        total = images = 0
         for i, (x, y) in enumerate(batches):
             step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
             common.set_learning_rate(optimizer, args.lr, step, steps)

@@ -122,8 +122,9 @@ def train(run):
 
 def show_hard_pairs(axes, args, backbone):
     """The panel of Core-tuning: eight anchors of a training batch, under each its hardest positive and its hardest negative."""
-    data = common.load_labelled(args, args.seed)
-    data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:args.batch_size])
+    last_seed = args.seed + args.seeds - 1
+    data = common.load_labelled(args, last_seed)
+    data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(last_seed))[:args.batch_size])
     hp, hn = hardest(*common.features(backbone, data, args))
     x, _ = next(common.feed(data, [torch.arange(len(data))]))
     x = common.test_crop(x, args.image_size)

@@ -206,8 +206,8 @@ def protocol(args, method, train, panel=None):
                   watch=val if searching or common.few_labels(args) else None, log=log, results=results, ckpt=ckpt))
         ckpt = None
 
-    last, summary = results[-1], report(args, results[args.search:])
-    summary = dict(lr=last["lr"], weight_decay=last["weight_decay"], **summary)
+    lr, weight_decay = results[-1]["lr"], results[-1]["weight_decay"]
+    summary = dict(lr=lr, weight_decay=weight_decay, **report(args, results[args.search:]))
     log.write([*log.history, dict(summary, runs=results)])
     draw(args, log.history, test, panel)
     return summary
@@ -265,9 +265,9 @@ def draw(args, history, test, panel):
     common.plot_features(axes[1, 0], *common.features(before, test, args), f"test features before {where}")
     common.plot_features(axes[1, 1], x, y, f"test features after {where}")
     if panel:
-        panel(axes[1, 2], argparse.Namespace(**{**vars(args), "seed": args.seed + args.seeds - 1}), backbone)  # the last run's
+        panel(axes[1, 2], args, backbone)
     else:
-        figure.delaxes(axes[1, 2])
+        axes[1, 2].remove()
     common.save_figure(args, figure)
 
 

@@ -122,13 +122,13 @@ def train(args):
 
 
 def draw(args, history, views):
-    """Loss and probe over the epochs, and two views of 32 images as the network gets them, side by side."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5))
-    common.plot_curves(left, history, ["loss"])
-    common.plot_curves(middle, history, ["knn"])
-    middle.set_ylabel("k-NN accuracy on held-out labels, %")
-    common.show_images(right, torch.stack(views, 1).flatten(0, 1), columns=8)
-    right.set_title("views: each pair of columns is one image")
+    """Loss and probe over the epochs, and two views of 32 images as the network gets them."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    common.plot_curves(axes[0], history, ["loss"])
+    common.plot_curves(axes[1], history, ["knn"])
+    axes[1].set_ylabel("k-NN accuracy on held-out labels, %")
+    common.show_images(axes[2], torch.stack(views, 1).flatten(0, 1), columns=8)
+    axes[2].set_title("views: each pair of columns is one image")
     common.save_figure(args, figure)
 
 
