@@ -215,12 +215,13 @@ def protocol(args, method, train, panel=None):
 
 def report(args, results):
     """Print and return mean and standard deviation of each metric over the runs, the data set's main metric first."""
-    names, summary = [name for name in METRICS if name in results[0]], {}
+    names, summary, said = [name for name in METRICS if name in results[0]], {}, []
     for name in sorted(names, key=lambda name: name != MAIN_METRIC.get(args.data, "top1")):
         values = np.array([result[name] for result in results])
         mean, std = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
         summary.update({f"test_{name}": mean, f"test_{name}_std": std})
-        print(f"test {name} {mean:.2f}{f' +- {std:.2f}' * (len(values) > 1)} %", flush=True)
+        said.append(f"{name} {mean:.2f}{f' +- {std:.2f}' * (len(values) > 1)} %")
+    print("test  " + "  ".join(said), flush=True)
     return summary
 
 
