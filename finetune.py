@@ -155,10 +155,12 @@ class Run:
             return False
         score = lambda store: evaluate(model.backbone, model.head, store, args)[0]
         due = (epoch + 1) % max(1, args.epochs // 10) == 0 or last
-        val_top1 = score(self.watch)["top1"] if self.watch and due else None
-        self.log.epoch(images, run=len(self.results) + 1, loss=total / images, train_top1=100 * hits / images, val_top1=val_top1)
+        judged = score(self.judge) if last else None
+        watched = judged if last and self.watch is self.judge else score(self.watch) if self.watch and due else None
+        self.log.epoch(images, run=len(self.results) + 1, loss=total / images, train_top1=100 * hits / images,
+                       val_top1=watched and watched["top1"])
         if last:
-            self.results.append({**run, **score(self.judge)})
+            self.results.append({**run, **judged})
         parts = {name: part.state_dict() for name, part in model.named_children()}
         common.save_checkpoint(
             f"{args.out}.pt", method=self.method, arch=args.arch, image_size=args.image_size, backbone=parts.pop("backbone"),
