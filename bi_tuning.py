@@ -1,8 +1,8 @@
 """Bi-tuning: efficient transfer from pre-trained representations (Zhong et al. 2020, arXiv 2011.06182).
 
 Fine-tuning sees a label only through the classifier, and a batch at a time. Bi-tuning keeps, for each class, the last K images
-as a slowly moving encoder saw them, and contrasts with all of them twice: as the classifier sees features, and as a projector
-does. A class is then learnt from K + 1 images at once, however small the batch.
+as a slowly moving encoder saw them, and contrasts with all of them twice, in the classifier's space and in a projector's: a
+class is learnt from K + 1 images at once, however small the batch.
 
   1. Two views of each image: the query for the network, the key for its average (a MoCo-style key encoder, decay m).
   2. Query: h = f(x_q), logits W h + b, z_q = g(h). Key: h_k = f'(x_k), z_k = g'(h_k), no gradient.
@@ -15,12 +15,13 @@ does. A class is then learnt from K + 1 images at once, however small the batch.
     python bi_tuning.py --ckpt simclr.pt
     python bi_tuning.py --ckpt resnet50.pth --data flowers --image-size 224 --backbone-lr 0.1     supervised weights
 
-Measured on petals, one SimCLR run, 20 labels a class, 3 seeds: test top-1 81.3 +- 3.3 %, against 78.3 +- 4.8 % of plain fine-tuning; seed by
-seed, on the same labelled images, 1.8 to 4.7 points more. A step costs 1.3 plain ones.
+Measured on petals, one SimCLR run, 20 labels a class, 3 seeds: test top-1 81.3 +- 3.3 %, against 78.3 +- 4.8 % of plain
+fine-tuning; seed by seed, on the same labelled images, 1.8 to 4.7 points more. A step costs 1.3 plain ones.
 
-Differs from the paper in: momentum without Nesterov, as in finetune.py; the backbone learns at the rate of the rest (--backbone-lr 0.1); on
-petals m is 0.99, because in 420 steps an average of 0.999 hardly leaves its start; slots of a ring that no image has filled yet take part in
-no softmax (the authors start from random unit vectors: --random-queue). From the authors' code in: no loop over the batch.
+Differs from the paper in: momentum without Nesterov, as in finetune.py; the backbone learns at the rate of the rest
+(--backbone-lr 0.1); on petals m is 0.99, because in 420 steps an average of 0.999 hardly leaves its start; slots of a ring that
+no image has filled yet take part in no softmax (--random-queue for the authors' random unit vectors). From the authors' code
+in: no loop over the batch.
 """
 import copy
 
@@ -33,17 +34,13 @@ import finetune
 
 
 class ClassQueue(nn.Module):
-    """The last K keys of each class, as one ring a class."""
+    """The last K keys of each class, as one ring a class. random: filled with random unit vectors, as the authors' are."""
 
-    def __init__(self, classes, size, dim):
+    def __init__(self, classes, size, dim, random=False):
         super().__init__()
-        self.register_buffer("keys", torch.zeros(classes, size, dim))            # (C, K, D), unit length
-        self.register_buffer("entered", torch.zeros(classes, dtype=torch.long))  # (C,), how many keys a class has seen
-
-    def fill_at_random(self):
-        """The authors' start: random unit vectors in place of empty slots."""
-        self.keys.normal_().div_(self.keys.norm(dim=2, keepdim=True))
-        self.entered.fill_(self.keys.shape[1])
+        keys = F.normalize(torch.randn(classes, size, dim), dim=2) if random else torch.zeros(classes, size, dim)
+        self.register_buffer("keys", keys)                                               # (C, K, D), unit length
+        self.register_buffer("entered", torch.full((classes,), size if random else 0))   # (C,) keys that a class has seen
 
     def filled(self):
         """(C, K) bool"""
@@ -62,11 +59,12 @@ class ClassQueue(nn.Module):
         self.entered += count
 
 
-def share_with_class(own, queued, y, filled):
+def share_with_class(own, queued, y, filled=None):
     """KL(target || softmax), batch mean; the target is uniform over the image itself and the filled slots of its class.
 
-    own (B,): logits of the images themselves; queued (B, C, K): of all keys; filled (C, K) bool.
+    own (B,): logits of the images themselves; queued (B, C, K): of all keys; filled (C, K) bool, without: all.
     """
+    filled = torch.ones_like(queued[0], dtype=torch.bool) if filled is None else filled
     queued = queued.masked_fill(~filled, -torch.inf)
     log_sum = torch.cat([own[:, None], queued.flatten(1)], 1).logsumexp(1)           # (B,)
     of_class = queued[torch.arange(len(y), device=y.device), y].masked_fill(~filled[y], 0)  # (B, K)
@@ -80,7 +78,6 @@ def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=Non
     h (B, D), weight (C, D), bias (C,), y (B,), queue (C, K, D + 1) unit keys of [h, 1]; filled (C, K) bool, without: all.
     The weights are constants here: the loss moves the features.
     """
-    filled = queue.new_ones(queue.shape[:2], dtype=torch.bool) if filled is None else filled
     w = F.normalize(torch.cat([weight, bias[:, None]], 1).detach(), dim=1)[y]  # (B, D + 1)
     own = (w * unit_with_one(h)).sum(1)                                        # (B,)
     queued = torch.einsum("bd,ckd->bck", w, queue)                             # (B, C, K)
@@ -92,9 +89,8 @@ def categorical_contrastive(z_q, z_k, y, queue, temperature, filled=None):
 
     z_q, z_k (B, d), normalised here, z_k a constant; y (B,); queue (C, K, d) unit keys; filled (C, K) bool, without: all.
     """
-    filled = queue.new_ones(queue.shape[:2], dtype=torch.bool) if filled is None else filled
     z_q, z_k = F.normalize(common.upcast(z_q), dim=1), F.normalize(common.upcast(z_k.detach()), dim=1)
-    own = (z_q * z_k).sum(1)                            # (B,)
+    own = (z_q * z_k).sum(1)                          # (B,)
     queued = torch.einsum("bd,ckd->bck", z_q, queue)  # (B, C, K)
     return share_with_class(own / temperature, queued / temperature, y, filled)
 
@@ -105,24 +101,12 @@ def unit_with_one(h):
     return F.normalize(torch.cat([h, h.new_ones(len(h), 1)], 1), dim=1)
 
 
-def make_queues(args, classes, width):
-    """Queues of keys [h, 1] and z for all classes; stops where they do not fit in memory."""
-    needed, there = 4 * classes * args.keys * (width + 1 + args.dim), common.memory(args.device)
-    if needed > there / 2:
-        common.fail(f"--keys {args.keys}: the queues of {classes} classes take {needed / 1e9:.3g} GB of the {there / 1e9:.3g} GB "
-                    f"on {args.device}: lower it")
-    queues = [ClassQueue(classes, args.keys, dim) for dim in (width + 1, args.dim)]
-    if args.random_queue:
-        [queue.fill_at_random() for queue in queues]
-    return queues
-
-
 def train(run):
     args, data = run.args, run.data
     common.need_one_label(args, data)
     backbone, _ = common.start_backbone(args, say=False)
     width, classes = backbone.num_features, len(data.classes)
-    queue_h, queue_z = make_queues(args, classes, width)
+    queue_h, queue_z = (ClassQueue(classes, args.keys, dim, args.random_queue) for dim in (width + 1, args.dim))
     model = nn.ModuleDict(dict(
         backbone=backbone, head=nn.Linear(width, classes), projector=nn.Linear(width, args.dim),
         queue_h=queue_h, queue_z=queue_z)).to(args.device)
@@ -134,11 +118,11 @@ def train(run):
 
     for epoch in range(run.start(model, optimizer), args.epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
-        total, hits = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
+        total = hits = 0
         model.train()
         for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
-            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
-                                     start=args.cosine_start)
+            step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
+            common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
             x_q, x_k = (common.augment(x, args.image_size, crop=(args.crop, 1)) for _ in range(2))
             with common.autocast(args.device, args.precision):
                 h = backbone(x_q)                               # (B, D)
@@ -146,9 +130,10 @@ def train(run):
                 with torch.no_grad():                           # keys are constants
                     h_k = key.backbone(x_k)                     # (B, D)
                     z_k = key.projector(h_k)                    # (B, dim)
-            loss = F.cross_entropy(common.upcast(logits), y) + args.gamma * (
-                contrastive_cross_entropy(h, model.head.weight, model.head.bias, y, queue_h.keys, args.temperature, queue_h.filled())
-                + categorical_contrastive(z_q, z_k, y, queue_z.keys, args.temperature, queue_z.filled()))
+            W, b = model.head.weight, model.head.bias
+            cce = contrastive_cross_entropy(h, W, b, y, queue_h.keys, args.temperature, queue_h.filled())
+            ccl = categorical_contrastive(z_q, z_k, y, queue_z.keys, args.temperature, queue_z.filled())
+            loss = F.cross_entropy(common.upcast(logits), y) + args.gamma * (cce + ccl)
             optimizer.zero_grad()
             loss.backward()
             common.average_gradients(model)
@@ -163,32 +148,27 @@ def train(run):
             break
 
 
-def show_queue(axes, args, backbone, confusion):
+def show_queue(axes, args, backbone):
     """The panel of Bi-tuning: mean cosine similarity between the queued projections of two classes."""
     ckpt = common.load_checkpoint(f"{args.out}.pt")
     queue, classes = ckpt["resume"]["queue_z"], ckpt["classes"]
-    filled = torch.arange(args.keys) < queue["entered"].cpu()[:, None]
-    mean = (queue["keys"].cpu() * filled[:, :, None]).sum(1) / filled.sum(1, keepdim=True).clamp(min=1)  # (C, dim)
-    image = axes.imshow((mean @ mean.T).numpy(), cmap="coolwarm", vmin=-1, vmax=1)
-    axes.figure.colorbar(image, ax=axes)
+    mean = queue["keys"].sum(1) / queue["entered"].clamp(1, args.keys)[:, None]  # (C, dim), empty slots are 0
+    finetune.show_matrix(axes, mean @ mean.T, classes, cmap="coolwarm", vmin=-1, vmax=1)
+    axes.figure.colorbar(axes.images[0], ax=axes)
     axes.set_title("mean similarity of queued projections")
-    if len(classes) <= 20:
-        axes.set_yticks(range(len(classes)), classes)
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
 
 
 def parser():
-    p = common.Parser("bi_tuning.py", __doc__, petals=dict(finetune.PETALS, decay=0.99),
-                      others=dict(finetune.OTHERS, decay=0.999), finishes_budget=True)
+    petals, others = dict(finetune.PETALS, decay=0.99), dict(finetune.OTHERS, decay=0.999)
+    p = common.Parser("bi_tuning.py", __doc__, petals, others, finishes_budget=True)
     finetune.protocol_options(p)
-    p.option("--backbone-lr", common.NOT_NEGATIVE, "learning rate of the backbone in units of --lr; the paper has 0.1 for supervised "
-             "pre-training", 1.0)
+    p.option("--backbone-lr", common.NOT_NEGATIVE, "the backbone's share of --lr; the paper has 0.1 for supervised weights", 1.0)
     p.option("--gamma", common.NOT_NEGATIVE, "weight of the two contrastive losses", 1.0)
     p.option("--keys", common.COUNT, "K, keys queued for each class", 40)
-    p.option("--decay", common.SHARE, "m, decay of the key encoder's average; the paper's 0.999 hardly moves in short runs")
+    p.option("--decay", common.SHARE, "m of the key encoder's average; the paper's 0.999 hardly moves in short runs")
     p.option("--temperature", common.number(float, 1e-3), "tau of both contrastive losses", 0.07)
     p.option("--dim", common.COUNT, "width of the projections", 128)
-    p.add_argument("--random-queue", action="store_true", help="start from random keys, as the released code does, not from empty slots")
+    p.add_argument("--random-queue", action="store_true", help="start from random keys, as the released code does")
     return p
 
 

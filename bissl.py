@@ -21,22 +21,19 @@ task, pulled towards an upper level that learns the downstream task *through* it
     python finetune.py --ckpt runs/bissl.pt --data flowers
 
 Look at `residual` in the log: the true ||v - A x|| / ||v|| of the last solve of an alternation. Near 1 the implicit gradient is
-noise and --damping has to grow; the scale of H depends on the network.
+noise, and --damping or --cg-steps has to grow; the scale of H depends on the network.
 
-Measured on petals with --recycle 0 --cg-tol 0, otherwise default flags: 2:04 minutes on two CPU cores, residual 0.002 to
-0.08; after fine-tuning on 20 labels a class 68.7 +- 6.9 % on test over 5 seeds, against 70.0 +- 5.5 % without this stage: no
-gain here.
+Measured on petals with --recycle 0 --cg-tol 0, otherwise default flags: 2:04 minutes on two CPU cores, residual 0.002 to 0.08;
+after fine-tuning on 20 labels a class 68.7 +- 6.9 % on test over 5 seeds, against 70.0 +- 5.5 % without this stage: no gain.
 
-Differs from the paper in: fewer and shorter alternations by default (the paper: 500, N_U 8) and a damping of 100 instead
-of 10, at which five steps solve the system for the default network; a tolerance, and directions shared by the solves of an
-alternation: with N_U 8, 17 products on emoji and 19 on petals instead of the 40 of five steps a solve, and 0.53 and 0.57 of the
-alternation's time (both on a kept graph; one CPU core; tests/bench_hypergradient.py). --paper gives the paper's figures back.
-From the authors' code in: plain conjugate gradients as in the paper (--layerwise for theirs); a fresh Hessian batch each
-alternation; one first-order graph for all its products; a NaN stops the run.
+Differs from the paper in: fewer and shorter alternations (the paper: 500, N_U 8) and a damping of 100 instead of 10, at which
+five steps solve the system for the default network; a tolerance, and directions shared by the solves of an alternation: with
+N_U 8, 17 products on emoji and 19 on petals instead of 40, in 0.53 and 0.57 of the alternation's time (one CPU core;
+tests/bench_hypergradient.py). --paper gives the paper's figures back. From the authors' code in: plain conjugate gradients as
+in the paper (--layerwise for theirs); a fresh Hessian batch each alternation; one graph for all its products; NaN stops the run.
 """
 import copy
 import itertools
-import math
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -50,8 +47,9 @@ import common
 import simclr
 
 PRETEXTS = {"byol": byol, "simclr": simclr}
-PAPER = dict(alternations=500, lower_steps=20, upper_steps=8, lam=0.001, damping=10.0, head_epochs=20,
-             cg_steps=5, cg_tol=0.0, recycle=0, hessian_batch=None)  # --paper
+PAPER = dict(alternations=500, lower_steps=20, upper_steps=8, lam=0.001, damping=10.0, head_epochs=20, cg_steps=5, cg_tol=0.0,
+             recycle=0)  # --paper
+norm = nn.utils.get_total_norm  # of tensors, seen as one long vector
 
 
 def conjugate_gradient(matvec, b, steps, layerwise=False):
@@ -90,16 +88,16 @@ def damped_hessian(gradient, params, damping):
 def inverse_hvp(loss, params, vector, damping, steps, layerwise=False, gradient=None, tolerance=0, recycled=None):
     """(I + H/damping)^-1 vector by conjugate gradients, H = d2 loss / d params2 (section 3.2; damping = lambda + gamma).
 
-    params, vector: tuples of tensors of the same shapes. `gradient` hands in d loss / d params with its graph where the caller
-    already holds it: one graph then serves every product of an alternation. tolerance and recycled (a Recycled) likewise belong
-    to recycled_conjugate_gradient(), which is taken where either is given.
+    params, vector: tuples of tensors of the same shapes. `gradient` hands in d loss / d params with its graph, which then serves
+    every product of an alternation. tolerance and recycled (a Recycled) are recycled_conjugate_gradient()'s, which is taken where
+    either is given, unless layerwise.
     """
     if gradient is None:
         gradient = torch.autograd.grad(loss, params, create_graph=True)
-    matvec = damped_hessian(gradient, params, damping)
-    if recycled is not None or tolerance:
-        return recycled_conjugate_gradient(matvec, vector, steps, tolerance, recycled or Recycled(most=0))
-    return conjugate_gradient(matvec, vector, steps, layerwise)
+    matvec, recycled = damped_hessian(gradient, params, damping), recycled or Recycled(most=0)
+    if layerwise or not (tolerance or recycled.most):
+        return conjugate_gradient(matvec, vector, steps, layerwise)
+    return recycled_conjugate_gradient(matvec, vector, steps, tolerance, recycled)
 
 
 @dataclass
@@ -114,39 +112,33 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
     """Conjugate gradients that reuse the directions of earlier solves with the same A (Saad, Yeung, Erhel, Guyomarc'h 2000).
 
     b as in conjugate_gradient(). x starts at the best point of the span of the directions so far, and each new direction is
-    the residual made conjugate to all of them, which takes the few large eigenvalues of A that they have found out of the
-    problem. Without any it is plain conjugate gradients. Ends once ||b - A x|| <= tolerance ||b||, or after `steps` products.
-
-    Where A is indefinite (H has an eigenvalue below -damping) the steps go on as plain ones do, since it is A x = b that is to be
-    solved and no minimum to be found, but directions with p . A p < 0 are not kept for later solves. Once `most` are
-    kept, the earliest stay: the first steps find the largest eigenvalues.
+    the residual made conjugate to all of them; without any these are plain conjugate gradients. Ends once ||b - A x|| <=
+    tolerance ||b||, or after `steps` products. Of the directions the first `most` are kept, since the first steps find the
+    largest eigenvalues, and none with p . A p < 0, which there is where H has an eigenvalue below -damping.
     """
     flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])
     unflat = lambda v: tuple(part.view(t.shape) for part, t in zip(v.split([t.numel() for t in b]), b))
     r, directions = flat(b), list(recycled.directions)    # r (n,)
-    x, enough, curvature = torch.zeros_like(r), tolerance * r.norm(), torch.ones_like(r[0])
+    x, enough = torch.zeros_like(r), tolerance * r.norm()
     for p, Ap, pAp in directions:                         # x = P (P^T A P)^-1 P^T b, and P^T A P is diagonal
         alpha = p @ r / pAp
         x, r = x + alpha * p, r - alpha * Ap
     for _ in range(steps):
-        if (r.norm() <= enough) | (curvature == 0):       # waits for the device, once a product; a product too many would
-            break                                         # cost far more. NaN is neither and goes on into x
+        if r.norm() <= enough:                            # waits for the device, but a product too many would cost far more
+            break
         p = r
         for q, Aq, qAq in directions:
             p = p - Aq @ p / qAq * q                      # now q . A p = 0
         Ap = flat(matvec(unflat(p)))
-        curvature = p @ Ap
+        pAp = p @ Ap
         recycled.products += 1
-        alpha = torch.where(curvature == 0, torch.zeros_like(curvature), p @ r / curvature)
+        if pAp == 0:                                      # no step length solves this; NaN goes on into x
+            break
+        alpha = p @ r / pAp
         x, r = x + alpha * p, r - alpha * Ap
-        directions.append((p, Ap, curvature))
-    new = [direction for direction in directions[len(recycled.directions):] if direction[2] > 0]
-    recycled.directions = (recycled.directions + new)[:recycled.most]
+        directions.append((p, Ap, pAp))
+    recycled.directions = [direction for direction in directions if direction[2] > 0][:recycled.most]
     return unflat(x)
-
-
-def norm(tensors):
-    return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
 def endless(data, batch_size, whole_only):
@@ -156,37 +148,25 @@ def endless(data, batch_size, whole_only):
 
 def start_pretext(args, backbone, ckpt):
     """The checkpoint's pretext task: its module, its model around the backbone, its flags, and whether its head is new."""
-    name = ckpt and ckpt["config"].get("pretext", ckpt["method"])
+    config = ckpt["config"] if ckpt else {}
+    name = config.get("pretext", ckpt and ckpt["method"])
     fresh = name not in PRETEXTS
-    args.pretext = args.pretext if fresh else name
-    pretext = PRETEXTS[args.pretext]
     if fresh:
-        print(f"{args.ckpt or 'a random backbone'} has no pretext head: a new one for {args.pretext} is warmed up first", flush=True)
-        config = vars(pretext.parser().parse_args(["--data", args.data, "--out", args.out, "--device", args.device,
-                                                 "--batch-size", str(args.pretext_batch_size)]))
+        print(f"{args.ckpt or 'a random backbone'} has no pretext head: warms up a new one for {args.pretext}", flush=True)
+        flags = ["--data", args.data, "--out", args.out, "--device", args.device, "--batch-size", str(args.pretext_batch_size)]
+        config = vars(PRETEXTS[args.pretext].parser().parse_args(flags))
     else:
-        config = dict(ckpt["config"].get("pretext_config", ckpt["config"]))
-    config.update(image_size=args.image_size, precision=args.precision)
+        args.pretext, config = name, config.get("pretext_config", config)
+    pretext, config = PRETEXTS[args.pretext], dict(config, image_size=args.image_size, precision=args.precision)
     model = common.place(pretext.make_model(backbone, config), args.device)
     if not fresh:
-        try:
-            model.head.load_state_dict(ckpt["head"])
-        except (RuntimeError, AttributeError) as error:
-            common.fail(f"the pretext head in {args.ckpt} does not fit: {str(error).splitlines()[-1].strip()}")
+        model.head.load_state_dict(ckpt["head"])
     return pretext, model, config, fresh
 
 
 def train(args):
-    if args.ckpt is None:
-        print("without --ckpt both levels start from random weights: BiSSL is meant to go on from a pretext checkpoint", flush=True)
     if args.lam + args.damping == 0:
         common.fail("--lam and --damping cannot both be 0: H is divided by their sum")
-    if args.layerwise and (args.cg_tol or args.recycle):
-        common.fail("--layerwise is the released code's solver, without tricks: it goes with neither --cg-tol nor --recycle")
-    args.cg_tol, args.recycle = (default * (not args.layerwise) if value is None else value
-                                 for value, default in ((args.cg_tol, 0.05), (args.recycle, 20)))
-    if args.hessian_batch and args.hessian_batch > args.pretext_batch_size:
-        common.fail(f"--hessian-batch {args.hessian_batch} is more than --pretext-batch-size {args.pretext_batch_size}")
     lower_backbone, ckpt = common.start_backbone(args)
     pretext, lower, config, fresh_head = start_pretext(args, lower_backbone, ckpt)
     args.pretext_data = args.pretext_data or config["data"]
@@ -204,12 +184,14 @@ def train(args):
     upper = nn.ModuleList([upper_backbone, upper_head])
     theta, phi = tuple(lower_backbone.parameters()), tuple(upper_backbone.parameters())
     history, damping = [], args.lam + args.damping
-    if state := common.resume_checkpoint(args):
-        resume, history = state["resume"], state["resume"]["history"]
-        for part, value in ((lower_backbone, state["backbone"]), (lower.head, state["head"]),
-                            (upper_backbone, resume["upper_backbone"]), (upper_head, resume["upper_head"]),
-                            (lower_optimizer, resume["lower_optimizer"]), (upper_optimizer, resume["upper_optimizer"])):
-            part.load_state_dict(value)
+    resumed = dict(upper_backbone=upper_backbone, upper_head=upper_head, lower_optimizer=lower_optimizer,
+                   upper_optimizer=upper_optimizer)
+    if ckpt := common.resume_checkpoint(args):
+        lower_backbone.load_state_dict(ckpt["backbone"])
+        lower.head.load_state_dict(ckpt["head"])
+        for name, part in resumed.items():
+            part.load_state_dict(ckpt["resume"][name])
+        history = ckpt["resume"]["history"]
     else:
         if fresh_head:
             warm_up_pretext_head(args, pretext, lower, config, pretext_data)
@@ -238,15 +220,15 @@ def train(args):
 
         lower.to(memory_format=torch.contiguous_format)  # BatchNorm's second derivative is a third slower in channels_last
         with common.frozen_statistics(lower, second_order=True):  # theta and a target stay: one graph for all products
-            images, _ = next(lower_batches)
-            images = images[:args.hessian_batch // common.world()] if args.hessian_batch else images
-            views = [view.contiguous() for view in pretext.make_views(images, config)]
+            x, _ = next(lower_batches)
+            x = x[:args.hessian_batch // common.world()] if args.hessian_batch else x
+            views = [view.contiguous() for view in pretext.make_views(x, config)]
             hessian_loss = pretext.loss(lower, views, dict(config, precision="float32"))
             gradient = torch.autograd.grad(hessian_loss, theta, create_graph=True)
-        recycled = Recycled(args.recycle) if args.recycle or args.cg_tol else None  # empty anew: the next A is another one
+        recycled = Recycled(args.recycle)  # empty anew: the next A is another one
         for i, (x, y) in enumerate(itertools.islice(upper_batches, args.upper_steps)):
-            common.set_learning_rate(upper_optimizer, args.lr, alternation * args.upper_steps + i,
-                                     args.alternations * args.upper_steps)
+            step, steps = alternation * args.upper_steps + i, args.alternations * args.upper_steps
+            common.set_learning_rate(upper_optimizer, args.lr, step, steps)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
                 with common.frozen_statistics(lower_backbone):
@@ -257,8 +239,8 @@ def train(args):
             g_theta = slopes[:len(theta)]
             for p, slope in zip(upper.parameters(), slopes[len(theta):]):
                 p.grad = torch.empty_like(p).copy_(slope)  # in p's memory layout: fused steps go by the position in memory
-            implicit = inverse_hvp(hessian_loss, theta, g_theta, damping, args.cg_steps, args.layerwise, gradient,
-                                   args.cg_tol, recycled)
+            implicit = inverse_hvp(
+                hessian_loss, theta, g_theta, damping, args.cg_steps, args.layerwise, gradient, args.cg_tol, recycled)
             torch._foreach_add_([p.grad for p in phi], implicit)
             upper_optimizer.step()
             sums[1:] += torch.stack([theta_loss.detach(), phi_loss.detach()]) / args.upper_steps
@@ -266,31 +248,20 @@ def train(args):
         common.average_statistics(nn.ModuleList([lower, upper]))
         sums, = common.average([sums])
         product = damped_hessian(gradient, theta, damping)(implicit)
-        residual = (norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)).item()
-        if sums[0].isfinite() and not math.isfinite(residual):  # else the lower level is to blame, and the log says so
-            common.fail(f"the implicit gradient is {residual} in alternation {alternation + 1}: try a lower learning rate or a "
-                        f"higher --damping (now {args.damping:g}). {args.out}.pt was left as it was")
-        del hessian_loss, gradient, product  # frees the graph before the next lower step, and the directions
-        if recycled:
-            recycled.directions.clear()
+        residual = norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)
+        distance = norm(t.detach() - p.detach() for t, p in zip(theta, phi))
+        products = recycled.products or args.cg_steps * args.upper_steps
+        del hessian_loss, gradient, product, recycled  # frees graph and directions before the next lower step
         lower.to(memory_format=torch.channels_last)
-        knn = None
-        if val and ((alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations):
-            knn = common.knn_probe(lower_backbone, data, val, args)
-        log.epoch(args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size, unit="alternation",
-                  lower=sums[0], upper_theta=sums[1], upper_phi=sums[2], residual=residual, knn=knn,
-                  products=recycled.products if recycled else args.cg_steps * args.upper_steps,
-                  distance=norm(t.detach() - p.detach() for t, p in zip(theta, phi)))
-        if residual > 0.5 and all(line["residual"] <= 0.5 for line in log.history[:-1]):
-            print(f"residual {residual:.2f}: the implicit gradient is mostly noise; raise --damping "
-                  f"(now {args.damping:g}) or --cg-steps (now {args.cg_steps})", flush=True)
+        due = (alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations
+        knn = common.knn_probe(lower_backbone, data, val, args) if val and due else None
+        images = args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size
+        log.epoch(images, unit="alternation", lower=sums[0], upper_theta=sums[1], upper_phi=sums[2], residual=residual, knn=knn,
+                  products=products, distance=distance)
         common.save_checkpoint(
             f"{args.out}.pt", method="bissl", arch=args.arch, image_size=args.image_size, backbone=lower_backbone,
-            head=lower.head, classes=data.classes,
-            config=dict(common.run_config(args), pretext_config=config),
-            resume=dict(upper_backbone=upper_backbone.state_dict(), upper_head=upper_head.state_dict(),
-                        lower_optimizer=lower_optimizer.state_dict(), upper_optimizer=upper_optimizer.state_dict(),
-                        history=log.history))
+            head=lower.head, classes=data.classes, config=dict(common.run_config(args), pretext_config=config),
+            resume=dict({name: part.state_dict() for name, part in resumed.items()}, history=log.history))
 
     draw(args, log.history)
     return log.history[-1]
@@ -310,8 +281,6 @@ def warm_up_head(args, backbone, head, data):
             common.average_gradients(head)
             optimizer.step()
     backbone.train()
-    if args.head_epochs:
-        print(f"head warmed up for {args.head_epochs} epochs: loss {loss.item():.3f}", flush=True)
 
 
 def warm_up_pretext_head(args, pretext, model, config, data):
@@ -339,12 +308,10 @@ def draw(args, history):
 
 
 def parser(paper=False):
-    p = common.Parser(
-        "bissl.py", __doc__,
-        petals=dict(image_size=32, arch="resnet10", batch_size=64, lr=0.005, weight_decay=5e-4, pretext_batch_size=128,
-                    alternations=10, lower_steps=20, upper_steps=4, labels_per_class=20),
-        others=dict(image_size=64, arch="resnet10", batch_size=64, lr=0.005, weight_decay=5e-4, pretext_batch_size=128,
-                    alternations=20, lower_steps=20, upper_steps=8, labels_per_class=None))
+    petals = dict(image_size=32, arch="resnet10", batch_size=64, lr=0.005, weight_decay=5e-4, pretext_batch_size=128,
+                  alternations=10, lower_steps=20, upper_steps=4, labels_per_class=20)
+    others = dict(petals, image_size=64, alternations=20, upper_steps=8, labels_per_class=None)
+    p = common.Parser("bissl.py", __doc__, petals, others)
     p.label_options()
     p.option("--pretext", str, "pretext task for a checkpoint that names none", "simclr", choices=sorted(PRETEXTS))
     p.option("--pretext-data", str, "data set of the pretext task; without: the checkpoint's")
@@ -358,15 +325,16 @@ def parser(paper=False):
     p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B", 0.001)
     p.option("--damping", common.NOT_NEGATIVE, "gamma, added to lambda in (I + H/(lambda + gamma))^-1; the paper has 10", 100)
     p.option("--cg-steps", common.COUNT, "conjugate-gradient steps a solve, at most", 5)
-    p.option("--cg-tol", common.SHARE, "a solve ends once ||v - A x|| / ||v|| is no more than this; none: 0.05, with --layerwise 0", metavar="SHARE")
-    p.option("--recycle", common.FROM_ZERO, "directions kept from earlier solves of an alternation, two vectors of the backbone's size each; "
-             "0: each solve starts from zero; none: 20, with --layerwise 0")
+    p.option("--cg-tol", common.SHARE, "a solve ends once ||v - A x|| / ||v|| is no more than this", 0.05, metavar="SHARE")
+    p.option("--recycle", common.FROM_ZERO, "directions kept for an alternation's later solves, two vectors of the backbone's "
+             "size each; 0: every solve starts from zero", 20)
     p.option("--hessian-batch", common.number(int, 4), "images of the pretext batch that H is taken on; none: all of them")
-    p.add_argument("--layerwise", action="store_true", help="the released code's conjugate gradients, tensor by tensor")
+    p.add_argument("--layerwise", action="store_true",
+                   help="the released code's conjugate gradients, tensor by tensor, without --cg-tol and --recycle")
     p.option("--crop", common.number(float, 0.01, 1), "smallest area of a downstream crop, as a share of the image", 0.5)
-    p.option("--probe-every", common.COUNT, "alternations between two k-NN probes of theta_B (only with few labels: val is held out then)", 4)
+    p.option("--probe-every", common.COUNT, "alternations between two k-NN probes (with few labels: val is held out then)", 4)
     p.add_argument("--paper", action="store_true", help="the paper's figures instead of the defaults: {}".format(
-        " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in PAPER.items() if value is not None)))
+        " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in PAPER.items())))
     if paper:
         p.set_defaults(**PAPER)  # a flag that is given still wins
     return p

@@ -14,13 +14,13 @@ gives it hard pairs made by mixing features, and smooths the classifier's bounda
     python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     same search and seeds as finetune.py
     python finetune.py --ckpt core_tuning.pt --eval                  its checkpoint is a fine-tuned one
 
-Measured on petals, one SimCLR run, 20 labels a class, 3 seeds: test top-1 83.0 +- 4.4 %, against 78.3 +- 4.8 % of plain fine-tuning; seed by
-seed, on the same labelled images, 4.0 to 5.1 points more. A step costs what a plain one does.
+Measured on petals, one SimCLR run, 20 labels a class, 3 seeds: test top-1 83.0 +- 4.4 %, against 78.3 +- 4.8 % of plain
+fine-tuning; seed by seed, on the same labelled images, 4.0 to 5.1 points more. A step costs what a plain one does.
 
-Differs from the paper in: momentum without Nesterov, as in finetune.py; L_con^f is a mean over the anchors that have a positive, not over
-all 3B, most of which are mixtures without one: with 32 images of 10 classes eta 1 here is about 2.7 there. From the authors' code in: hardest positives are found among the
-positives alone (theirs takes the smallest entry of a matrix that is 0 everywhere else, mostly the anchor itself); gradients
-flow through the mixtures; positives are told by their labels, not by a hash that overflows; one forward pass a step.
+Differs from the paper in: momentum without Nesterov, as in finetune.py; L_con^f is a mean over the anchors that have a positive,
+not over all 3B, most of which are mixtures without one: with 32 images of 10 classes eta 1 here is about 2.7 there. From the
+authors' code in: hardest positives are found among the positives alone (theirs: the smallest entry of a matrix that is 0
+elsewhere, mostly the anchor itself); gradients flow through the mixtures; no hash of labels that overflows; one forward pass.
 """
 import torch
 import torch.nn.functional as F
@@ -95,21 +95,21 @@ def train(run):
 
     for epoch in range(run.start(model, optimizer), args.epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
-        total, hits = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
+        total = hits = 0
         model.train()
         for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
-            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
-                                     start=args.cosine_start)
+            step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
+            common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
                 f = backbone(x)  # (B, D)
-            f, y = common.gather(common.upcast(f)), common.gather(y)  # of all processes: each mixes and contrasts the whole batch
+            f, y = common.gather(common.upcast(f)), common.gather(y)  # each process mixes and contrasts the whole batch
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
             features = torch.cat([f, f_pos, f_neg])                                  # (3B, D)
             labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])    # (3B, C)
             logits, z = model.head(features), model.projector(features)              # (3B, C), (3B, dim)
-            loss = F.cross_entropy(logits, labels) + args.eta * focal_contrastive(
-                z, positive_pairs(labels, len(y)), args.temperature)
+            contrast = focal_contrastive(z, positive_pairs(labels, len(y)), args.temperature)
+            loss = F.cross_entropy(logits, labels) + args.eta * contrast
             optimizer.zero_grad()
             loss.backward()
             common.average_gradients(model)
@@ -120,10 +120,11 @@ def train(run):
             break
 
 
-def show_hard_pairs(axes, args, backbone, confusion):
+def show_hard_pairs(axes, args, backbone):
     """The panel of Core-tuning: eight anchors of a training batch, under each its hardest positive and its hardest negative."""
-    data = common.load_labelled(args, args.seed)
-    data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:args.batch_size])
+    last_seed = args.seed + args.seeds - 1
+    data = common.load_labelled(args, last_seed)
+    data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(last_seed))[:args.batch_size])
     hp, hn = hardest(*common.features(backbone, data, args))
     x, _ = next(common.feed(data, [torch.arange(len(data))]))
     x = common.test_crop(x, args.image_size)
@@ -132,10 +133,10 @@ def show_hard_pairs(axes, args, backbone, confusion):
 
 
 def parser():
-    p = common.Parser("core_tuning.py", __doc__, petals=finetune.PETALS, others=finetune.OTHERS, finishes_budget=True)
+    p = common.Parser("core_tuning.py", __doc__, finetune.PETALS, finetune.OTHERS, finishes_budget=True)
     finetune.protocol_options(p)
     p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes it between 0.1 and 10", 1.0)
-    p.option("--alpha", common.number(float, 1e-3, 1e6), "the mixtures' shares are drawn from Beta(alpha, alpha)", 1.0)
+    p.option("--alpha", common.number(float, 1e-3, 1e6), "shares of the mixtures are drawn from Beta(alpha, alpha)", 1.0)
     p.option("--temperature", common.number(float, 1e-3), "tau of the focal contrastive loss", 0.07)
     p.option("--dim", common.COUNT, "width of the projections", 256)
     return p

@@ -8,13 +8,15 @@ split, the best pair is trained with several seeds, and the test split is looked
     python finetune.py --ckpt simclr.pt --freeze             linear probe: only the classifier learns
     python finetune.py --ckpt simclr.pt --search 20 --seeds 5     what a table needs: mean +- std over 5 seeds
     python finetune.py --ckpt coin.pt                        COIN's second stage: its last epochs, with --supcon 0.1
-    python finetune.py --ckpt finetune.pt --eval             accuracy of a finished run, no training; core_tuning.pt, bi_tuning.pt too
+    python finetune.py --ckpt finetune.pt --eval             accuracy of a finished run; core_tuning.pt, bi_tuning.pt too
+
+With all labels, the last runs train on train and val together; with few, on a subset of train that each seed draws anew, and the
+search is judged on the whole of val.
 
 Measured on petals, default flags (20 labels a class, 5 seeds, test top-1): 19.7 +- 1.8 % from scratch, 70.0 +- 5.5 % from SimCLR;
 20 seconds a run on two CPU cores.
 
-Differs from the authors' in: 60 epochs instead of 400, batches of 32 instead of 256, no weight decay on biases and BatchNorm. With all labels, the last runs train on train
-and val together; with few, on a subset of train that each seed draws anew, and the search is judged on the whole of val.
+Differs from the paper in: 60 epochs instead of 400, batches of 32 instead of 256, no weight decay on biases and BatchNorm.
 """
 import argparse
 import copy
@@ -36,14 +38,12 @@ MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_clas
 def train(run):
     """Cross-entropy, and with --supcon what COIN's second stage adds to it."""
     args, data = run.args, run.data
-    if args.supcon:
-        common.need_one_label(args, data)
     backbone, ckpt = common.start_backbone(args, say=False)
     model = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(backbone.num_features, len(data.classes))))
     if args.supcon:
-        model["projector"] = coin.start_projector(args, backbone, ckpt)
-        if not run.results:  # once is enough
-            coin.say_positives(data.labels, args.batch_size)
+        common.need_one_label(args, data)
+        coin.say_positives(data.labels, args.batch_size)
+        model["projector"] = coin.start_projector(backbone.num_features, ckpt)
     model.to(args.device)
     backbone.requires_grad_(not args.freeze)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
@@ -51,11 +51,11 @@ def train(run):
 
     for epoch in range(run.start(model, optimizer), args.epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
-        total, hits = torch.zeros((), device=args.device), torch.zeros((), device=args.device)
+        total = hits = 0
         backbone.train(not args.freeze)  # a frozen backbone keeps its BatchNorm statistics too
         for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
-            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
-                                     start=args.cosine_start)
+            step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
+            common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
                 f = backbone(x)         # (B, D)
@@ -81,8 +81,8 @@ def hit(logits, y):
 
 
 def average_precision(scores, present):
-    """11-point interpolated average precision of each class (C,), 0 to 1 (VOC 2007): the mean over the recalls 0, 0.1, ..., 1 of
-    the highest precision at that recall or a higher one.
+    """11-point interpolated average precision of each class (C,), 0 to 1 (VOC 2007): the mean over the recalls 0, 0.1, ..., 1
+    of the highest precision at that recall or a higher one.
 
     scores (n, C); present (n, C): 1, 0, or -1 for what counts neither way. NaN for a class that no image has.
     """
@@ -110,11 +110,6 @@ def metrics(logits, labels):
     recall = confusion.diag()[present] / confusion.sum(1)[present]
     return dict(top1=100 * ranked[:, 0].float().mean().item(), top5=100 * ranked.any(1).float().mean().item(),
                 mean_class=100 * recall.mean().item()), confusion.cpu()
-
-
-def ordered(args, scores):
-    """The names of the metrics among the scores, the data set's main one first."""
-    return sorted((name for name in METRICS if name in scores), key=lambda name: name != MAIN_METRIC.get(args.data, "top1"))
 
 
 @torch.no_grad()
@@ -146,8 +141,11 @@ class Run:
         return epoch
 
     def finish_epoch(self, epoch, model, optimizer, total, hits):
-        """Log the epoch, score the last one, save. model: ModuleDict of backbone, head and what the method has beside them;
-        total, hits: loss and right answers of the epoch, summed over this process's images. False if the run is over because it diverged."""
+        """Log the epoch, score the last one, save; False if the run is over because it diverged.
+
+        model: ModuleDict of backbone, head and what the method has beside them; total, hits: loss and right answers of the
+        epoch, summed over this process's images.
+        """
         args, last = self.args, epoch + 1 == self.args.epochs
         common.average_statistics(model)
         total, hits, images = common.all_sum(total), common.all_sum(hits), len(self.data) - len(self.data) % common.world()
@@ -155,14 +153,14 @@ class Run:
         if len(self.results) < args.search and not (total.isfinite() and common.is_finite(model)):
             self.results.append(dict(run, top1=0.0))  # a pair of the search that diverges is a bad pair, not an error
             return False
-        score = evaluate(model.backbone, model.head, self.judge, args)[0] if last else None
-        val_top1 = None
-        if self.watch and (last or (epoch + 1) % max(1, args.epochs // 10) == 0):
-            val_top1 = (score if last and self.watch is self.judge else
-                        evaluate(model.backbone, model.head, self.watch, args)[0])["top1"]
-        self.log.epoch(images, run=len(self.results) + 1, loss=total / images, train_top1=100 * hits / images, val_top1=val_top1)
+        score = lambda store: evaluate(model.backbone, model.head, store, args)[0]
+        due = (epoch + 1) % max(1, args.epochs // 10) == 0 or last
+        judged = score(self.judge) if last else None
+        watched = judged if last and self.watch is self.judge else score(self.watch) if self.watch and due else None
+        self.log.epoch(images, run=len(self.results) + 1, loss=total / images, train_top1=100 * hits / images,
+                       val_top1=watched and watched["top1"])
         if last:
-            self.results.append({**run, **score})
+            self.results.append({**run, **judged})
         parts = {name: part.state_dict() for name, part in model.named_children()}
         common.save_checkpoint(
             f"{args.out}.pt", method=self.method, arch=args.arch, image_size=args.image_size, backbone=parts.pop("backbone"),
@@ -172,10 +170,10 @@ class Run:
         return True
 
 
-def protocol(args, method, train, panel):
+def protocol(args, method, train, panel=None):
     """Random search on the validation split, then the best pair with --seeds seeds, each scored once on test.
 
-    train(run): the script's own loop; panel(axes, args, backbone, confusion): what it adds to the figure.
+    train(run): the script's own loop; panel(axes, args, backbone): what it adds to the figure.
     """
     _, start = common.start_backbone(args)  # settles arch and image size, and says what it found
     ckpt = common.resume_checkpoint(args)
@@ -184,27 +182,23 @@ def protocol(args, method, train, panel):
     log = common.Log(args, (args.search + args.seeds) * args.epochs, history)
     if start and "labels_per_class" in start["config"]:  # a stage that has seen labels
         seen = argparse.Namespace(**start["config"])
-        same = (seen.labels_per_class, seen.fraction, seen.seed) == (args.labels_per_class, args.fraction, args.seed)
-        if common.few_labels(args) and not (same and args.seeds == 1):
-            print(f"{args.ckpt} has learnt from other labelled images (--labels-per-class {seen.labels_per_class} --fraction "
-                  f"{seen.fraction} --seed {seen.seed}) than these flags draw: for a fair table make one for each seed", flush=True)
+        drawn = [(flags.labels_per_class, flags.fraction, flags.seed) for flags in (seen, args)]
+        if common.few_labels(args) and (args.seeds > 1 or drawn[0] != drawn[1]):
+            print(f"{args.ckpt} has learnt from other labelled images than these flags draw: make one for each seed", flush=True)
         if args.search and not common.few_labels(seen):
-            print(f"{args.ckpt} has learnt from val too, on which this search is judged: accuracies on val are too high", flush=True)
+            print(f"{args.ckpt} has learnt from val, on which this search is judged: accuracies on val are too high", flush=True)
     if args.cosine_start:
         print(f"{args.epochs} epochs are left of the budget: goes on at {args.cosine_start:.0%} of the cosine", flush=True)
 
-    rng = np.random.default_rng(args.seed)
+    rng, main_metric = np.random.default_rng(args.seed), MAIN_METRIC.get(args.data, "top1")
     pairs = 10 ** rng.uniform((-4, -5), (0, -2), (args.search, 2))  # lr 1e-4..1 and wd 1e-5..1e-2, log-uniform
     for run in range(len(results), args.search + args.seeds):
-        now = copy.copy(args)
-        if run < args.search:
+        searching, now = run < args.search, copy.copy(args)
+        if searching:
             now.lr, now.weight_decay = pairs[run].tolist()
         else:
-            now.seed = args.seed + run - args.search
-            if args.search:
-                best = max(results[:args.search], key=lambda result: result.get(MAIN_METRIC.get(args.data, "top1"), 0.0))
-                now.lr, now.weight_decay = best["lr"], best["weight_decay"]
-        searching = run < args.search
+            best = max(results[:args.search], key=lambda result: result.get(main_metric, 0.0), default=vars(args))
+            now.lr, now.weight_decay, now.seed = best["lr"], best["weight_decay"], args.seed + run - args.search
         data = common.load_labelled(args, now.seed, hold_out=searching)
         for split, store in (("val", val), ("test", test)):
             common.check_classes(args, store.classes, data.classes, split)
@@ -214,66 +208,78 @@ def protocol(args, method, train, panel):
                   watch=val if searching or common.few_labels(args) else None, log=log, results=results, ckpt=ckpt))
         ckpt = None
 
-    final = results[args.search:]
-    summary = dict(lr=final[-1]["lr"], weight_decay=final[-1]["weight_decay"])
-    names = ordered(args, final[-1])
-    for name in names:
-        values = np.array([result[name] for result in final])
-        summary[f"test_{name}"] = float(values.mean())
-        summary[f"test_{name}_std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    print("test  " + "  ".join(f"{name} {summary[f'test_{name}']:.2f} +- {summary[f'test_{name}_std']:.2f} %"
-                               for name in names) + f"  ({len(final)} seed{'s' * (len(final) > 1)})", flush=True)
+    lr, weight_decay = results[-1]["lr"], results[-1]["weight_decay"]
+    summary = dict(lr=lr, weight_decay=weight_decay, **report(args, results[args.search:]))
     log.write([*log.history, dict(summary, runs=results)])
     draw(args, log.history, test, panel)
     return summary
 
 
-def load_classifier(args, path, classes):
-    """Backbone and linear head of a fine-tuning checkpoint whose head fits the classes."""
-    backbone, ckpt = common.start_backbone(argparse.Namespace(**{**vars(args), "ckpt": path}), say=path == args.ckpt)
-    weight = (ckpt["head"] or {}).get("weight")
-    if weight is None or ckpt["classes"] is None or len(weight) != len(ckpt["classes"]):
-        common.fail(f"{path} ({ckpt['method']}) has no classifier: fine-tune it first")
-    if ckpt["classes"] != classes:
-        common.fail(f"{path} tells {len(weight)} classes apart ({', '.join(ckpt['classes'][:3])}, ...), but {args.data} has "
-                    f"{len(classes)} ({', '.join(classes[:3])}, ...)")
+def report(args, results):
+    """Print and return mean and standard deviation of each metric over the runs, the data set's main metric first."""
+    names, summary, said = [name for name in METRICS if name in results[0]], {}, []
+    for name in sorted(names, key=lambda name: name != MAIN_METRIC.get(args.data, "top1")):
+        values = np.array([result[name] for result in results])
+        mean, std = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+        summary.update({f"test_{name}": mean, f"test_{name}_std": std})
+        said.append(f"{name} {mean:.2f}{f' +- {std:.2f}' * (len(values) > 1)} %")
+    print("test  " + "  ".join(said), flush=True)
+    return summary
+
+
+def load_classifier(args, say=True):
+    """Backbone and linear head of --ckpt, a fine-tuning checkpoint, and the classes that they tell apart."""
+    backbone, ckpt = common.start_backbone(args, say)
+    weight = ckpt and (ckpt["head"] or {}).get("weight")
+    if weight is None:
+        common.fail(f"--ckpt {args.ckpt} has no classifier: fine-tune it first")
     head = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in ckpt["head"])
     head.load_state_dict(ckpt["head"])
-    return backbone, head.to(args.device)
+    return backbone, head.to(args.device), ckpt["classes"]
+
+
+def evaluate_checkpoint(args):
+    """What --eval does: the metrics of --ckpt on test, printed and returned."""
+    backbone, head, classes = load_classifier(args)
+    test = common.load_data(args, "test")
+    if test.classes != classes:
+        common.fail(f"{args.ckpt} tells {len(classes)} classes apart, which are not those of {args.data}")
+    return report(args, [evaluate(backbone, head, test, args)[0]])
 
 
 def draw(args, history, test, panel):
-    """Curves, the confusion matrix on test, or with several labels an image each class's precision, the test features before and
+    """Curves, the confusion matrix on test (with several labels an image: each class's precision), the test features before and
     after, and the method's own panel."""
-    backbone, head = load_classifier(args, f"{args.out}.pt", test.classes)
+    backbone, head, classes = load_classifier(argparse.Namespace(**{**vars(args), "ckpt": f"{args.out}.pt"}), say=False)
     before, _ = common.start_backbone(args, say=False)
+    x, y = common.features(backbone, test, args)
+    confusion = metrics(head(x), y)[1]  # or precision
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
     last_run = [dict(line, epoch=i + 1) for i, line in enumerate(history[-args.epochs:])]
     common.plot_curves(axes[0, 0], last_run, ["loss"])
     common.plot_curves(axes[0, 1], last_run, ["train_top1", "val_top1"])
-    x, y = common.features(backbone, test, args)
-    confusion = metrics(head(x), y)[1]
     if y.ndim == 2:
-        axes[0, 2].barh(test.classes, 100 * confusion.numpy())
+        axes[0, 2].barh(classes, 100 * confusion.numpy())
         axes[0, 2].set(xlabel="average precision on test, %")
     else:
-        axes[0, 2].imshow((confusion / confusion.sum(1, keepdim=True).clamp(min=1)).numpy(), cmap="viridis", vmin=0, vmax=1)
+        show_matrix(axes[0, 2], confusion / confusion.sum(1, keepdim=True).clamp(min=1), classes, vmin=0, vmax=1)
         axes[0, 2].set(xlabel="predicted", ylabel="true", title="confusion on test, share of the true class")
-        if len(test.classes) <= 20:
-            axes[0, 2].set_yticks(range(len(test.classes)), test.classes)
-            axes[0, 2].set_xticks(range(len(test.classes)), test.classes, rotation=90)
     where = "fine-tuning, where class means differ most"
     common.plot_features(axes[1, 0], *common.features(before, test, args), f"test features before {where}")
     common.plot_features(axes[1, 1], x, y, f"test features after {where}")
-    panel(axes[1, 2], argparse.Namespace(**{**vars(args), "seed": args.seed + args.seeds - 1}), backbone, confusion)  # the last run's
+    if panel:
+        panel(axes[1, 2], args, backbone)
+    else:
+        axes[1, 2].remove()
     common.save_figure(args, figure)
 
 
-def class_accuracies(axes, args, backbone, confusion):
-    """The panel of plain fine-tuning: how many classes are recognised how well."""
-    right = confusion if confusion.ndim == 1 else confusion.diag() / confusion.sum(1).clamp(min=1)
-    axes.hist((100 * right).numpy(), bins=20, range=(0, 100))
-    axes.set(xlabel="accuracy or average precision, %", ylabel="classes", title="the single classes on test")
+def show_matrix(axes, matrix, classes, **colours):
+    """A number for each pair of classes (C, C), with their names where there are few."""
+    axes.imshow(matrix.numpy(), **colours)
+    if len(classes) <= 20:
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
 
 
 def protocol_options(p):
@@ -287,13 +293,12 @@ def protocol_options(p):
 
 PETALS = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03, weight_decay=5e-4, crop=0.5,
               labels_per_class=20, cosine_start=0.0)
-OTHERS = dict(image_size=64, arch="resnet10", epochs=60, batch_size=32, lr=0.01, weight_decay=5e-4, crop=0.5,
-              labels_per_class=None, cosine_start=0.0)
+OTHERS = dict(PETALS, image_size=64, lr=0.01, labels_per_class=None)
 
 
 def parser():
-    p = common.Parser("finetune.py", __doc__, petals=dict(PETALS, supcon=0.0, supcon_temperature=0.3),
-                      others=dict(OTHERS, supcon=0.0, supcon_temperature=0.3), finishes_budget=True)
+    petals, others = (dict(defaults, supcon=0.0, supcon_temperature=0.3) for defaults in (PETALS, OTHERS))
+    p = common.Parser("finetune.py", __doc__, petals, others, finishes_budget=True)
     protocol_options(p)
     p.option("--supcon", common.NOT_NEGATIVE, "eta: cross-entropy + ETA x SupCon; after coin.py: 0.1", metavar="ETA")
     p.option("--supcon-temperature", common.number(float, 1e-3), "tau of SupCon; after coin.py: coin's")
@@ -305,18 +310,7 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     with common.resumable("finetune.py", args, argv):
-        if not args.eval:
-            return protocol(args, "finetune", train, class_accuracies)
-        if args.ckpt is None:
-            common.fail("--eval needs --ckpt")
-        ckpt = common.load_checkpoint(args.ckpt)
-        if ckpt["classes"] is None:
-            common.fail(f"{args.ckpt} ({ckpt['method']}) has no classifier: fine-tune it first")
-        args.image_size = args.image_size or ckpt["image_size"]
-        test = common.load_data(args, "test")
-        scores, _ = evaluate(*load_classifier(args, args.ckpt, test.classes), test, args)
-        print("test  " + "  ".join(f"{name} {scores[name]:.2f} %" for name in ordered(args, scores)))
-        return {f"test_{name}": value for name, value in scores.items()}
+        return evaluate_checkpoint(args) if args.eval else protocol(args, "finetune", train)
 
 
 if __name__ == "__main__":

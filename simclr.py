@@ -1,7 +1,7 @@
 """SimCLR: a simple framework for contrastive learning of visual representations (Chen et al. 2020, arXiv 2002.05709).
 
-Two random views of one image should have projections that are close to each other and far from those of all other
-images in the batch. Nothing else is learnt from: the labels are only read by the probe that watches the training.
+Two random views of one image should have projections that are close to each other and far from those of all other images in
+the batch. Labels are only read by the probe that watches the training.
 
   1. Draw a batch of B images; make two views x1, x2 of each.
   2. z = g(f(x)) for all 2B views: f is the backbone, g an MLP projector.
@@ -12,11 +12,11 @@ images in the batch. Nothing else is learnt from: the labels are only read by th
     python simclr.py --data DIR --out runs/mine       DIR/train/CLASS/*.png, labels unused
     python finetune.py --ckpt simclr.pt
 
-Measured on petals, default flags: 3:16 minutes on two CPU cores; 34 to 64 % k-NN accuracy over 5 seeds (chance: 10 %), and after
-fine-tuning on 20 labels a class 70.0 +- 5.5 % on test, against 19.7 +- 1.8 % from scratch (bfloat16).
+Measured on petals, default flags: 3:16 minutes on two CPU cores; 34 to 64 % k-NN accuracy over 5 seeds (chance: 10 %), and
+after fine-tuning on 20 labels a class 70.0 +- 5.5 % on test, against 19.7 +- 1.8 % from scratch (bfloat16).
 
-Differs from the paper in: AdamW instead of LARS, which wants batches in the thousands (--optimizer lars); the four colour operations
-come in an order drawn once a batch, not an image; on 32 px petals no blur.
+Differs from the paper in: AdamW instead of LARS, which wants batches in the thousands (--optimizer lars); the four colour
+operations come in an order drawn once a batch, not an image; on 32 px petals no blur.
 """
 import matplotlib.pyplot as plt
 import torch
@@ -71,7 +71,7 @@ def embed(model, views, config):
 
 
 def loss(model, views, config):
-    """NT-Xent of one batch of views; what bissl.py minimises in its lower level."""
+    """The loss of one batch of views; what bissl.py minimises in its lower level."""
     return nt_xent(*embed(model, views, config), config["temperature"])
 
 
@@ -92,15 +92,15 @@ def train(args):
 
     for epoch in range(len(history), args.epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # order and views of an epoch do not depend on the ones before
-        total = torch.zeros((), device=args.device)
+        total = 0
         for i, (x, _) in enumerate(common.batches(data, args.batch_size, whole_only=True)):
-            common.set_learning_rate(optimizer, args.lr, epoch * steps_per_epoch + i, args.epochs * steps_per_epoch,
-                                     warmup=args.warmup * steps_per_epoch)
+            step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup=args.warmup * steps_per_epoch)
             optimizer.zero_grad()
             if args.chunk:
-                batch_loss = common.chunked_backward(
-                    model, lambda part: torch.stack(embed(model, make_views(part, config), config), 1),
-                    lambda z: nt_xent(*z.unbind(1), args.temperature), x, args.chunk)
+                project = lambda part: torch.stack(embed(model, make_views(part, config), config), 1)  # (b, 2, D)
+                loss_of = lambda z: nt_xent(*z.unbind(1), args.temperature)
+                batch_loss = common.chunked_backward(model, project, loss_of, x, args.chunk)
             else:
                 batch_loss = loss(model, make_views(x, config), config)
                 batch_loss.backward()
@@ -110,47 +110,41 @@ def train(args):
 
         common.average_statistics(model)
         total, = common.average([total / steps_per_epoch])
-        knn = None
-        if probe and ((epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs):
-            knn = common.knn_probe(backbone, *probe, args)
+        due = (epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs
+        knn = common.knn_probe(backbone, *probe, args) if probe and due else None
         log.epoch(steps_per_epoch * args.batch_size, loss=total, knn=knn)
         common.save_checkpoint(
-            f"{args.out}.pt", method="simclr", arch=args.arch, image_size=args.image_size, backbone=backbone,
-            head=model.head, classes=data.classes, config=config,
-            resume=dict(optimizer=optimizer.state_dict(), history=log.history))
+            f"{args.out}.pt", method="simclr", arch=args.arch, image_size=args.image_size, backbone=backbone, head=model.head,
+            classes=data.classes, config=config, resume=dict(optimizer=optimizer.state_dict(), history=log.history))
 
     draw(args, log.history, make_views(data.images[:32].to(args.device), config))
     return log.history[-1]
 
 
 def draw(args, history, views):
-    """Loss and probe over the epochs, and two views of 32 images as the network gets them, side by side."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5))
-    common.plot_curves(left, history, ["loss"])
-    common.plot_curves(middle, history, ["knn"])
-    middle.set_ylabel("k-NN accuracy on held-out labels, %")
-    common.show_images(right, torch.stack(views, 1).flatten(0, 1), columns=8)
-    right.set_title("views: each pair of columns is one image")
+    """Loss and probe over the epochs, and two views of 32 images as the network gets them."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    common.plot_curves(axes[0], history, ["loss"])
+    common.plot_curves(axes[1], history, ["knn"])
+    axes[1].set_ylabel("k-NN accuracy on held-out labels, %")
+    common.show_images(axes[2], torch.stack(views, 1).flatten(0, 1), columns=8)
+    axes[2].set_title("views: each pair of columns is one image")
     common.save_figure(args, figure)
 
 
 def parser():
-    p = common.Parser(
-        "simclr.py", __doc__,
-        petals=dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
-                    crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0),
-        others=dict(image_size=64, arch="resnet10", epochs=500, batch_size=128, lr=2e-3, weight_decay=1e-4,
-                    crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1], blur=0.0))
-    p.option("--optimizer", str, "adamw, lars or sgd; the paper's LARS wants batches in the thousands", "adamw",
-             choices=common.OPTIMIZERS)
-    p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process, for batches that do not fit; twice the forward passes; 0: all", 0)
+    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
+                  crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
+    others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
+    p = common.Parser("simclr.py", __doc__, petals, others)
+    p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands", "adamw", choices=common.OPTIMIZERS)
+    p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a second forward pass; 0: all", 0)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
     p.option("--temperature", common.number(float, 1e-3), "tau of NT-Xent", 0.2)
     p.option("--hidden", common.COUNT, "width of the projector's hidden layer", 256)
     p.option("--dim", common.COUNT, "width of the projections", 128)
     p.option("--crop", common.number(float, 0.01, 1), "smallest area of a crop, as a share of the image")
-    p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4,
-             metavar=tuple("BCSH"))
+    p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4, metavar=tuple("BCSH"))
     p.option("--grey", common.SHARE, "probability of a grey view", 0.2)
     p.option("--blur", common.SHARE, "probability of a blurred view")
     p.option("--probe-every", common.COUNT, "epochs between two k-NN probes on held-out labels", 5)

@@ -189,8 +189,7 @@ def bi_row(device):
     h, z_q = (torch.randn(B, width, device=device, requires_grad=True) for width in (D, d))
     h_k, z_k, y = torch.randn(B, D, device=device), torch.randn(B, d, device=device), torch.randint(C, (B,), device=device)
     weight, bias = torch.randn(C, D, device=device), torch.randn(C, device=device)
-    queues = [bi_tuning.ClassQueue(C, K, width).to(device) for width in (D + 1, d)]
-    [queue.fill_at_random() for queue in queues]
+    queues = [bi_tuning.ClassQueue(C, K, width, random=True).to(device) for width in (D + 1, d)]
     rings = [queue.keys.clone() for queue in queues]
     keys = bi_tuning.unit_with_one(h_k), F.normalize(z_k, dim=1)
     value = {}

@@ -1,5 +1,4 @@
 """Bi-tuning: both contrastive losses against slow loops, the rings against deques, and whole runs on small data."""
-import argparse
 import collections
 import json
 import math
@@ -252,8 +251,7 @@ def test_the_oldest_key_is_the_one_that_is_replaced_next():
 
 
 def test_a_random_start_counts_as_filled_with_unit_keys_and_is_replaced():
-    queue = bi_tuning.ClassQueue(3, 4, 5)
-    queue.fill_at_random()
+    queue = bi_tuning.ClassQueue(3, 4, 5, random=True)
     start = queue.keys.clone()
     assert queue.filled().all()
     torch.testing.assert_close(start.norm(dim=2), torch.ones(3, 4))
@@ -270,30 +268,6 @@ def test_keys_of_a_narrower_type_enter_as_float32():
     queue = bi_tuning.ClassQueue(1, 2, 2)
     queue.enqueue(torch.ones(1, 2, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.long))
     assert queue.keys.dtype == torch.float32 and queue.keys[0, 0].tolist() == [1, 1]
-
-
-def queue_args(**more):
-    return argparse.Namespace(**dict(dict(keys=7, dim=3, device="cpu", random_queue=False), **more))
-
-
-def test_queues_that_take_more_than_half_of_the_memory_end_with_one_line_that_names_keys(monkeypatch, capsys):
-    needed = 4 * 5 * 7 * (11 + 3)  # float32, classes, keys, [h, 1] and z
-    monkeypatch.setattr(common, "memory", lambda device: 2 * needed)
-    queue_h, queue_z = bi_tuning.make_queues(queue_args(), 5, 10)
-    assert (queue_h.keys.shape, queue_z.keys.shape) == ((5, 7, 11), (5, 7, 3))
-    assert queue_h.keys.nbytes + queue_z.keys.nbytes == needed
-    monkeypatch.setattr(common, "memory", lambda device: 2 * needed - 2)
-    with pytest.raises(SystemExit) as stop:
-        bi_tuning.make_queues(queue_args(), 5, 10)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "error: --keys 7: the queues of 5 classes take 1.96e-06 GB of the 3.92e-06 GB on cpu: lower it"]
-
-
-@pytest.mark.parametrize("random_queue", [False, True])
-def test_queues_start_empty_or_at_random(random_queue):
-    for queue in bi_tuning.make_queues(queue_args(random_queue=random_queue), 5, 10):
-        assert queue.filled().all() if random_queue else not queue.filled().any()
 
 
 # ---------------------------------------------------------------------------------------------- one step after another
@@ -445,7 +419,7 @@ def test_finetune_eval_repeats_the_accuracy_of_the_run(record, monkeypatch):
 def test_the_panel_compares_the_mean_keys_of_the_classes(record, monkeypatch):
     monkeypatch.chdir(record.place)
     axes = common.plt.figure().gca()
-    bi_tuning.show_queue(axes, bi_tuning.parser().parse_args([*SMALL]), None, None)
+    bi_tuning.show_queue(axes, bi_tuning.parser().parse_args([*SMALL]), None)
     keys = common.load_checkpoint("bi_tuning.pt")["resume"]["queue_z"]["keys"]
     shown = torch.tensor(axes.images[0].get_array().tolist())
     common.plt.close("all")

@@ -509,13 +509,3 @@ def test_the_flags_choose_the_solver_and_its_products_are_counted(pretrained, tm
     last = bissl.main([*pretrained, "--lower-steps", "1", "--upper-steps", "2", *flags, "--out", str(tmp_path / "bissl")])
     assert used == [solver] * 2
     assert last["products"] == products if products else 1 <= last["products"] <= 10
-
-
-@pytest.mark.parametrize("flags, named", [
-    (["--layerwise", "--recycle", "5"], "--layerwise"), (["--layerwise", "--cg-tol", "0.1"], "--layerwise"),
-    (["--hessian-batch", "40"], "--hessian-batch 40"), (["--cg-tol", "2"], "--cg-tol"), (["--recycle", "-1"], "--recycle")])
-def test_flags_that_do_not_go_together_end_in_one_line(pretrained, tmp_path, capsys, flags, named):
-    with pytest.raises(SystemExit) as stop:
-        bissl.main([*pretrained, *flags, "--out", str(tmp_path / "bissl")])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and named in said

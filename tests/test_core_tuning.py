@@ -430,7 +430,7 @@ def test_the_panel_shows_each_anchor_above_its_hardest_positive_and_negative(fin
     shown, pairs, hardest = [], [], core_tuning.hardest
     monkeypatch.setattr(common, "show_images", lambda axes, x, columns: shown.append((x, columns)))
     monkeypatch.setattr(core_tuning, "hardest", lambda f, y: pairs.append((f, hardest(f, y))) or pairs[-1][1])
-    core_tuning.show_hard_pairs(common.plt.figure().gca(), args, backbone, None)
+    core_tuning.show_hard_pairs(common.plt.figure().gca(), args, backbone)
     common.plt.close("all")
     (x, columns), (f, (hp, hn)) = shown[0], pairs[0]
     backbone.eval()
