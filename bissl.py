@@ -252,10 +252,10 @@ def train(args):
         sums, = common.average([sums])
         product = damped_hessian(gradient, theta, damping)(implicit)
         residual = norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)
-        distance = norm(t.detach() - p.detach() for t, p in zip(theta, phi))
         products = recycled.products or args.cg_steps * args.upper_steps
         del hessian_loss, gradient, product, recycled  # frees graph and directions before the next lower step
         lower.to(memory_format=torch.channels_last)
+        distance = norm(t.detach() - p.detach() for t, p in zip(theta, phi))
         due = (alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations
         knn = common.knn_probe(lower_backbone, data, val, args) if val and due else None
         images = args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size
