@@ -49,7 +49,6 @@ import simclr
 PRETEXTS = {"byol": byol, "simclr": simclr}
 PAPER = dict(alternations=500, lower_steps=20, upper_steps=8, lam=0.001, damping=10.0, head_epochs=20, cg_steps=5, cg_tol=0.0,
              recycle=0)  # --paper
-norm = nn.utils.get_total_norm  # of tensors, seen as one long vector
 
 
 def conjugate_gradient(matvec, b, steps, layerwise=False):
@@ -139,6 +138,10 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
         directions.append((p, Ap, pAp))
     recycled.directions = [direction for direction in directions if direction[2] > 0][:recycled.most]
     return unflat(x)
+
+
+def norm(tensors):
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
 def endless(data, batch_size, whole_only):
@@ -249,10 +252,10 @@ def train(args):
         sums, = common.average([sums])
         product = damped_hessian(gradient, theta, damping)(implicit)
         residual = norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)
-        distance = norm(t.detach() - p.detach() for t, p in zip(theta, phi))
         products = recycled.products or args.cg_steps * args.upper_steps
         del hessian_loss, gradient, product, recycled  # frees graph and directions before the next lower step
         lower.to(memory_format=torch.channels_last)
+        distance = norm(t.detach() - p.detach() for t, p in zip(theta, phi))
         due = (alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations
         knn = common.knn_probe(lower_backbone, data, val, args) if val and due else None
         images = args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size
