@@ -163,7 +163,10 @@ def start_pretext(args, backbone, ckpt):
     pretext, config = PRETEXTS[args.pretext], dict(config, image_size=args.image_size, precision=args.precision)
     model = common.place(pretext.make_model(backbone, config), args.device)
     if not fresh:
-        model.head.load_state_dict(ckpt["head"])
+        try:
+            model.head.load_state_dict(ckpt["head"])
+        except (RuntimeError, AttributeError) as error:
+            common.fail(f"the pretext head in {args.ckpt} does not fit: {str(error).splitlines()[-1].strip()}")
     return pretext, model, config, fresh
 
 
@@ -311,9 +314,9 @@ def draw(args, history):
 
 
 def parser(paper=False):
-    petals = dict(image_size=32, arch="resnet10", batch_size=64, lr=0.005, weight_decay=5e-4, pretext_batch_size=128,
-                  alternations=10, lower_steps=20, upper_steps=4, labels_per_class=20)
-    others = dict(petals, image_size=64, alternations=20, upper_steps=8, labels_per_class=None)
+    petals = dict(image_size=32, arch="resnet10", batch_size=64, lr=0.03, weight_decay=5e-4, pretext_batch_size=128,
+                  alternations=10, lower_steps=20, upper_steps=8, lam=1.0, labels_per_class=20)
+    others = dict(petals, image_size=64, lr=0.005, alternations=20, lam=0.001, labels_per_class=None)
     p = common.Parser("bissl.py", __doc__, petals, others)
     p.label_options()
     p.option("--pretext", str, "pretext task for a checkpoint that names none", "simclr", choices=sorted(PRETEXTS))
@@ -325,7 +328,7 @@ def parser(paper=False):
     p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; none: a fifth of pre-training's")
     p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up in the lower level", 1)
     p.option("--head-epochs", common.FROM_ZERO, "epochs over the labelled images that warm up phi_H", 20)
-    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B", 0.001)
+    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B")
     p.option("--damping", common.NOT_NEGATIVE, "gamma, added to lambda in (I + H/(lambda + gamma))^-1; the paper has 10", 100)
     p.option("--cg-steps", common.COUNT, "conjugate-gradient steps a solve, at most", 5)
     p.option("--cg-tol", common.SHARE, "a solve ends once ||v - A x|| / ||v|| is no more than this", 0.05, metavar="SHARE")
