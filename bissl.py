@@ -1,4 +1,4 @@
-"""BiSSL: bilevel optimisation for self-supervised pre-training (Zakarias, Hansen and Tan 2024, arXiv 2410.02387).
+"""BiSSL: bilevel optimisation for self-supervised pre-training and fine-tuning (Zakarias, Hansen, Tan 2024, arXiv 2410.02387).
 
 Between pre-training and fine-tuning, the backbone is aligned with the downstream task: a lower level goes on with the pretext
 task, pulled towards an upper level that learns the downstream task *through* it (section 3).
@@ -8,13 +8,13 @@ task, pulled towards an upper level that learns the downstream task *through* it
 
   1. theta = pretext checkpoint, backbone theta_B and head; phi_B := theta_B; train phi_H alone for --head-epochs.
   2. Repeat --alternations times:
-     a. --lower-steps (N_L) steps on theta, its gradient clipped at 10, by the pretext's own optimiser.
+     a. --lower-steps (N_L) steps down the lower objective, gradient norm clipped at 10, by the pretext's own optimiser.
      b. Draw one pretext batch; H = second derivative of L_P in theta_B. Its first-order graph is built once.
      c. --upper-steps (N_U) steps on phi with, by the implicit function theorem,
-        grad phi_B = (I + H/(lambda + gamma))^-1 g_theta + d/dphi_B L_D(phi_B, phi_H),   g_theta = d/dtheta_B L_D(theta_B, phi_H)
-        grad phi_H = d/dphi_H [ L_D(theta_B, phi_H) + L_D(phi_B, phi_H) ]
-        where conjugate gradients on Hessian-vector products apply the inverse: --cg-steps of them at most, until the residual
-        is --cg-tol; gamma is --damping. The N_U solves have one matrix, so each goes on from the directions of those before.
+        grad_phi_B = A^-1 g_theta + d/dphi_B L_D(phi_B, phi_H),   g_theta = d/dtheta_B L_D(theta_B, phi_H),
+        grad_phi_H = d/dphi_H [ L_D(theta_B, phi_H) + L_D(phi_B, phi_H) ],   A = I + H/(lambda + gamma), gamma is --damping.
+        Conjugate gradients on Hessian-vector products solve A x = v, v = g_theta: at most --cg-steps of them, until
+        ||v - A x|| <= --cg-tol ||v||. The N_U solves share A: each goes on from the directions of those before.
   3. The result is theta_B.
 
     python bissl.py --ckpt simclr.pt --data flowers --out runs/bissl
@@ -26,17 +26,19 @@ noise, and --damping or --cg-steps has to grow; the scale of H depends on the ne
 Measured on petals with --recycle 0 --cg-tol 0, otherwise default flags: 2:04 minutes on two CPU cores, residual 0.002 to 0.08;
 after fine-tuning on 20 labels a class 68.7 +- 6.9 % on test over 5 seeds, against 70.0 +- 5.5 % without this stage: no gain.
 
-Differs from the paper in: fewer and shorter alternations (the paper: 500, N_U 8) and a damping of 100 instead of 10, at which
-five steps solve the system for the default network; a tolerance, and directions shared by the solves of an alternation: with
-N_U 8, 17 products on emoji and 19 on petals instead of 40, in 0.53 and 0.57 of the alternation's time (one CPU core;
-tests/bench_hypergradient.py). --paper gives the paper's figures back. From the authors' code in: plain conjugate gradients as
-in the paper (--layerwise for theirs); a fresh Hessian batch each alternation; one graph for all its products; NaN stops the run.
+Differs from the paper in: fewer alternations (the paper: 500); on petals lambda 1, since 0.001 does not move theta_B here; a
+damping of 100 instead of 10, at which five steps solve the system for the default network; a tolerance, and directions shared
+by the solves of an alternation: 17 products on emoji and 19 on petals instead of 40, in 0.53 and 0.57 of the alternation's time
+(one CPU core; tests/bench_hypergradient.py). --paper gives the paper's figures back, but for learning rates and batch sizes.
+From the authors' code in: plain conjugate gradients as in the paper (--layerwise for theirs); a fresh Hessian batch each
+alternation; one graph for all its products; NaN stops the run.
 """
 import copy
 import itertools
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -47,21 +49,21 @@ import common
 import simclr
 
 PRETEXTS = {"byol": byol, "simclr": simclr}
-PAPER = dict(alternations=500, lower_steps=20, upper_steps=8, lam=0.001, damping=10.0, head_epochs=20, cg_steps=5, cg_tol=0.0,
-             recycle=0)  # --paper
+PAPER = dict(alternations=500, lower_steps=20, upper_steps=8, lam=0.001, damping=10.0, lower_warmup=10, head_epochs=20,
+             cg_steps=5, cg_tol=0.0, recycle=0)  # --paper
 
 
 def conjugate_gradient(matvec, b, steps, layerwise=False):
     """`steps` of conjugate gradients on A x = b from x = 0, for a symmetric positive definite A (Hestenes and Stiefel 1952).
 
-    b: tuple of tensors, seen as one long vector; matvec: such a tuple -> A times it. layerwise is the authors' released
-    variant: step lengths alpha and beta of its own for each tensor, although A couples them.
+    b: tuple of tensors, seen as one long vector; matvec: such a tuple -> A times it. -> x, a tuple like b. layerwise is the
+    authors' released variant: every tensor has an alpha and a beta of its own, although A couples them.
     """
     def dot(u, v):  # (number of tensors,), or (1,) if they are one vector
         products = torch.stack([(s * t).sum() for s, t in zip(u, v)])
         return products if layerwise else products.sum(0, keepdim=True).expand(len(products))
 
-    ratio = lambda top, bottom: torch.where((top > 0) & (bottom != 0), top / bottom, torch.zeros_like(top))  # solved: stay
+    ratio = lambda top, bottom: torch.where((top > 0) & (bottom != 0), top / bottom, torch.zeros_like(top))  # 0/0, once solved
     x, r, p = [torch.zeros_like(t) for t in b], list(b), list(b)
     rr = dot(r, r)
     for _ in range(steps):
@@ -78,8 +80,8 @@ def conjugate_gradient(matvec, b, steps, layerwise=False):
 def damped_hessian(gradient, params, damping):
     """v -> (I + H/damping) v, from the first-order graph: gradient = d loss / d params, made with create_graph=True."""
     def matvec(v):
-        slope = sum((s * t).sum() for s, t in zip(gradient, v))
-        Hv = torch.autograd.grad(slope, params, retain_graph=True, materialize_grads=True)  # Pearlmutter 1994
+        g_dot_v = sum((s * t).sum() for s, t in zip(gradient, v))
+        Hv = torch.autograd.grad(g_dot_v, params, retain_graph=True, materialize_grads=True)  # Pearlmutter 1994
         return tuple(s + t / damping for s, t in zip(v, common.average(Hv)))
     return matvec
 
@@ -87,9 +89,9 @@ def damped_hessian(gradient, params, damping):
 def inverse_hvp(loss, params, vector, damping, steps, layerwise=False, gradient=None, tolerance=0, recycled=None):
     """(I + H/damping)^-1 vector by conjugate gradients, H = d2 loss / d params2 (section 3.2; damping = lambda + gamma).
 
-    params, vector: tuples of tensors of the same shapes. `gradient` hands in d loss / d params with its graph, which then serves
-    every product of an alternation. tolerance and recycled (a Recycled) are recycled_conjugate_gradient()'s, which is taken where
-    either is given, unless layerwise.
+    params, vector: tuples of tensors of the same shapes -> such a tuple. gradient: d loss / d params with its graph, if there
+    already (loss is then not used): one graph serves all products of an alternation. tolerance and recycled (a Recycled) are
+    recycled_conjugate_gradient()'s, which solves where either is given and layerwise is not.
     """
     if gradient is None:
         gradient = torch.autograd.grad(loss, params, create_graph=True)
@@ -102,8 +104,8 @@ def inverse_hvp(loss, params, vector, damping, steps, layerwise=False, gradient=
 @dataclass
 class Recycled:
     """What the solves of one alternation share: A's products with `directions`, and how many products were made."""
-    most: int                                       # at most so many directions are kept: 2 most vectors of backbone size
-    directions: list = field(default_factory=list)  # of p (n,), A p (n,), p . A p > 0, with p_i . A p_j = 0
+    most: int                                       # directions kept at most; each costs two vectors of backbone size
+    directions: list = field(default_factory=list)  # (p (n,), A p (n,), p . A p > 0) each; p_i . A p_j = 0 for i != j
     products: int = 0
 
 
@@ -112,8 +114,8 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
 
     b as in conjugate_gradient(). x starts at the best point of the span of the directions so far, and each new direction is
     the residual made conjugate to all of them; without any these are plain conjugate gradients. Ends once ||b - A x|| <=
-    tolerance ||b||, or after `steps` products. Of the directions the first `most` are kept, since the first steps find the
-    largest eigenvalues, and none with p . A p < 0, which there is where H has an eigenvalue below -damping.
+    tolerance ||b||, or after `steps` products. The first `most` directions are kept, since the first steps find the largest
+    eigenvalues; one with p . A p < 0 (H has an eigenvalue below -damping) serves this solve only.
     """
     flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])
     unflat = lambda v: tuple(part.view(t.shape) for part, t in zip(v.split([t.numel() for t in b]), b))
@@ -141,10 +143,12 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
 
 
 def norm(tensors):
+    """Of tensors, seen as one long vector: scalar"""
     return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
 def endless(data, batch_size, whole_only):
+    """common.batches() epoch after epoch: for stages that count steps"""
     while True:
         yield from common.batches(data, batch_size, whole_only=whole_only)
 
@@ -163,21 +167,22 @@ def start_pretext(args, backbone, ckpt):
     pretext, config = PRETEXTS[args.pretext], dict(config, image_size=args.image_size, precision=args.precision)
     model = common.place(pretext.make_model(backbone, config), args.device)
     if not fresh:
-        try:
-            model.head.load_state_dict(ckpt["head"])
-        except (RuntimeError, AttributeError) as error:
-            common.fail(f"the pretext head in {args.ckpt} does not fit: {str(error).splitlines()[-1].strip()}")
+        model.head.load_state_dict(ckpt["head"])
     return pretext, model, config, fresh
 
 
 def train(args):
     if args.lam + args.damping == 0:
         common.fail("--lam and --damping cannot both be 0: H is divided by their sum")
+    if (args.hessian_batch or 0) > args.pretext_batch_size:
+        common.fail(f"--hessian-batch {args.hessian_batch} is more than --pretext-batch-size {args.pretext_batch_size}")
     lower_backbone, ckpt = common.start_backbone(args)
     pretext, lower, config, fresh_head = start_pretext(args, lower_backbone, ckpt)
     args.pretext_data = args.pretext_data or config["data"]
+    if args.pretext_data not in common.KNOWN_DATA and not Path(args.pretext_data).is_dir():
+        common.fail(f"no pretext images at {args.pretext_data}, where {args.ckpt} was trained: give --pretext-data")
     args.lower_lr = config["lr"] / 5 if args.lower_lr is None else args.lower_lr
-    pretext_data = common.load_unlabeled(Namespace(**{**vars(args), "data": args.pretext_data}), "pretext_batch_size")
+    pretext_data = common.load_unlabeled(Namespace(**dict(vars(args), data=args.pretext_data)), "pretext_batch_size")
     data = common.load_labelled(args, args.seed)
     val = common.load_held_out(args, data)
 
@@ -188,7 +193,7 @@ def train(args):
     lower_optimizer = common.make_optimizer(config["optimizer"], [lower], args.lower_lr, config["weight_decay"])
     upper_optimizer = common.make_optimizer("sgd", [upper_backbone, upper_head], args.lr, args.weight_decay)
     upper = nn.ModuleList([upper_backbone, upper_head])
-    theta, phi = tuple(lower_backbone.parameters()), tuple(upper_backbone.parameters())
+    theta_B, phi_B = tuple(lower_backbone.parameters()), tuple(upper_backbone.parameters())
     history, damping = [], args.lam + args.damping
     resumed = dict(upper_backbone=upper_backbone, upper_head=upper_head, lower_optimizer=lower_optimizer,
                    upper_optimizer=upper_optimizer)
@@ -214,7 +219,7 @@ def train(args):
             step, steps = alternation * args.lower_steps + i, args.alternations * args.lower_steps
             common.set_learning_rate(lower_optimizer, args.lower_lr, step, steps, warmup=args.lower_warmup * args.lower_steps)
             pretext_loss = pretext.loss(lower, pretext.make_views(x, config), config)
-            distance = sum((t - p.detach()).square().sum() for t, p in zip(theta, phi))  # ||theta_B - phi_B||^2
+            distance = sum((t - p.detach()).square().sum() for t, p in zip(theta_B, phi_B))  # ||theta_B - phi_B||^2
             lower_optimizer.zero_grad()
             (pretext_loss + args.lam / 2 * distance).backward()
             common.average_gradients(lower)
@@ -225,12 +230,12 @@ def train(args):
             sums[0] += pretext_loss.detach() / args.lower_steps
 
         lower.to(memory_format=torch.contiguous_format)  # BatchNorm's second derivative is a third slower in channels_last
-        with common.frozen_statistics(lower, second_order=True):  # theta and a target stay: one graph for all products
+        with common.frozen_statistics(lower, second_order=True):  # theta_B and a target stay: one graph for all products
             x, _ = next(lower_batches)
             x = x[:args.hessian_batch // common.world()] if args.hessian_batch else x
             views = [view.contiguous() for view in pretext.make_views(x, config)]
             hessian_loss = pretext.loss(lower, views, dict(config, precision="float32"))
-            gradient = torch.autograd.grad(hessian_loss, theta, create_graph=True)
+            pretext_gradient = torch.autograd.grad(hessian_loss, theta_B, create_graph=True)
         recycled = Recycled(args.recycle)  # empty anew: the next A is another one
         for i, (x, y) in enumerate(itertools.islice(upper_batches, args.upper_steps)):
             step, steps = alternation * args.upper_steps + i, args.alternations * args.upper_steps
@@ -241,24 +246,28 @@ def train(args):
                     theta_logits = upper_head(lower_backbone(x))  # (B, C)
                 phi_logits = upper_head(upper_backbone(x))        # (B, C)
             theta_loss, phi_loss = (common.task_loss(logits, y) for logits in (theta_logits, phi_logits))
-            slopes = common.average(torch.autograd.grad(theta_loss + phi_loss, (*theta, *upper.parameters())))
-            g_theta = slopes[:len(theta)]
-            for p, slope in zip(upper.parameters(), slopes[len(theta):]):
-                p.grad = torch.empty_like(p).copy_(slope)  # in p's memory layout: fused steps go by the position in memory
+            gradients = common.average(torch.autograd.grad(theta_loss + phi_loss, (*theta_B, *upper.parameters())))
+            g_theta = gradients[:len(theta_B)]
+            for p, g in zip(upper.parameters(), gradients[len(theta_B):]):
+                p.grad = torch.empty_like(p).copy_(g)  # in p's memory layout: fused steps go by the position in memory
             implicit = inverse_hvp(
-                hessian_loss, theta, g_theta, damping, args.cg_steps, args.layerwise, gradient, args.cg_tol, recycled)
-            torch._foreach_add_([p.grad for p in phi], implicit)
+                hessian_loss, theta_B, g_theta, damping, args.cg_steps, args.layerwise, pretext_gradient, args.cg_tol, recycled)
+            torch._foreach_add_([p.grad for p in phi_B], implicit)
             upper_optimizer.step()
             sums[1:] += torch.stack([theta_loss.detach(), phi_loss.detach()]) / args.upper_steps
 
         common.average_statistics(nn.ModuleList([lower, upper]))
         sums, = common.average([sums])
-        product = damped_hessian(gradient, theta, damping)(implicit)
+        product = damped_hessian(pretext_gradient, theta_B, damping)(implicit)
         residual = norm(v - Ax for v, Ax in zip(g_theta, product)) / norm(g_theta)
-        products = recycled.products or args.cg_steps * args.upper_steps
-        del hessian_loss, gradient, product, recycled  # frees graph and directions before the next lower step
+        plain = args.layerwise or not (args.cg_tol or args.recycle)
+        products = args.cg_steps * args.upper_steps if plain else recycled.products
+        if sums[0].isfinite() and not residual.isfinite():  # the lower level is sound: it is the solve that diverged
+            common.fail(f"the implicit gradient is not finite in alternation {alternation + 1}: try a lower learning rate or a "
+                        f"higher --damping (now {args.damping:g}). {args.out}.pt was left as it was")
+        del hessian_loss, pretext_gradient, product, recycled  # frees graph and directions before the next lower step
         lower.to(memory_format=torch.channels_last)
-        distance = norm(t.detach() - p.detach() for t, p in zip(theta, phi))
+        distance = norm(t.detach() - p.detach() for t, p in zip(theta_B, phi_B))
         due = (alternation + 1) % args.probe_every == 0 or alternation + 1 == args.alternations
         knn = common.knn_probe(lower_backbone, data, val, args) if val and due else None
         images = args.lower_steps * args.pretext_batch_size + args.upper_steps * args.batch_size
@@ -277,7 +286,7 @@ def warm_up_head(args, backbone, head, data):
     """Train phi_H alone, so that the first gradients through it mean something: linear probing with the backbone frozen."""
     optimizer = common.make_optimizer("sgd", [head], args.lr, args.weight_decay)
     backbone.eval()
-    for epoch in range(args.head_epochs):
+    for _ in range(args.head_epochs):
         for x, y in common.batches(data, args.batch_size):
             with torch.no_grad(), common.autocast(args.device, args.precision):
                 x = backbone(common.augment(x, args.image_size, crop=(args.crop, 1)))
@@ -290,9 +299,9 @@ def warm_up_head(args, backbone, head, data):
 
 
 def warm_up_pretext_head(args, pretext, model, config, data):
-    """Train a fresh pretext head alone for --head-epochs epochs. BYOL's target stays the backbone under a random projector."""
+    """Train a fresh pretext head alone for --head-epochs epochs. BYOL's target stays a copy of backbone and new projector."""
     optimizer = common.make_optimizer(config["optimizer"], [model.head], config["lr"], config["weight_decay"])
-    for epoch in range(args.head_epochs):
+    for _ in range(args.head_epochs):
         for x, _ in common.batches(data, args.pretext_batch_size, whole_only=True):
             with common.frozen_statistics(model.backbone):
                 loss = pretext.loss(model, pretext.make_views(x, config), config)
@@ -319,7 +328,8 @@ def parser(paper=False):
     others = dict(petals, image_size=64, lr=0.005, alternations=20, lam=0.001, labels_per_class=None)
     p = common.Parser("bissl.py", __doc__, petals, others)
     p.label_options()
-    p.option("--pretext", str, "pretext task for a checkpoint that names none", "simclr", choices=sorted(PRETEXTS))
+    p.option("--pretext", str, "pretext task where --ckpt brings none; else the checkpoint's is taken", "simclr",
+             choices=sorted(PRETEXTS))
     p.option("--pretext-data", str, "data set of the pretext task; without: the checkpoint's")
     p.option("--pretext-batch-size", common.number(int, 4), "images of a lower step, and of the Hessian")
     p.option("--alternations", common.COUNT, "T: lower stage, upper stage, T times over; the paper has 500")

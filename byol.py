@@ -1,27 +1,30 @@
 """BYOL: bootstrap your own latent (Grill et al. 2020, arXiv 2006.07733).
 
 The network predicts, from one view of an image, what a slow average of itself makes of another view. There are no negatives:
-what keeps all projections from becoming one constant is the predictor, and that no gradient flows into the target. Labels are
-only read by the probe that watches the training.
+what keeps all projections from becoming one constant is the predictor, and that no gradient flows into the target.
+Labels are only read by the probe that watches the training.
 
   1. Draw a batch of B images; make two views x1, x2 of each, by two augmentations (appendix B).
-  2. Online: p = q(z), z = g(f(x)): f is the backbone, g the projector, q the predictor. Target: z' = g'(f'(x)), no gradient.
+  2. Online: p = q(z), z = g(f(x)): f is the backbone, g the projector, q the predictor. Target: z' = g'(f'(x)), no gradient
+     (z_target in the code).
   3. Loss: 2 - 2 cos(p1, z2') + 2 - 2 cos(p2, z1').
-  4. Step f, g and q. Then f', g' <- tau f', g' + (1 - tau) f, g, with tau rising from tau_base to 1 on a cosine. After the
-     training all but f is thrown away and f is fine-tuned (finetune.py), or goes to bissl.py first.
+  4. Step f, g and q. Then f', g' <- tau f', g' + (1 - tau) f, g, with tau rising from tau_base to 1 on a cosine.
+  After the training all but f is thrown away and f is fine-tuned (finetune.py), or all goes to bissl.py first.
 
     python byol.py                                    petals, on any machine
     python byol.py --data DIR --out runs/mine         DIR/train/CLASS/*.png, labels unused
     python finetune.py --ckpt byol.pt
 
-Look at `spread` in the log: the mean standard deviation of the normalised projections. 1/sqrt(dim) is healthy, 0 is collapse.
+Look at `spread` in the log: the mean standard deviation of the normalised projections. 1/sqrt(dim) is healthy, 0 is
+collapse (Chen and He 2021, arXiv 2011.10566).
 
 Measured on petals, default flags, stopped after 8 of 24 epochs, one seed: 17.8 % k-NN accuracy (a random network: 16.5), and
 after fine-tuning on 20 labels a class 46.7 % on test, against 19.4 % from scratch and 82 % from SimCLR after 24. `spread` stays
 at 0.067, but the features tell mostly the pictures' brightness (README). A step costs 1.3 of SimCLR's.
 
-Differs from the paper in: SGD instead of LARS, which wants batches in the thousands (--optimizer lars); narrower heads;
-tau_base 0.99, because runs are short; on 32 px petals no blur and the strongest brightness and contrast jitter.
+Differs from the paper in: SGD instead of LARS, which wants batches in the thousands (--optimizer lars); heads of 512-128 (the
+paper: 4096-256); tau_base 0.99, because runs are short; on 32 px petals no blur, solarise 0.5 on the second view and the
+strongest brightness and contrast jitter; the four colour operations come in an order drawn once a batch, not an image.
 """
 import copy
 import math
@@ -35,7 +38,7 @@ import common
 
 
 def byol_loss(p, z):
-    """2 - 2 cos(p, z), mean over the batch (equation 2). p, z (B, D): a prediction and the target that it is for."""
+    """2 - 2 cos(p, z), mean over the batch (equation 2). p, z (B, D): a prediction and the target that it is for. -> scalar"""
     p, z = F.normalize(common.upcast(p), dim=1), F.normalize(common.upcast(z), dim=1)
     return (2 - 2 * (p * z).sum(1)).mean()
 
@@ -46,7 +49,10 @@ def mlp(width, hidden, out):
 
 
 class Model(nn.Module):
-    """Backbone f; in the head the projector g, the predictor q, and the target: averages f' and g' of the first two."""
+    """Backbone f; in the head the projector g, the predictor q, and the target: averages f' and g' of f and g.
+
+    Views (B, 3, H, W) -> z, p, z_target (B, D) each.
+    """
 
     def __init__(self, backbone, hidden, out):
         super().__init__()
@@ -63,6 +69,7 @@ class Model(nn.Module):
         return z, p, z_target
 
     def update_target(self, tau):
+        """f', g' <- tau f', g' + (1 - tau) f, g (equation 1), after the optimiser step. BatchNorm statistics stay its own."""
         common.update_average(self.head.target, nn.Sequential(self.backbone, self.head.projector), tau)
 
 
@@ -89,13 +96,13 @@ def outputs(model, views, config):
 
 
 def symmetric_loss(p, z_target):
-    """Each view predicts the target's projection of the other. p, z_target (2B, D): first views, then second ones."""
-    (p1, p2), (z1, z2) = p.chunk(2), z_target.chunk(2)
-    return byol_loss(p1, z2) + byol_loss(p2, z1)
+    """Each view predicts the target's projection of the other; 0 to 8. p, z_target (2B, D): first views, then second -> scalar"""
+    (p1, p2), (z1_target, z2_target) = p.chunk(2), z_target.chunk(2)
+    return byol_loss(p1, z2_target) + byol_loss(p2, z1_target)
 
 
 def loss(model, views, config):
-    """The loss of one batch of views; what bissl.py minimises in its lower level."""
+    """views: two (B, 3, H, W) -> scalar. bissl.py minimises this in its lower level."""
     _, p, z_target = outputs(model, views, config)
     return symmetric_loss(p, z_target)
 

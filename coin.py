@@ -1,4 +1,4 @@
-"""COIN: class-aware initialisation for fine-tuning self-supervised models (Pan et al. 2022, arXiv 2208.00238).
+"""COIN: improving fine-tuning of self-supervised models with contrastive initialisation (Pan et al. 2022, arXiv 2208.00238).
 
 Self-supervised features know pictures, not classes, and cross-entropy has to sort them out from a random classifier. COIN
 spends the first part of the fine-tuning budget on pulling each class together and apart from the others, without a classifier;
@@ -35,10 +35,10 @@ import common
 
 
 def supcon(z, y, temperature):
-    """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362), mean over the anchors that have a positive.
+    """Supervised contrastive loss (L_out of Khosla et al. 2020, arXiv 2004.11362), mean over the anchors that have a positive.
 
     L_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / sum_{a != i} exp(z_i.z_a / tau) ), P(i) = others of i's class.
-    z (B, D), normalised here; y (B,) int. 0, with a graph, where no anchor has a positive.
+    z (B, D), normalised here; y (B,) int. -> scalar; 0, with a graph, where no anchor has a positive.
     """
     z = F.normalize(common.upcast(z), dim=1)
     every, labels = common.gather(z), common.gather(y)                   # (N, D), (N,): N = B times the number of processes
@@ -53,7 +53,7 @@ def supcon(z, y, temperature):
 
 
 def make_projector(num_features, dim):
-    """g: (B, num_features) -> (B, dim)"""
+    """g: features f(x) (B, num_features) -> projections (B, dim), not normalised"""
     return nn.Sequential(nn.Linear(num_features, num_features), nn.ReLU(), nn.Linear(num_features, dim))
 
 
@@ -70,9 +70,10 @@ def start_projector(num_features, ckpt):
 def s_dbw(x, y):
     """Cluster validity index S_Dbw = Scat + Dens_bw (Halkidi and Vazirgiannis 2001, ICDM), lower is better.
 
-    x (n, D), y (n,). Scat: how large the classes' variances are beside the whole's. Dens_bw: how many points of two classes lie
-    around the middle between their means v_i and v_j, beside those around the means. "Around" is within stdev, which in hundreds
-    of dimensions is so near that no point is: there S_Dbw is Scat.
+    x (n, D), y (n,) -> float.
+    Scat = mean_i ||sigma(v_i)|| / ||sigma(x)||, the variances of a class and of all. Dens_bw = mean over i != j of
+    density(u_ij) / max(density(v_i), density(v_j)), v_i: class means, u_ij = (v_i + v_j) / 2, density(u): points of classes i and
+    j within stdev = sqrt(sum_i ||sigma(v_i)||) / C of u. In hundreds of dimensions no point is that near: there S_Dbw is Scat.
     """
     x, labels = x.double(), y.unique()
     member = (y[:, None] == labels).double()                             # (n, C)
@@ -99,11 +100,11 @@ def balanced_batches(labels, batch_size, per_class):
     labels (n,) -> list of index tensors. Classes are drawn anew for each batch whatever their size, so that images of a small
     one come up more often. Where there are too few classes for a batch, each gives more; with too few images, fewer.
     """
-    def endless(rows):  # no image comes up again before its whole class has
+    def shuffled_forever(rows):  # no image comes up again before its whole class has
         while True:
             yield from rows[torch.randperm(len(rows))].tolist()
 
-    members = [endless((labels == label).nonzero()[:, 0]) for label in labels.unique()]
+    members = [shuffled_forever((labels == label).nonzero()[:, 0]) for label in labels.unique()]
     batch_size = min(batch_size, len(labels))
     classes = min(len(members), max(2, batch_size // per_class))
     per_class = batch_size // classes if classes == len(members) else min(per_class, batch_size // classes)
@@ -117,7 +118,8 @@ def say_positives(labels, batch_size, balanced=0):
     size, n = torch.bincount(labels).double(), len(labels)
     pairs = (size * (size - 1)).sum().item()  # ordered pairs of one class, of n (n - 1)
     if not pairs:
-        common.fail("every class has one labelled image: SupCon has no positives. Give --labels-per-class 2 or more")
+        common.fail("every class has one labelled image: SupCon has no positives. Give --labels-per-class 2 or more, or a larger "
+                    "--fraction")
     others = n / math.ceil(n / batch_size) - 1
     expected = others * pairs / (n * (n - 1))
     if expected < 1 and not balanced:
@@ -129,6 +131,8 @@ def train(args):
     coin_epochs = round(args.alpha * args.epochs)
     if not 0 < coin_epochs < args.epochs:
         common.fail(f"--alpha {args.alpha:g} of --epochs {args.epochs} is {coin_epochs} epochs of SupCon: both stages need one")
+    if args.balanced == 1:
+        common.fail("--balanced 1 leaves no anchor a positive: give 2 or more, or 0 for plain batches")
     backbone, _ = common.start_backbone(args)
     data, test = common.load_labelled(args, args.seed), common.load_data(args, "test")
     common.need_one_label(args, data)
@@ -159,7 +163,7 @@ def train(args):
             common.set_learning_rate(optimizer, args.lr, step, steps)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
-                z = projector(backbone(x))  # (B, dim)
+                z = projector(backbone(x))  # (B, D)
             loss = supcon(z, y, args.temperature)
             optimizer.zero_grad()
             loss.backward()
@@ -211,7 +215,8 @@ def parser():
     p.option("--eta", common.NOT_NEGATIVE, "weight of SupCon beside cross-entropy that finetune.py takes over", 0.1)
     p.option("--temperature", common.number(float, 1e-3), "tau of SupCon; the authors have 0.3")
     p.option("--dim", common.COUNT, "width of the projections", 256)
-    p.option("--balanced", common.FROM_ZERO, "images a class in batches of --batch-size / BALANCED classes; 0: plain batches", 0)
+    p.option("--balanced", common.FROM_ZERO, "images a class, 2 or more, in batches of --batch-size / BALANCED classes; 0: plain "
+             "batches", 0, metavar="BALANCED")
     p.option("--probe-every", common.COUNT, "epochs between two k-NN probes (only with few labels: val is held out then)", 5)
     return p
 

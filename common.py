@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--batch-size", number(int, 4), "images a step; BatchNorm needs a few")
         self.option("--lr", POSITIVE, "peak learning rate")
         self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")
-        self.option("--seed", FROM_ZERO, "seeds weights, order and views", 0)
+        self.option("--seed", number(int, 0, 2**32 - 1), "seeds weights, order and views", 0)
         self.option("--device", str, "cpu, cuda, cuda:1, ...", "cuda" if torch.cuda.is_available() else "cpu")
         self.option("--precision", str, "float32 or bfloat16 for the forward pass; None is bfloat16 on a GPU that has it, else "
                     "float32, since a CPU without bfloat16 is slow at it", choices=("float32", "bfloat16"), metavar="TYPE")
@@ -170,6 +170,8 @@ def resumable(script, args, argv):
     except torch.OutOfMemoryError as error:
         fail(f"out of memory on {args.device}: lower --batch-size or --image-size ({str(error).split('.')[0]})")
     except RuntimeError as error:
+        if "loading state_dict" in str(error):
+            fail(f"a checkpoint does not fit the model that the code makes: {str(error).splitlines()[-1].strip()}")
         if world() == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
             raise
         fail(f"another process of this run has {stopped} --resume, with any number of processes")
@@ -1098,6 +1100,8 @@ def write_whole(path, write):
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1121,10 +1125,7 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
     contents = dict(method=method, arch=arch, image_size=image_size, backbone=backbone, head=head, projector=projector,
                     classes=classes, config=config, resume=resume)
     if rank() == 0:
-        try:
-            write_whole(path, lambda file: torch.save(contents, file))
-        except OSError as error:
-            fail(f"cannot write {path}: {error.strerror}")
+        write_whole(path, lambda file: torch.save(contents, file))
     if world() > 1:
         dist.barrier()  # who reads it next may be another process
 

@@ -1,12 +1,14 @@
 """SimCLR: a simple framework for contrastive learning of visual representations (Chen et al. 2020, arXiv 2002.05709).
 
 Two random views of one image should have projections that are close to each other and far from those of all other images in
-the batch. Labels are only read by the probe that watches the training.
+the batch.
+Labels are only read by the probe that watches the training.
 
   1. Draw a batch of B images; make two views x1, x2 of each.
   2. z = g(f(x)) for all 2B views: f is the backbone, g an MLP projector.
   3. NT-Xent: each view has to find its partner among the 2B - 1 others, by cosine similarity over temperature tau.
-  4. Step f and g. After the training g is thrown away and f is fine-tuned (finetune.py), or goes to bissl.py first.
+  4. Step f and g.
+  After the training all but f is thrown away and f is fine-tuned (finetune.py), or all goes to bissl.py first.
 
     python simclr.py                                  petals, on any machine
     python simclr.py --data DIR --out runs/mine       DIR/train/CLASS/*.png, labels unused
@@ -15,8 +17,9 @@ the batch. Labels are only read by the probe that watches the training.
 Measured on petals, default flags: 3:16 minutes on two CPU cores; 34 to 64 % k-NN accuracy over 5 seeds (chance: 10 %), and
 after fine-tuning on 20 labels a class 70.0 +- 5.5 % on test, against 19.7 +- 1.8 % from scratch (bfloat16).
 
-Differs from the paper in: AdamW instead of LARS, which wants batches in the thousands (--optimizer lars); the four colour
-operations come in an order drawn once a batch, not an image; on 32 px petals no blur.
+Differs from the paper in: AdamW instead of LARS, which wants batches in the thousands (--optimizer lars); tau 0.2 and a projector
+of 256-128 (the paper: 0.1, 2048-128); weaker colour jitter; no blur (--blur 0.5 for the paper's); the four colour operations come
+in an order drawn once a batch, not an image.
 """
 import matplotlib.pyplot as plt
 import torch
@@ -27,9 +30,10 @@ import common
 
 
 def nt_xent(z1, z2, temperature):
-    """Normalised temperature-scaled cross-entropy (equation 1), mean over all 2B ordered positive pairs.
+    """Normalised temperature-scaled cross-entropy (equation 1), mean over all 2B ordered positive pairs (i, j).
 
-    z1, z2 (B, D): projections of the two views, normalised here; row i of one belongs to row i of the other.
+    l(i, j) = -log( exp(s_ij) / sum_{k != i} exp(s_ik) ), s_ij = z_i.z_j / tau, k over all 2B projections.
+    z1, z2 (B, D): projections of the two views, normalised here; row i of both is image i. -> scalar
     """
     z1, z2 = (F.normalize(common.upcast(z), dim=1) for z in (z1, z2))
     every1, every2 = common.gather(torch.stack([z1, z2], 1)).unbind(1)         # (N, D), N = B times the number of processes
@@ -40,15 +44,18 @@ def nt_xent(z1, z2, temperature):
     return F.cross_entropy(similarity, partner)                                # -log( exp(s_ij) / sum_{k != i} exp(s_ik) )
 
 
+def mlp(width, hidden, out):
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out, bias=False))
+
+
 class Model(nn.Module):
-    """Backbone f and projector g."""
+    """Backbone f and projector g: views (B, 3, H, W) -> z (B, D), not normalised."""
 
     def __init__(self, backbone, hidden, out):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Sequential(
-            nn.Linear(backbone.num_features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, out, bias=False))
+        self.head = mlp(backbone.num_features, hidden, out)
 
     def forward(self, x):
         return self.head(self.backbone(x))
@@ -64,15 +71,21 @@ def make_views(x, config):
     return [common.augment(x, config["image_size"], **settings) for _ in range(2)]
 
 
-def embed(model, views, config):
-    """Projections z1, z2 of a batch of views, (B, D) each."""
+def outputs(model, views, config):
+    """z1, z2 (B, D) of both views."""
     with common.autocast(views[0].device, config["precision"]):
         return model(torch.cat(views)).chunk(2)  # one forward: BatchNorm sees both views
 
 
 def loss(model, views, config):
-    """The loss of one batch of views; what bissl.py minimises in its lower level."""
-    return nt_xent(*embed(model, views, config), config["temperature"])
+    """views: two (B, 3, H, W) -> scalar. bissl.py minimises this in its lower level."""
+    return nt_xent(*outputs(model, views, config), config["temperature"])
+
+
+def chunked_loss(model, x, config, chunk):
+    """loss() of views of x and its backward pass, in the memory of `chunk` images (common.chunked_backward)."""
+    project = lambda part: torch.stack(outputs(model, make_views(part, config), config), 1)  # (b, 2, D)
+    return common.chunked_backward(model, project, lambda z: nt_xent(*z.unbind(1), config["temperature"]), x, chunk)
 
 
 def train(args):
@@ -98,9 +111,7 @@ def train(args):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup=args.warmup * steps_per_epoch)
             optimizer.zero_grad()
             if args.chunk:
-                project = lambda part: torch.stack(embed(model, make_views(part, config), config), 1)  # (b, 2, D)
-                loss_of = lambda z: nt_xent(*z.unbind(1), args.temperature)
-                batch_loss = common.chunked_backward(model, project, loss_of, x, args.chunk)
+                batch_loss = chunked_loss(model, x, config, args.chunk)
             else:
                 batch_loss = loss(model, make_views(x, config), config)
                 batch_loss.backward()
