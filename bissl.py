@@ -178,9 +178,10 @@ def train(args):
         common.fail(f"--hessian-batch {args.hessian_batch} is more than --pretext-batch-size {args.pretext_batch_size}")
     lower_backbone, ckpt = common.start_backbone(args)
     pretext, lower, config, fresh_head = start_pretext(args, lower_backbone, ckpt)
-    args.pretext_data = args.pretext_data or config["data"]
-    if args.pretext_data not in common.KNOWN_DATA and not Path(args.pretext_data).is_dir():
-        common.fail(f"no pretext images at {args.pretext_data}, where {args.ckpt} was trained: give --pretext-data")
+    if args.pretext_data is None:
+        args.pretext_data = config["data"]
+        if args.pretext_data not in common.KNOWN_DATA and not Path(args.pretext_data).is_dir():
+            common.fail(f"no pretext images at {args.pretext_data}, where {args.ckpt} was trained: give --pretext-data")
     args.lower_lr = config["lr"] / 5 if args.lower_lr is None else args.lower_lr
     pretext_data = common.load_unlabeled(Namespace(**dict(vars(args), data=args.pretext_data)), "pretext_batch_size")
     data = common.load_labelled(args, args.seed)
