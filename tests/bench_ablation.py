@@ -44,7 +44,7 @@ SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning", "keys": "bi_tuning
 FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping": "--damping", "cg_steps": "--cg-steps",
         "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
 CONTROLS = ("fine-tuning", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
-VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0, 0.001, 0.1, 1, 10), "damping": (10, 100, 1000),
+VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0.1, 1, 10), "damping": (10, 100, 1000),
           "cg_steps": (1, 5, 10), "layerwise": ("plain", "layer-wise"), "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9),
           "eta": (0, 0.1, 0.3, 1, 3, 10), "keys": (1, 4, 16, 40, 100),
           "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
@@ -123,7 +123,9 @@ class Ablation:
             return self.stage("bissl", seed, *same_steps)
         _, whole = self.stage("bissl", seed)
         _, part = self.stage("bissl", seed, *same_steps)
-        lower_steps = round(self.default("N_L") * whole["seconds"] / part["seconds"])
+        _, one = self.stage("bissl", seed, *same_steps, "--lower-steps", 1)  # what a run takes whatever its steps
+        share = (whole["seconds"] - one["seconds"]) / (part["seconds"] - one["seconds"])
+        lower_steps = 1 + round(share * (self.default("N_L") - 1))
         return self.stage("bissl", seed, *same_steps, "--lower-steps", lower_steps)
 
     def run(self, group, value, seed):
