@@ -49,6 +49,7 @@ import simclr
 PRETEXTS = {"byol": byol, "simclr": simclr}
 PAPER = dict(alternations=500, lower_steps=20, upper_steps=8, lam=0.001, damping=10.0, head_epochs=20, cg_steps=5, cg_tol=0.0,
              recycle=0)  # --paper
+norm = nn.utils.get_total_norm  # of tensors, seen as one long vector
 
 
 def conjugate_gradient(matvec, b, steps, layerwise=False):
@@ -138,10 +139,6 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
         directions.append((p, Ap, pAp))
     recycled.directions = [direction for direction in directions if direction[2] > 0][:recycled.most]
     return unflat(x)
-
-
-def norm(tensors):
-    return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
 def endless(data, batch_size, whole_only):
