@@ -30,8 +30,8 @@ Differs from the paper in: fewer alternations (the paper: 500); on petals lambda
 damping of 100 instead of 10, at which five steps solve the system for the default network; a tolerance, and directions shared
 by the solves of an alternation: 17 products on emoji and 19 on petals instead of 40, in 0.53 and 0.57 of the alternation's time
 (one CPU core; tests/bench_hypergradient.py). --paper gives the paper's figures back, but for learning rates and batch sizes.
-From the authors' code in: plain conjugate gradients as in the paper (--layerwise for theirs); a fresh Hessian batch each
-alternation; one graph for all its products; NaN stops the run.
+phi_H is warmed up at a constant rate. From the authors' code in: plain conjugate gradients as in the paper (--layerwise for
+theirs); a fresh Hessian batch each alternation; one graph for all its products; NaN stops the run.
 """
 import copy
 import itertools
@@ -51,6 +51,7 @@ import simclr
 PRETEXTS = {"byol": byol, "simclr": simclr}
 PAPER = dict(alternations=500, lower_steps=20, upper_steps=8, lam=0.001, damping=10.0, lower_warmup=10, head_epochs=20,
              cg_steps=5, cg_tol=0.0, recycle=0)  # --paper
+norm = nn.utils.get_total_norm  # of tensors, seen as one long vector
 
 
 def conjugate_gradient(matvec, b, steps, layerwise=False):
@@ -140,11 +141,6 @@ def recycled_conjugate_gradient(matvec, b, steps, tolerance, recycled):
         directions.append((p, Ap, pAp))
     recycled.directions = [direction for direction in directions if direction[2] > 0][:recycled.most]
     return unflat(x)
-
-
-def norm(tensors):
-    """Of tensors, seen as one long vector: scalar"""
-    return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
 def endless(data, batch_size, whole_only):
