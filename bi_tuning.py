@@ -5,14 +5,17 @@ as a slowly moving encoder saw them, and contrasts with all of them twice, in th
 class is learnt from K + 1 images at once, however small the batch.
 
   1. Two views of each image: the query for the network, the key for its average (a MoCo-style key encoder, decay m).
-  2. Query: h = f(x_q), logits W h + b, z_q = g(h). Key: h_k = f'(x_k), z_k = g'(h_k), no gradient.
-  3. CCE, the classifier's side: the weights of the image's class choose among h and all queued h_k, every unit length.
-     CCL, the projector's side: z_q chooses among its own z_k and all queued z_k.
-     In both, the right answers are the image itself and the keys of its class, each with the same share.
-  4. L = CE + gamma (CCE + CCL). Step f, g, W, b; then f', g' <- m f', g' + (1 - m) f, g; then the keys enter their classes'
-     rings in place of the oldest.
+  2. Query: h = f(x_q), y_hat = W h + b, z_q = g(h). Key: h_k = f'(x_k), z_k = g'(h_k), no gradient.
+  3. L_CCE, the classifier's side: logits w_y . h~ / tau over the image's own h and all C K queued h_k; h~ = [h, 1] and
+     w_y = [W_y, b_y] have unit length, and w_y is a constant.
+     L_CCL, the projector's side: logits z_q . z / tau over the image's own z_k and all C K queued z_k.
+     Both are KL(target || softmax); the target is 1 / (K + 1) for the image itself and for each of the K keys of its class.
+  4. L = L_CE + gamma_cl (L_CCE + L_CCL). Step f, g, W, b; then f' <- m f' + (1 - m) f, and g' alike; then the keys enter their
+     classes' rings in place of the oldest.
 
     python bi_tuning.py --ckpt simclr.pt
+    python bi_tuning.py --ckpt simclr.pt --search 20 --seeds 5     same search and seeds as finetune.py
+    python finetune.py --ckpt bi_tuning.pt --eval                  its checkpoint is a fine-tuned one
     python bi_tuning.py --ckpt resnet50.pth --data flowers --image-size 224 --backbone-lr 0.1     supervised weights
 
 Measured on petals, one SimCLR run, 20 labels a class, 3 seeds: test top-1 81.3 +- 3.3 %, against 78.3 +- 4.8 % of plain
@@ -54,7 +57,7 @@ class ClassQueue(nn.Module):
         count = torch.zeros_like(self.entered).scatter_add_(0, y, torch.ones_like(y))  # (C,) keys of a class in the batch
         first = count.cumsum(0) - count                                                # (C,) where its keys begin in `order`
         rank = torch.arange(len(y), device=y.device) - first[y]                        # (B,) 0, 1, ... within a class
-        latest = first[y] + rank + (count[y] - 1 - rank) // size * size                # who has the slot in the end
+        latest = first[y] + rank + (count[y] - 1 - rank) // size * size                # sorted row of the last key for the slot
         self.keys[y, (self.entered[y] + rank) % size] = keys[order[latest]].to(self.keys.dtype)
         self.entered += count
 
@@ -68,7 +71,7 @@ def share_with_class(own, queued, y, filled=None):
     queued = queued.masked_fill(~filled, -torch.inf)
     log_sum = torch.cat([own[:, None], queued.flatten(1)], 1).logsumexp(1)           # (B,)
     of_class = queued[torch.arange(len(y), device=y.device), y].masked_fill(~filled[y], 0)  # (B, K)
-    number = (1 + filled[y].sum(1)).to(own.dtype)                                    # (B,), K + 1 in the end
+    number = (1 + filled[y].sum(1)).to(own.dtype)                                    # (B,), K + 1 once the ring is full
     return (log_sum - (own + of_class.sum(1)) / number - number.log()).mean()       # sum_t t (log t - log p), t = 1/number
 
 
@@ -102,6 +105,7 @@ def unit_with_one(h):
 
 
 def train(run):
+    """L_CE + gamma_cl (L_CCE + L_CCL) with a key encoder and two queues."""
     args, data = run.args, run.data
     common.need_one_label(args, data)
     backbone, _ = common.start_backbone(args, say=False)
@@ -119,17 +123,16 @@ def train(run):
     for epoch in range(run.start(model, optimizer), args.epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
         total = hits = 0
-        model.train()
         for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
             step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
             common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
             x_q, x_k = (common.augment(x, args.image_size, crop=(args.crop, 1)) for _ in range(2))
             with common.autocast(args.device, args.precision):
                 h = backbone(x_q)                               # (B, D)
-                logits, z_q = model.head(h), model.projector(h)  # (B, C), (B, dim)
+                logits, z_q = model.head(h), model.projector(h)  # (B, C), (B, d)
                 with torch.no_grad():                           # keys are constants
                     h_k = key.backbone(x_k)                     # (B, D)
-                    z_k = key.projector(h_k)                    # (B, dim)
+                    z_k = key.projector(h_k)                    # (B, d)
             W, b = model.head.weight, model.head.bias
             cce = contrastive_cross_entropy(h, W, b, y, queue_h.keys, args.temperature, queue_h.filled())
             ccl = categorical_contrastive(z_q, z_k, y, queue_z.keys, args.temperature, queue_z.filled())
@@ -142,7 +145,7 @@ def train(run):
             every_y = common.gather(y)
             queue_h.enqueue(common.gather(unit_with_one(h_k)), every_y)
             queue_z.enqueue(common.gather(F.normalize(common.upcast(z_k), dim=1)), every_y)
-            total += loss.detach() * len(y)
+            total += loss.detach() * len(x_q)
             hits += (logits.detach().argmax(1) == y).sum()
         if not run.finish_epoch(epoch, model, optimizer, total, hits):
             break
@@ -152,7 +155,7 @@ def show_queue(axes, args, backbone):
     """The panel of Bi-tuning: mean cosine similarity between the queued projections of two classes."""
     ckpt = common.load_checkpoint(f"{args.out}.pt")
     queue, classes = ckpt["resume"]["queue_z"], ckpt["classes"]
-    mean = queue["keys"].sum(1) / queue["entered"].clamp(1, args.keys)[:, None]  # (C, dim), empty slots are 0
+    mean = queue["keys"].sum(1) / queue["entered"].clamp(1, args.keys)[:, None]  # (C, d), empty slots are 0
     finetune.show_matrix(axes, mean @ mean.T, classes, cmap="coolwarm", vmin=-1, vmax=1)
     axes.figure.colorbar(axes.images[0], ax=axes)
     axes.set_title("mean similarity of queued projections")
@@ -163,7 +166,7 @@ def parser():
     p = common.Parser("bi_tuning.py", __doc__, petals, others, finishes_budget=True)
     finetune.protocol_options(p)
     p.option("--backbone-lr", common.NOT_NEGATIVE, "the backbone's share of --lr; the paper has 0.1 for supervised weights", 1.0)
-    p.option("--gamma", common.NOT_NEGATIVE, "weight of the two contrastive losses", 1.0)
+    p.option("--gamma", common.NOT_NEGATIVE, "gamma_cl, weight of the two contrastive losses", 1.0)
     p.option("--keys", common.COUNT, "K, keys queued for each class", 40)
     p.option("--decay", common.SHARE, "m of the key encoder's average; the paper's 0.999 hardly moves in short runs")
     p.option("--temperature", common.number(float, 1e-3), "tau of both contrastive losses", 0.07)

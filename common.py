@@ -172,7 +172,9 @@ def resumable(script, args, argv):
     except RuntimeError as error:
         if "loading state_dict" in str(error):
             fail(f"a checkpoint does not fit the model that the code makes: {str(error).splitlines()[-1].strip()}")
-        if world() == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
+        if "allocate memory" in str(error):  # a CPU's has no type of its own
+            fail(f"out of memory on {args.device}: lower --batch-size or --image-size")
+        if world() == 1 or not (isinstance(error, dist.DistError) or "connection" in str(error).lower()):
             raise
         fail(f"another process of this run has {stopped} --resume, with any number of processes")
 
@@ -497,7 +499,8 @@ def build_cache(path, pictures, side):
 
 @contextlib.contextmanager
 def one_at_a_time(lock):
-    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock."""
+    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock. The empty file stays: if it
+    went, one that waits for it and one that comes later would hold two different locks."""
     with open(lock, "w") as file:
         try:
             fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -506,10 +509,7 @@ def one_at_a_time(lock):
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: let the first run get ready alone
             pass
-        try:
-            yield
-        finally:
-            Path(lock).unlink(missing_ok=True)
+        yield
 
 
 def map_images(path):

@@ -31,13 +31,13 @@ import finetune
 
 
 def hardest(f, y):
-    """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor, itself where there is none."""
-    itself, same = torch.eye(len(f), dtype=torch.bool, device=f.device), y[:, None] == y
+    """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor by cosine similarity; the anchor's own where it
+    has none. f (B, D), y (B,) int. Constants: no gradient flows through the choice."""
     f = F.normalize(f.detach(), dim=1)
-    similarity, anchor = f @ f.T, torch.arange(len(f), device=f.device)
-    least, hp = similarity.masked_fill(~same | itself, torch.inf).min(1)
-    most, hn = similarity.masked_fill(same, -torch.inf).max(1)
-    return torch.where(least < torch.inf, hp, anchor), torch.where(most > -torch.inf, hn, anchor)
+    similarity, same = f @ f.T, y[:, None] == y  # (B, B)
+    hp = similarity.masked_fill(~same, torch.inf).fill_diagonal_(2).argmin(1)   # 2 and -2 lie outside of -1 .. 1:
+    hn = similarity.masked_fill(same, -torch.inf).fill_diagonal_(-2).argmax(1)  # itself, if there is no other
+    return hp, hn
 
 
 def hard_pairs(f, y, num_classes, alpha):
@@ -59,20 +59,21 @@ def hard_pairs(f, y, num_classes, alpha):
 def positive_pairs(labels, batch):
     """P_i as a bool matrix (n, n): the others with i's label, and for an image i < batch its own hard positive batch + i.
 
-    labels (n, C): soft. A mixture of two classes has a label of its own; one of two images of a class has the class's.
+    labels (n, C): soft. A mixture of two classes shares its label with no other row; one within a class has the class's.
     """
-    n, (largest, label) = len(labels), labels.max(1)
-    number = torch.arange(n, device=labels.device)
-    label = torch.where(largest > 1 - 1e-6, label, -1 - number)  # mixtures: a label that no other row has
-    positives = (label[:, None] == label) & (number[:, None] != number)
-    return positives | ((number[:, None] < batch) & (number == number[:, None] + batch))
+    largest, label = labels.max(1)
+    unique = -1 - torch.arange(len(labels), device=labels.device)
+    label = torch.where(largest > 1 - 1e-6, label, unique)
+    positives = (label[:, None] == label).fill_diagonal_(False)
+    positives[:batch, batch:2 * batch].fill_diagonal_(True)
+    return positives
 
 
 def focal_contrastive(z, positives, temperature):
     """Focal contrastive loss L_con^f, mean over the anchors that have a positive.
 
     L_i = -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij,  p_ij = exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau)
-    z (n, D), normalised here; positives (n, n) bool, row i marks P_i, nothing on the diagonal.
+    z (n, d), normalised here; positives (n, n) bool, row i marks P_i, nothing on the diagonal.
     """
     z = F.normalize(common.upcast(z), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -83,6 +84,7 @@ def focal_contrastive(z, positives, temperature):
 
 
 def train(run):
+    """L_ce^m + eta L_con^f over originals, hard positives and semi-hard negatives."""
     args, data = run.args, run.data
     common.need_one_label(args, data)
     backbone, _ = common.start_backbone(args, say=False)
@@ -96,7 +98,6 @@ def train(run):
     for epoch in range(run.start(model, optimizer), args.epochs):
         torch.manual_seed(args.seed * 1_000_003 + epoch)
         total = hits = 0
-        model.train()
         for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
             step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
             common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
@@ -107,7 +108,7 @@ def train(run):
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
             features = torch.cat([f, f_pos, f_neg])                                  # (3B, D)
             labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])    # (3B, C)
-            logits, z = model.head(features), model.projector(features)              # (3B, C), (3B, dim)
+            logits, z = model.head(features), model.projector(features)              # (3B, C), (3B, d)
             contrast = focal_contrastive(z, positive_pairs(labels, len(y)), args.temperature)
             loss = F.cross_entropy(logits, labels) + args.eta * contrast
             optimizer.zero_grad()
@@ -121,7 +122,7 @@ def train(run):
 
 
 def show_hard_pairs(axes, args, backbone):
-    """The panel of Core-tuning: eight anchors of a training batch, under each its hardest positive and its hardest negative."""
+    """The panel of Core-tuning: among random training images, eight anchors over their hardest positives and negatives."""
     last_seed = args.seed + args.seeds - 1
     data = common.load_labelled(args, last_seed)
     data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(last_seed))[:args.batch_size])

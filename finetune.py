@@ -10,13 +10,14 @@ split, the best pair is trained with several seeds, and the test split is looked
     python finetune.py --ckpt coin.pt                        COIN's second stage: its last epochs, with --supcon 0.1
     python finetune.py --ckpt finetune.pt --eval             accuracy of a finished run; core_tuning.pt, bi_tuning.pt too
 
-With all labels, the last runs train on train and val together; with few, on a subset of train that each seed draws anew, and the
-search is judged on the whole of val.
+With all labels a search trains on train, and the final runs on train and val together. With few labels all train on a subset of
+train, drawn anew for each final seed. A search is always judged on the whole of val.
 
 Measured on petals, default flags (20 labels a class, 5 seeds, test top-1): 19.7 +- 1.8 % from scratch, 70.0 +- 5.5 % from SimCLR;
 20 seconds a run on two CPU cores.
 
-Differs from the paper in: 60 epochs instead of 400, batches of 32 instead of 256, no weight decay on biases and BatchNorm.
+Differs from the paper in: no search and one seed by default (the paper: 100 pairs, 10 seeds), 60 epochs instead of
+400, batches of 32 instead of 256, no weight decay on biases and BatchNorm.
 """
 import argparse
 import copy
@@ -68,7 +69,7 @@ def train(run):
             loss.backward()
             common.average_gradients(model)
             optimizer.step()
-            total += loss.detach() * len(y)
+            total += loss.detach() * len(x)
             hits += hit(logits.detach(), y).sum()
         if not run.finish_epoch(epoch, model, optimizer, total, hits):
             break
@@ -134,7 +135,7 @@ class Run:
     def start(self, model, optimizer):
         """The first epoch to train: 0, or the one in which this run was stopped, with everything loaded."""
         epoch = sum(line["run"] == len(self.results) + 1 for line in self.log.history)
-        if self.ckpt and epoch:  # else it holds the weights of the run before
+        if self.ckpt and epoch:  # at epoch 0 it is still that of the run before
             optimizer.load_state_dict(self.ckpt["resume"]["optimizer"])
             for name, part in model.named_children():
                 part.load_state_dict({**self.ckpt["resume"], **self.ckpt}[name])
@@ -180,7 +181,7 @@ def protocol(args, method, train, panel=None):
     test, val = common.load_data(args, "test"), common.load_data(args, "val")
     results, history = (ckpt["resume"]["results"], ckpt["resume"]["history"]) if ckpt else ([], [])
     log = common.Log(args, (args.search + args.seeds) * args.epochs, history)
-    if start and "labels_per_class" in start["config"]:  # a stage that has seen labels
+    if start and "labels_per_class" in start["config"] and start["config"]["data"] == args.data:  # a stage that has seen labels
         seen = argparse.Namespace(**start["config"])
         drawn = [(flags.labels_per_class, flags.fraction, flags.seed) for flags in (seen, args)]
         if common.few_labels(args) and (args.seeds > 1 or drawn[0] != drawn[1]):
@@ -229,6 +230,8 @@ def report(args, results):
 
 def load_classifier(args, say=True):
     """Backbone and linear head of --ckpt, a fine-tuning checkpoint, and the classes that they tell apart."""
+    if not args.ckpt:
+        common.fail("--eval needs --ckpt, a checkpoint of finetune.py, core_tuning.py or bi_tuning.py")
     backbone, ckpt = common.start_backbone(args, say)
     weight = ckpt and (ckpt["head"] or {}).get("weight")
     if weight is None:
