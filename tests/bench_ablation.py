@@ -211,9 +211,11 @@ def draw(group, rows, path, data):
     else:
         places = range(len(rows))
         axes.bar(places, [row["val"] for row in rows], yerr=[row["std"] for row in rows], color="lightsteelblue", capsize=3)
+        for scores in zip(*(row["scores"].split() for row in rows)):  # a seed: the same labelled images in all variants
+            axes.plot(places, [float(score) for score in scores], marker=".", color="black", linewidth=0.5, alpha=0.6)
         axes.set_xticks(places, [str(row["variant"]) for row in rows], rotation=0 if group in FLAG else 20)
-        low = min(row["val"] - row["std"] for row in rows)
-        axes.set(xlabel=group, ylabel="top-1 on val, %", ylim=(max(0, low - 5), None), title=f"{data}: {group}")
+        low = min(min(map(float, row["scores"].split())) for row in rows)
+        axes.set(xlabel=group if group in FLAG else "", ylabel="top-1 on val, %", ylim=(max(0, low - 5), None), title=f"{data}: {group}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
