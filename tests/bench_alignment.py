@@ -100,7 +100,7 @@ def main(argv=None):
             values = np.array([run[key] for run in runs])
             row[key], row[f"{key}_std"] = f"{values.mean():.4g}", f"{values.std(ddof=1):.2g}" if len(runs) > 1 else ""
         rows.append(row)
-        print(f"{name:12}" + "  ".join(f"{key} {row[key]} +- {row[f'{key}_std']}" for key in MEASURES), flush=True)
+        print(f"{name:12}  " + "  ".join(f"{key} {row[key]} +- {row[f'{key}_std']}" for key in MEASURES), flush=True)
     path = RESULTS / f"alignment-{Path(args.data).resolve().name if Path(args.data).is_dir() else args.data}.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -108,7 +108,7 @@ def main(argv=None):
         writer.writerows(rows)
     figure, axes = plt.subplots(1, len(rows), figsize=(5 * len(rows), 4.8), squeeze=False)
     for axis, row in zip(axes[0], rows):
-        common.plot_features(axis, *features[row["backbone"]], "{backbone}: k-NN {knn} %, silhouette {silhouette}".format(**row))
+        common.plot_features(axis, *features[row["backbone"]], "{backbone}; mean of {runs}: k-NN {knn} %, probe {linear_probe} %".format(**row))
     figure.suptitle("test features before fine-tuning, where class means differ most")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)
