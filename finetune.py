@@ -13,8 +13,8 @@ split, the best pair is trained with several seeds, and the test split is looked
 With all labels a search trains on train, and the final runs on train and val together. With few labels all train on a subset of
 train, drawn anew for each final seed. A search is always judged on the whole of val.
 
-Measured on petals, 20 labels a class, 3 seeds, search of 4 pairs: test top-1 19.4 +- 0.7 % from scratch, 86.8 +- 6.8 % from SimCLR
-(tests/bench_accuracy.py; the search takes a larger learning rate and weight decay, 0.08 and 0.009, than the default).
+Measured on petals, 20 labels a class, 3 seeds, search of 4 pairs: test top-1 19.4 +- 0.7 % from scratch, 86.8 +- 6.8 % from
+SimCLR (tests/bench_accuracy.py; the search takes a larger learning rate and weight decay, 0.08 and 0.009, than the default).
 
 Differs from the paper in: no search and one seed by default (the paper: 100 pairs, 10 seeds), 60 epochs instead of
 400, batches of 32 instead of 256, no weight decay on biases and BatchNorm.
