@@ -3,6 +3,7 @@ import csv
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import bench_ablation
 import bench_accuracy
 import bench_alignment
 
@@ -84,6 +86,19 @@ def test_a_row_is_marked_if_it_is_best_and_beats_the_plain_one_by_more_than_the_
     assert plain["gain"] == no_plain["gain"] == ""
     assert (bissl["gain"], bissl["gain_std"]) == (1.67, 0.58)  # differences 2, 1 and 2
     assert best["pooled_std"] == 10
+
+
+def test_an_ablation_takes_each_variants_best_pair_and_compares_seed_by_seed():
+    scores = {"all": [[50, 60], [52, 66]], "no focal weight": [[49, 10], [51, 10]]}  # variant: seeds of pairs
+    ablation = object.__new__(bench_ablation.Ablation)
+    ablation.args = SimpleNamespace(seeds=2, pairs=["0.1,0", "0.2,0"])
+    ablation.run = lambda group, value, seed: (dict(residual=0.5), [
+        dict(val=val, seconds=3) for val in scores.get(value, [[40, 41], [40, 41]])[seed]])
+    rows = {row["variant"]: row for row in ablation.rows("ingredients")}
+    assert (rows["all"]["val"], rows["all"]["pair"], rows["all"]["gain"]) == (63, "0.2,0", 0)
+    assert (rows["no focal weight"]["val"], rows["no focal weight"]["pair"]) == (50, "0.1,0")
+    assert (rows["no focal weight"]["gain"], rows["no focal weight"]["gain_std"]) == (-13, 2.83)  # -11 and -15
+    assert rows["all"]["residual"] == 0.5 and rows["all"]["scores"] == "60.0 66.0"
 
 
 def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys):
