@@ -66,7 +66,7 @@ def test_strip_takes_the_named_bodies_and_nothing_else(tmp_path, capsys):
         head, tail = was[file_of(name)].splitlines()[:old.lineno], was[file_of(name)].splitlines()[old.end_lineno:]
         lines = now[file_of(name)].splitlines()
         assert lines[:new.lineno] == head and lines[new.end_lineno:] == tail
-    assert "k != i" not in now["simclr.py"].split('"""', 2)[2]  # the comments of a body go with it
+    assert "# k != i" not in now["simclr.py"].split('"""', 2)[2]  # the comments of a body go with it
 
 
 def test_a_body_is_cut_out_with_its_comments():
