@@ -248,7 +248,7 @@ def main(argv=None):
             writer.writeheader()
             writer.writerows(lines)
         draw([l for l in lines if l["device"] == line["device"]], path.with_suffix(".png"),
-             f"{name}: {args.pretext_epochs} pretext epochs, {args.seeds} seeds, * best of its column and beyond the spread")
+             f"{name}: {args.pretext_epochs} pretext epochs, {args.seeds} seeds\n* best of its column and beyond the spread")
 
 
 if __name__ == "__main__":
