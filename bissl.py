@@ -24,8 +24,8 @@ Look at `residual` in the log: the true ||v - A x|| / ||v|| of the last solve of
 noise, and --damping or --cg-steps has to grow; the scale of H depends on the network.
 
 Measured on petals after SimCLR, 20 labels a class, 3 seeds, same pretext epochs and search: test top-1 89.8 +- 3.1 % after
-fine-tuning, against 86.8 +- 6.8 % without this stage: seed by seed 3.0 +- 3.8 more, less than the spread (tests/bench_accuracy.py),
-and no more than with J = I (tests/bench_ablation.py). Residual 0.02.
+fine-tuning, against 86.8 +- 6.8 % without this stage: seed by seed 3.0 +- 3.8 more, less than the spread
+(tests/bench_accuracy.py), and no more than with J = I (tests/bench_ablation.py). Residual 0.02.
 
 Differs from the paper in: fewer alternations (the paper: 500); on petals lambda 1, at which theta_B hears of phi_B; a
 damping of 100 instead of 10, at which five steps solve the system for the default network; a tolerance, and directions shared
