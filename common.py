@@ -595,7 +595,8 @@ def check_classes(args, classes, expected, split):
     """Labels are positions in the list of classes: a split that lacks a class would shift them."""
     if classes != expected:
         odd = sorted(set(classes) ^ set(expected))
-        fail(f"{args.data}: {split} does not have the classes of the other splits: {', '.join(odd[:4])}, ...")
+        more = " ..." if len(odd) > 4 else ""
+        fail(f"{args.data}: {split} does not have the classes of the other splits: {', '.join(odd[:4])}{more}")
 
 
 def load_unlabeled(args, flag="batch_size"):
