@@ -1029,16 +1029,23 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            decay = group["weight_decay"]
-            for w in (w for w in group["params"] if w.grad is not None):
-                g = w.grad.add(w, alpha=decay)
-                if group["adapt"]:
-                    size, slope = w.norm(), w.grad.norm()
-                    g *= torch.where((size > 0) & (slope > 0), group["eta"] * size / (slope + decay * size), 1.0)
-                if "momentum" not in self.state[w]:
-                    self.state[w]["momentum"] = torch.zeros_like(w)
-                v = self.state[w]["momentum"].mul_(group["momentum"]).add_(g)
-                w.sub_(v, alpha=group["lr"])
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            decay, steps = group["weight_decay"], [p.grad for p in params]
+            if decay:
+                steps = torch._foreach_add(steps, params, alpha=decay)
+            if group["adapt"]:
+                w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, [p.grad for p in params]))
+                trust = torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), torch.ones_like(w))
+                steps = torch._foreach_mul(steps, list(trust.unbind()))
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            speeds = [self.state[p]["momentum"] for p in params]
+            torch._foreach_mul_(speeds, group["momentum"])
+            torch._foreach_add_(speeds, steps)
+            torch._foreach_add_(params, speeds, alpha=-group["lr"])
 
 
 OPTIMIZERS = ("adamw", "lars", "sgd")
