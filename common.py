@@ -1,18 +1,20 @@
-"""What every stage shares and no paper is about: command line, processes, data, views, backbone, optimisers, checkpoints, logs.
+"""What every stage shares and no paper is about: command line, processes, data, views, backbone,
+optimisers, checkpoints, logs.
 
-Images travel as uint8 (B, 3, S, S), S being a quarter more than the training side; augment() turns them into normalised
-floats (B, 3, size, size). What a view looks like is drawn on the CPU, so that no step waits for the device to learn how many
-images an operation is for; each epoch seeds the draws anew, so that a resumed run repeats them.
+Images travel as uint8 (B, 3, S, S), S being a quarter more than the training side; augment() turns
+them into normalised floats (B, 3, size, size). What a view looks like is drawn on the CPU, so that no
+step waits for the device to learn how many images an operation is for; each epoch seeds the draws
+anew, so that a resumed run repeats them.
 
-Under torchrun every process holds the same weights and makes the same random draws; of each batch it takes its share. What
-a process computes on its share becomes the whole batch's by gather() (rows) and average_gradients().
+Under torchrun every process holds the same weights and makes the same random draws; of each batch it
+takes its own_rows(). What a process computes on them becomes the whole batch's by gather() (rows) and
+average_gradients().
 """
 import argparse
 import contextlib
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 import shlex
@@ -39,19 +41,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks
-    fcntl = None
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as every published backbone expects
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published backbones expect
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 def fail(message):
     """End the program as for any bad input: one line on stderr, exit code 2."""
@@ -59,127 +56,188 @@ def fail(message):
     raise SystemExit(2)
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or a float within bounds."""
+def bounded(kind, low, high=math.inf):
+    """An argparse type: an int or a float between low and high, both allowed; never infinite."""
+    bounds = f"at least {low:g}"
+    if high < math.inf:
+        bounds = f"between {low:g} and {high:g}"
+
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            bounds = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
             raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return value
+
     parse.__name__ = kind.__name__
     return parse
 
 
-COUNT, FROM_ZERO, SHARE = number(int, 1), number(int, 0), number(float, 0, 1)
-POSITIVE, NOT_NEGATIVE = number(float, 1e-12, 1e12), number(float, 0, 1e12)
+COUNT, FROM_ZERO, SHARE = bounded(int, 1), bounded(int, 0), bounded(float, 0, 1)
+POSITIVE, NOT_NEGATIVE = bounded(float, 1e-12, 1e12), bounded(float, 0, 1e12)
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags that all scripts share. `petals` and `others` hold the defaults that depend on --data; with finishes_budget, a
-    checkpoint's config["rest"] (COIN's) replaces them for the epochs that are left of its budget."""
+    """The flags that all scripts share, in one order.
 
-    def __init__(self, script, doc, petals, others, finishes_budget=False):
+    petals, others: defaults that depend on --data; optimizers: of each --optimizer, what replaces them;
+    from_coin: names of those that a checkpoint of coin.py, in its config["rest"], replaces for the
+    epochs that are left of its budget.
+    """
+
+    def __init__(self, script, doc, petals, others, optimizers=None, from_coin=()):
         super().__init__(prog=script, description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.petals, self.others, self.finishes_budget = petals, others, finishes_budget
-        self.option("--data", str, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png and test/CLASS/*.png", "petals")
-        self.option("--root", str, "folder of the data sets, downloaded if need be, and of the cache of decoded images", "data")
-        self.option("--image-size", number(int, 8), "side in pixels that the network sees; with --ckpt, the checkpoint's")
-        self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's", choices=ARCHS, metavar="ARCH")
+        self.petals, self.others = petals, others
+        self.optimizers, self.from_coin = optimizers or {}, from_coin
+        self.option("--data", str, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png and "
+                    "test/CLASS/*.png", "petals")
+        self.option("--root", str, "folder of the data sets, downloaded if need be, and of the cache of "
+                    "decoded images", "data")
+        self.option("--image-size", bounded(int, 8), "side in pixels that the network sees; with --ckpt, "
+                    "the checkpoint's")
+        self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's", choices=ARCHS,
+                    metavar="ARCH")
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
         self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in petals:
-            self.option("--epochs", COUNT, "passes over the images" + "; after coin.py: those it left" * finishes_budget)
-        self.option("--batch-size", number(int, 4), "images a step; BatchNorm needs a few")
+            after_coin = "; after coin.py: those it left" if from_coin else ""
+            self.option("--epochs", COUNT, "passes over the images" + after_coin)
+        self.option("--batch-size", bounded(int, 4), "images per step; BatchNorm needs a few")
         self.option("--lr", POSITIVE, "peak learning rate")
         self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")
-        self.option("--seed", number(int, 0, 2**32 - 1), "seeds weights, order and views", 0)
-        self.option("--device", str, "cpu, cuda, cuda:1, ...", "cuda" if torch.cuda.is_available() else "cpu")
-        self.option("--precision", str, "float32 or bfloat16 for the forward pass; None is bfloat16 on a GPU that has it, else "
-                    "float32, since a CPU without bfloat16 is slow at it", choices=("float32", "bfloat16"), metavar="TYPE")
-        self.add_argument("--compile", action="store_true",
-                          help="compile the backbones that are trained: minutes at the start, faster steps after that")
-        self.add_argument("--resume", action="store_true", help="go on from OUT.pt where a stopped run left it")
+        self.option("--seed", bounded(int, 0, 2**32 - 1), "seeds weights, order and views", 0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.option("--device", str, "cpu, cuda, cuda:1, ...", device)
+        self.option("--precision", str, "float32 or bfloat16 for the forward pass; none: bfloat16 where "
+                    "the device has it in hardware", choices=("float32", "bfloat16"), metavar="TYPE")
+        self.add_argument("--compile", action="store_true", help="compile the backbones that are "
+                          "trained: minutes at the start, faster steps after that")
+        self.add_argument("--resume", action="store_true",
+                          help="go on from OUT.pt where a stopped run left it")
 
-    def option(self, flag, type, help, default=None, metavar=None, **kwargs):
+    def option(self, flag, type, help, default=None, metavar=None, **more):
+        """A flag with a value. Its default, where petals and others have one, is filled in later."""
         name = flag.strip("-").replace("-", "_")
+        shown = default
         if name in self.petals:
-            default_of = self.petals[name], self.others[name]
-            shown = default_of[0] if default_of[0] == default_of[1] else "{} on petals, else {}".format(*default_of)
-        else:
-            shown = default
+            shown = self.petals[name]
+            if self.others[name] != shown:
+                shown = f"{shown} on petals, else {self.others[name]}"
+        for optimizer, defaults in self.optimizers.items():
+            if name in defaults:
+                shown = f"{shown}; with --optimizer {optimizer} {defaults[name]}"
         self.add_argument(flag, type=type, default=default, metavar=metavar or type.__name__.upper(),
-                          help=f"{help} (default: {shown})".replace("%", "%%"), **kwargs)
+                          help=f"{help} (default: {shown})".replace("%", "%%"), **more)
 
     def label_options(self):
-        self.option("--labels-per-class", FROM_ZERO, "labelled images a class to train on (all where there are fewer); 0: all")
-        self.option("--fraction", number(float, 1e-9, 1), "share of each class's labelled images to train on")
+        self.option("--labels-per-class", FROM_ZERO, "labelled images per class to train on (all where "
+                    "there are fewer); 0: all")
+        self.option("--fraction", bounded(float, 1e-9, 1), "share of each class's labelled images to "
+                    "train on")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
-        defaults = dict(self.petals if args.data == "petals" else self.others)
-        if args.ckpt:  # it tells its architecture and image size, and, where it leaves a budget unfinished, how to go on
-            if not getattr(args, "eval", False) and Path(args.ckpt).resolve() == Path(f"{args.out}.pt").resolve():
+        for name, value in self.defaults_for(args).items():
+            if name in vars(args) and getattr(args, name) is None:
+                setattr(args, name, value)
+        settle_device(args)
+        check_batch_sizes(args)
+        check_out(args)
+        return args
+
+    def defaults_for(self, args):
+        """The defaults of these data, this optimiser and this checkpoint; args: what was typed."""
+        defaults = dict(self.others)
+        if args.data == "petals":
+            defaults.update(self.petals)
+        if "optimizer" in vars(args):
+            defaults.update(self.optimizers.get(args.optimizer, {}))
+        if args.ckpt:  # it tells its architecture and image size
+            if not getattr(args, "eval", False) and same_file(args.ckpt, f"{args.out}.pt"):
                 fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
             defaults.update(arch=None, image_size=None)
             config = load_checkpoint(args.ckpt)["config"]
-            if self.finishes_budget and Path(config.get("data", "")) == Path(args.data):
-                defaults.update(config.get("rest", {}))
-        given = [name for name in ("labels_per_class", "fraction") if getattr(args, name, None) is not None]
-        if len(given) == 2:
-            self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
-        if given:  # what was asked for, and not the other one by default
-            defaults.update(labels_per_class=None, fraction=None)
-        for name, value in defaults.items():
-            if getattr(args, name, value) is None:  # what a script has no flag for is left out
-                setattr(args, name, value)
-        try:
-            args.device = str(torch.empty(0, device=join_processes(args.device)).device)
-        except (RuntimeError, AssertionError) as error:
-            fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
-        for name in ("batch_size", "pretext_batch_size", "hessian_batch"):
-            if (size := getattr(args, name, None) or 0) % world() or 0 < size < 2 * world():
-                fail(f"--{name.replace('_', '-')} {size} cannot be shared by {world()} processes, each with two images or more")
-        if args.precision is None:
-            half = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-            args.precision = "bfloat16" if half else "float32"
-        try:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=Path(args.out).parent).close()
-        except OSError as error:
-            fail(f"cannot write to --out {args.out}: {error.strerror}")
-        return args
+            rest = config.get("rest", {})
+            if Path(config.get("data", "")) == Path(args.data):
+                defaults.update({name: rest[name] for name in self.from_coin if name in rest})
+        if "labels_per_class" in vars(args):
+            if args.labels_per_class is not None and args.fraction is not None:
+                self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
+            if args.labels_per_class is not None or args.fraction is not None:
+                defaults.update(labels_per_class=None, fraction=None)  # the other one stays unset
+        return defaults
 
     def error(self, message):
         fail(f"{message} (python {self.prog} --help explains each option)")
 
 
+def same_file(one, other):
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def settle_device(args):
+    """Meet the other processes, check that --device is there, and choose --precision."""
+    try:
+        device = torch.empty(0, device=join_processes(args.device)).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
+    args.device = str(device)
+    # cuDNN would round the products of float32 convolutions to TF32, those with the Hessian too.
+    torch.backends.fp32_precision = "ieee"
+    if args.precision is None:
+        args.precision = "bfloat16" if has_bfloat16(device) else "float32"
+
+
+def has_bfloat16(device):
+    """Whether the processor multiplies in bfloat16 itself; emulated, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and (found.get("avx512_bf16", False) or found.get("amx_bf16", False))
+
+
+def check_batch_sizes(args):
+    for name in ("batch_size", "pretext_batch_size", "hessian_batch"):
+        size = getattr(args, name, None)
+        if size and (size % world() or size < 2 * world()):
+            flag = name.replace("_", "-")
+            fail(f"--{flag} {size} cannot be shared by {world()} processes, each with two images or more")
+
+
+def check_out(args):
+    try:
+        folder = Path(args.out).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        fail(f"cannot write to --out {args.out}: {error.strerror}")
+
+
 @contextlib.contextmanager
 def resumable(script, args, argv):
-    """Ctrl-C, or the loss of another process, ends with how to go on; running out of device memory ends as bad input does."""
-    stopped = f"stopped; {args.out}.pt holds the last finished epoch, if any. Go on with"
+    """Ctrl-C ends with the command that goes on; running out of memory ends as bad input does."""
+    advice = "lower --batch-size or --image-size"
     try:
         yield
         if dist.is_torchelastic_launched():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv), "--resume"])
-        print(f"\n{stopped}: {command if world() == 1 else 'the same torchrun command and --resume'}", file=sys.stderr)
+        typed = sys.argv[1:] if argv is None else argv
+        command = shlex.join(["python", script, *typed, "--resume"])
+        if world() > 1:
+            command = "the same torchrun command and --resume"
+        print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. Go on with: {command}",
+              file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        fail(f"out of memory on {args.device}: lower --batch-size or --image-size ({str(error).split('.')[0]})")
+        fail(f"out of memory on {args.device}: {advice} ({str(error).split('.')[0]})")
     except RuntimeError as error:
-        if "loading state_dict" in str(error):
-            fail(f"a checkpoint does not fit the model that the code makes: {str(error).splitlines()[-1].strip()}")
-        if "allocate memory" in str(error):  # a CPU's has no type of its own
-            fail(f"out of memory on {args.device}: lower --batch-size or --image-size")
-        if world() == 1 or not (isinstance(error, dist.DistError) or "connection" in str(error).lower()):
+        if "allocate memory" not in str(error):  # a CPU's shortage has no type of its own
             raise
-        fail(f"another process of this run has {stopped} --resume, with any number of processes")
+        fail(f"out of memory on {args.device}: {advice}")
 
 
-# ---------------------------------------------------------------------------------------------- several devices
+# ---------------------------------------------------------------------------------- several devices
 
 def world():
     """Number of processes that work on this run: 1, or what `torchrun --nproc-per-node` says."""
@@ -192,27 +250,31 @@ def rank():
 
 
 def join_processes(device):
-    """Under torchrun, meet the other processes (nccl on GPUs, gloo on CPUs); returns the device of this one."""
+    """Under torchrun, meet the others (nccl on GPUs, gloo on CPUs); returns this one's device."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
+        backend = "gloo"
         if torch.device(device).type == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            backend, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        # Hours, because the others wait while process 0 decodes a large data set.
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
         if rank():
             sys.stdout = open(os.devnull, "w")
     return device
 
 
 def place(module, device):
-    """The module on its device; with several GPUs, BatchNorm takes its statistics over the whole batch."""
+    """The module on its device; on several GPUs, BatchNorm's statistics are the whole batch's."""
     if world() > 1 and torch.device(device).type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     return module.to(device)
 
 
-def share(rows):
-    """This process's rows (n // world) of a batch (n, ...) that all know: every world-th; an uneven rest is left out."""
-    return rows[:len(rows) - len(rows) % world()][rank()::world()]
+def own_rows(rows):
+    """This process's part (n // world) of rows (n, ...) that all processes know: every world-th one.
+    An uneven rest is left out."""
+    whole = len(rows) - len(rows) % world()
+    return rows[:whole][rank()::world()]
 
 
 def all_sum(x):
@@ -224,7 +286,8 @@ def all_sum(x):
 
 
 class AllSum(torch.autograd.Function):
-    """all_sum() with a graph, for losses that reach over processes: its derivative is the sum of all gradients, of any order."""
+    """all_sum() with a graph, for losses that reach over processes: its derivative, of any order, is
+    the sum of all gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -236,36 +299,46 @@ class AllSum(torch.autograd.Function):
 
 
 def gather(own):
-    """share() undone: rows (b, ...) of each process -> those of the whole batch (b world, ...) on every one, with a graph."""
+    """own_rows() undone: rows (b, ...) of each process -> those of the whole batch (b world, ...) on
+    every one, with a graph."""
     if world() == 1:
         return own
-    rows = [own if number == rank() else torch.zeros_like(own) for number in range(world())]
-    return AllSum.apply(torch.stack(rows, 1).flatten(0, 1))
+    columns = [torch.zeros_like(own)] * world()
+    columns[rank()] = own
+    every = torch.stack(columns, 1)             # (b, world, ...), zero where other processes' rows go
+    return AllSum.apply(every.flatten(0, 1))
 
 
-def average(tensors):
+def process_means(tensors):
     """Each tensor's mean over all processes, sent as one message."""
+    tensors = tuple(tensors)
     if world() == 1 or not tensors:
-        return tuple(tensors)
-    parts = (all_sum(torch.cat([t.flatten() for t in tensors])) / world()).split([t.numel() for t in tensors])
-    return tuple(part.view(t.shape) for part, t in zip(parts, tensors))
+        return tensors
+    message = torch.cat([tensor.flatten() for tensor in tensors])
+    parts = (all_sum(message) / world()).split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors))
 
 
 @torch.no_grad()
 def average_gradients(module):
-    """After backward(): losses are means over a process's share, so the mean of the gradients is the whole batch's."""
+    """After backward(): losses are means over a process's images, so the mean of the gradients is the
+    whole batch's."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    for gradient, mean in zip(gradients, average(gradients)):
+    for gradient, mean in zip(gradients, process_means(gradients)):
         gradient.copy_(mean)
 
 
 @torch.no_grad()
 def average_statistics(module):
-    """BatchNorm's running statistics, which on CPUs are those of a process's own images, become the same everywhere."""
+    """BatchNorm's running statistics, which on CPUs are those of a process's own images, become the
+    same everywhere."""
     statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    for statistic, mean in zip(statistics, average(statistics)):
+    for statistic, mean in zip(statistics, process_means(statistics)):
         statistic.copy_(mean)
 
+
+fcntl = None
+import mmap
 
 # --------------------------------------------------------------------------------------------------------- data
 
@@ -515,7 +588,7 @@ def one_at_a_time(lock):
 def map_images(path):
     """The array in an .npy file, mapped read-only: its pages are given up where memory is needed."""
     array = np.load(path, mmap_mode="r")
-    if array.nbytes > 0.5 * memory("cpu") and hasattr(mmap, "MADV_RANDOM"):
+    if array.nbytes > 0.5 * free_memory("cpu") and hasattr(mmap, "MADV_RANDOM"):
         array.base.madvise(mmap.MADV_RANDOM)  # else megabytes around each image are read and soon dropped again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
@@ -559,7 +632,7 @@ def shared_images(path, device):
 
 def fit_on(device, images):
     """On a GPU where half of its free memory holds them, else on the host."""
-    return images.to(device) if device.type == "cuda" and images.nbytes < 0.5 * memory(device) else images
+    return images.to(device) if device.type == "cuda" and images.nbytes < 0.5 * free_memory(device) else images
 
 
 def load_data(args, split):
@@ -680,8 +753,8 @@ def batches(store, batch_size, shuffle=True, whole_only=False):
     n = len(store)
     order = torch.randperm(n) if shuffle else torch.arange(n)
     if whole_only:
-        return feed(store, share(order[:n - n % batch_size]).split(batch_size // world()))
-    return feed(store, share(order).tensor_split(-(-n // batch_size)))
+        return feed(store, own_rows(order[:n - n % batch_size]).split(batch_size // world()))
+    return feed(store, own_rows(order).tensor_split(-(-n // batch_size)))
 
 
 def feed(store, parts):
@@ -821,7 +894,7 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
             view[name] = torch.rand(count) < p
     if blur_p:
         view["sigma"] = uniform(0.1, 2)
-    view = {name: share(values) for name, values in view.items()}
+    view = {name: own_rows(values) for name, values in view.items()}
     out = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
     at_once = 64 if x.device.type == "cpu" else max(1, len(x))  # parts that fit the processor's cache: twice as fast
     for part in (slice(i, i + at_once) for i in range(0, len(x), at_once)):
@@ -861,7 +934,25 @@ def test_crop(x, size):
     return normalise(resample(x.float(), box, torch.zeros(len(x), dtype=torch.bool, device=x.device), size) / 255)
 
 
-# ----------------------------------------------------------------------------------------------------- backbone
+
+
+def steps_of(images, batch_size):
+    return -(-images // batch_size)
+
+
+class Batches:
+    def __init__(self, store, batch_size, whole_only=False):
+        self.store, self.batch_size, self.whole_only = store, batch_size, whole_only
+
+    def __len__(self):
+        n = len(self.store)
+        return n // self.batch_size if self.whole_only else steps_of(n, self.batch_size)
+
+    def __iter__(self):
+        return batches(self.store, self.batch_size, whole_only=self.whole_only)
+
+
+# ----------------------------------------------------------------------------------------- backbone
 
 ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
          "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3]),
@@ -870,33 +961,54 @@ ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2,
 
 
 def build_backbone(arch, small_stem):
-    """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features). small_stem, for images of 40 px and less:
-    3x3 convolution of stride 1 and no max-pool (SimCLR, appendix B.9). resnet10 is for small machines: half the channels, and a
-    stride of 2 in its small stem."""
+    """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features).
+
+    small_stem, for images of 40 px and less: a 3x3 convolution of stride 1 and no max-pool (SimCLR,
+    appendix B.9). resnet10 is for small machines: half the channels, and a stride of 2 in its small
+    stem.
+    """
     block, layers = ARCHS[arch]
-    model = ResNet(block, layers, width_per_group=128 if arch.startswith("wide") else 64)
+    width_per_group = 128 if arch.startswith("wide") else 64
+    model = ResNet(block, layers, width_per_group=width_per_group)
+    model.num_features = model.fc.in_features
+    model.fc = nn.Identity()
     narrow = arch == "resnet10"
-    width = model.inplanes = 32 if narrow else 64
+    width, stride = (32, 2) if narrow else (64, 1)
     if small_stem:
-        model.conv1, model.maxpool = nn.Conv2d(3, width, 3, 2 if narrow else 1, 1, bias=False), nn.Identity()
+        model.conv1 = nn.Conv2d(3, width, 3, stride, 1, bias=False)
+        model.maxpool = nn.Identity()
     elif narrow:
         model.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
     if narrow:
-        model.bn1 = nn.BatchNorm2d(width)
-        for i in range(4):
-            setattr(model, f"layer{i + 1}", model._make_layer(block, width << i, 1, stride=1 if i == 0 else 2))
+        halve_channels(model, width)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    model.fc, model.num_features = nn.Identity(), model.fc.in_features if not narrow else 8 * width
     return model.to(memory_format=torch.channels_last)
 
 
+def halve_channels(model, width):
+    """What follows the first convolution, in `width` channels at first and one BasicBlock a stage."""
+    model.inplanes, model.num_features = width, 8 * width
+    model.bn1 = nn.BatchNorm2d(width)
+    model.layer1 = model._make_layer(BasicBlock, width, 1)
+    model.layer2 = model._make_layer(BasicBlock, 2 * width, 1, stride=2)
+    model.layer3 = model._make_layer(BasicBlock, 4 * width, 1, stride=2)
+    model.layer4 = model._make_layer(BasicBlock, 8 * width, 1, stride=2)
+
+
 def start_backbone(args, say=True):
-    """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles args.arch and image_size."""
+    """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles
+    args.arch and args.image_size."""
+    if say:
+        print(f"{args.device}, {args.precision}", flush=True)
     torch.manual_seed(args.seed)
-    ckpt = load_checkpoint(args.ckpt) if args.ckpt else None
-    backbone = load_backbone(ckpt, args, say) if ckpt else build_backbone(args.arch, args.image_size <= 40)
+    ckpt = None
+    if args.ckpt:
+        ckpt = load_checkpoint(args.ckpt)
+        backbone = load_backbone(ckpt, args, say)
+    else:
+        backbone = build_backbone(args.arch, args.image_size <= 40)
     backbone = place(backbone, args.device)
     if args.compile:
         backbone.compile()
@@ -904,48 +1016,75 @@ def start_backbone(args, say=True):
 
 
 def load_backbone(ckpt, args, say):
-    """The checkpoint's backbone. Every tensor but BatchNorm's counts has to be there in the right shape."""
+    """The checkpoint's backbone. Every tensor but BatchNorm's counts has to be there in the right
+    shape."""
+    state = ckpt["backbone"]
     args.image_size = args.image_size or ckpt["image_size"]
     if args.image_size is None:
         fail(f"{args.ckpt} does not say for which image size: give --image-size")
-    found, small_stem = shapes(ckpt["backbone"]), ckpt["backbone"]["conv1.weight"].shape[-1:] == (3,)
+    small_stem = state["conv1.weight"].shape[-1:] == (3,)
     if args.arch is None:
-        with torch.device("meta"):  # shapes without memory
-            difference = lambda arch: len(shapes(build_backbone(arch, small_stem).state_dict()).items() ^ found.items())
-            args.arch = ckpt["arch"] or min(ARCHS, key=difference)
+        args.arch = ckpt["arch"] or most_similar_arch(state, small_stem)
     backbone = build_backbone(args.arch, small_stem)
-    needed = shapes(backbone.state_dict())
+    found, needed = shapes(state), shapes(backbone.state_dict())
     for key, shape in needed.items():
         if found.get(key) != shape:
             problem = f"has shape {tuple(found[key])}" if key in found else "is missing"
             fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {problem}, should be {tuple(shape)}")
-    kept = {key: value for key, value in ckpt["backbone"].items() if key in backbone.state_dict()}
-    backbone.load_state_dict({**backbone.state_dict(), **kept})
+    whole = backbone.state_dict()
+    for key in whole:
+        if key in state:  # old files lack BatchNorm's counts
+            whole[key] = state[key]
+    backbone.load_state_dict(whole)
     if say:
         left = [key for key in found if key not in needed]
         print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors matched"
-              + (f", left out {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else ""), flush=True)
+              + some_names(", left out", left), flush=True)
     return backbone
 
 
+def most_similar_arch(state, small_stem):
+    """The name of the architecture of which the fewest tensors are missing, misshapen or left over."""
+    found, differences = shapes(state), {}
+    for arch in ARCHS:
+        with torch.device("meta"):  # shapes without memory
+            needed = shapes(build_backbone(arch, small_stem).state_dict())
+        keys = needed.keys() | found.keys()
+        differences[arch] = sum(needed.get(key) != found.get(key) for key in keys)
+    return min(differences, key=differences.get)
+
+
 def shapes(state):
+    """The shape of each tensor of a state dict; BatchNorm's counts of batches do not matter."""
     return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def some_names(words, names, most=4):
+    """", left out fc.weight, fc.bias ...": at most `most` of the names; nothing where there are none."""
+    if not names:
+        return ""
+    more = " ..." if len(names) > most else ""
+    return f"{words} {', '.join(names[:most])}{more}"
 
 
 @contextlib.contextmanager
 def frozen_statistics(model, second_order=False):
-    """BatchNorm uses the batch's own statistics as in training, but leaves its running averages as they are.
+    """BatchNorm uses the batch's own statistics as in training, but leaves its running averages as
+    they are.
 
-    second_order: leave out what has no second derivative, torch.compile and statistics over several processes.
+    second_order: leave out what has no second derivative, torch.compile and statistics over several
+    processes.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
         if second_order:
             layer.forward = partial(_BatchNorm.forward, layer)  # instead of SyncBatchNorm's
+    eager = contextlib.nullcontext()
+    if second_order and "torch._dynamo" in sys.modules:
+        eager = torch.compiler.set_stance("force_eager")
     try:
-        compiled = "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if second_order and compiled else contextlib.nullcontext():
+        with eager:
             yield
     finally:
         for layer in layers:
@@ -953,11 +1092,11 @@ def frozen_statistics(model, second_order=False):
             layer.__dict__.pop("forward", None)
 
 
-def memory(device):
+def free_memory(device):
     """Bytes that are free on a GPU; for a CPU, all that the machine has."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def autocast(device, precision):
@@ -971,73 +1110,85 @@ def upcast(x):
 
 
 def task_loss(logits, y):
-    """Mean cross-entropy for y (B,). For y (B, C) of 1 present, 0 absent, -1 ignored: binary cross-entropy, mean over the
-    entries that count. logits (B, C) -> scalar, in float32 or better."""
+    """Mean cross-entropy for y (B,). For y (B, C) of 1 present, 0 absent, -1 ignored: binary
+    cross-entropy, mean over the entries that count. logits (B, C) -> scalar, in float32 or better."""
     logits = upcast(logits)
     if y.ndim == 1:
         return F.cross_entropy(logits, y)
-    counts = (y >= 0).to(logits.dtype)
-    total = F.binary_cross_entropy_with_logits(logits, y.clamp(min=0).to(logits.dtype), counts, reduction="sum")
+    counts = (y >= 0).to(logits.dtype)                 # (B, C)
+    present = y.clamp(min=0).to(logits.dtype)          # (B, C)
+    total = F.binary_cross_entropy_with_logits(logits, present, counts, reduction="sum")
     return total * world() / all_sum(counts.sum()).clamp(min=1)
 
 
 @torch.no_grad()
 def features(backbone, store, args):
-    """Backbone features float32 (n, D) and labels (n,) of a store, in evaluation mode, in the store's order."""
-    training, out = backbone.training, []
+    """Backbone features float32 (n, D) and labels (n,) of a store, in evaluation mode, in the store's
+    order."""
+    was_training, parts = backbone.training, []
     backbone.eval()
-    for x, _ in feed(store, torch.arange(rank(), len(store), world()).split(512)):
+    own = torch.arange(rank(), len(store), world())
+    for x, _ in feed(store, own.split(512)):
+        x = test_crop(x, args.image_size)  # not inside autocast, which would round the pixels
         with autocast(args.device, args.precision):
-            out.append(upcast(backbone(test_crop(x, args.image_size))))
-    backbone.train(training)
-    own = torch.cat(out)
-    every = own.new_zeros(len(store), own.shape[1])
-    every[rank()::world()] = own
+            f = backbone(x)
+        parts.append(upcast(f))
+    backbone.train(was_training)
+    own_features = torch.cat(parts)
+    every = own_features.new_zeros(len(store), own_features.shape[1])
+    every[rank()::world()] = own_features
     return all_sum(every), store.labels
 
 
 def knn_accuracy(memory, memory_labels, query, query_labels, k=20, temperature=0.1):
     """Weighted k-NN on cosine similarity (Wu et al. 2018, arXiv 1805.01978, section 3.4), in per cent.
 
-    memory (N, D), query (M, D); each of the k nearest votes exp(similarity / temperature) for its class.
+    memory (N, D), query (M, D); each of the k nearest votes exp(similarity / temperature) for its
+    class.
     """
     memory, query, hits = F.normalize(memory, dim=1), F.normalize(query, dim=1), 0
+    classes = int(memory_labels.max()) + 1
     for part, label in zip(query.split(1024), query_labels.split(1024)):
         similarity, nearest = (part @ memory.T).topk(min(k, len(memory)))  # (b, k)
-        votes = part.new_zeros(len(part), int(memory_labels.max()) + 1)
+        votes = part.new_zeros(len(part), classes)
         votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
         hits += (votes.argmax(1) == label).sum()
     return 100 * hits.item() / len(query)
 
 
-def knn_probe(backbone, memory, query, args):
-    return knn_accuracy(*features(backbone, memory, args), *features(backbone, query, args))
-
-
-# ------------------------------------------------------------------------------------------------- optimisation
+# ------------------------------------------------------------------------------------- optimisation
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) with momentum, as SimCLR uses it.
+    """Layer-wise adaptive rate scaling with momentum.
 
     g <- g + wd w;  g <- g eta ||w|| / (||g_raw|| + wd ||w||);  v <- momentum v + g;  w <- w - lr v.
+    The trust ratio is that of You et al. (2017, arXiv 1708.03888), whose norms leave the decay out of
+    g; SimCLR's code takes the norm of g + wd w. The learning rate stands outside of v, as in
+    torch.optim.SGD; both of theirs have it inside.
     Groups with adapt=False (biases, BatchNorm) keep their gradient as it is.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True))
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, adapt=True)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
+        """All tensors of a group at once: a loop over them would put a dozen small kernels for each
+        in every step on a GPU."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            decay, steps = group["weight_decay"], [p.grad for p in params]
+            gradients = [p.grad for p in params]
+            decay, steps = group["weight_decay"], gradients
             if decay:
-                steps = torch._foreach_add(steps, params, alpha=decay)
+                steps = torch._foreach_add(gradients, params, alpha=decay)
             if group["adapt"]:
-                w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, [p.grad for p in params]))
-                trust = torch.where((w > 0) & (g > 0), group["eta"] * w / (g + decay * w), torch.ones_like(w))
+                w = torch.stack(torch._foreach_norm(params))     # (number of tensors,) ||w||
+                g = torch.stack(torch._foreach_norm(gradients))  # (number of tensors,) ||g_raw||
+                trust = group["eta"] * w / (g + decay * w)
+                trust = torch.where((w > 0) & (g > 0), trust, torch.ones_like(trust))
                 steps = torch._foreach_mul(steps, list(trust.unbind()))
             for p in params:
                 if "momentum" not in self.state[p]:
@@ -1052,54 +1203,70 @@ OPTIMIZERS = ("adamw", "lars", "sgd")
 
 
 def make_optimizer(name, modules, lr, weight_decay, scales=None):
-    """adamw, lars or sgd; biases and BatchNorm are not decayed. scales: factors of the learning rate, one a module."""
-    groups, scales = [], scales or [1.0] * len(modules)
+    """adamw, lars or sgd over the modules' trainable parameters; biases and BatchNorm are not decayed.
+
+    scales: a factor of the learning rate for each module.
+    """
+    scales = scales or [1.0] * len(modules)
+    weights, others = {}, {}  # of each scale, its parameters
+    for module, scale in zip(modules, scales):
+        for p in module.parameters():
+            if p.requires_grad:
+                kind = weights if p.ndim > 1 else others
+                kind.setdefault(scale, []).append(p)
+    groups = []
     for scale in dict.fromkeys(scales):  # each value once
-        params = [p for module, own in zip(modules, scales) if own == scale for p in module.parameters() if p.requires_grad]
-        groups += [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay, scale=scale),
-                   dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0, scale=scale)]
+        for kind, decay in ((weights, weight_decay), (others, 0.0)):
+            group = dict(params=kind.get(scale, []), weight_decay=decay, scale=scale)
+            if name == "lars":
+                group["adapt"] = kind is weights
+            groups.append(group)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
-    return LARS([dict(group, adapt=i % 2 == 0) for i, group in enumerate(groups)], lr=lr)
+    return LARS(groups, lr=lr)
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
-    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017, arXiv 1608.03983), of which
-    an earlier stage has gone through the share `start` already."""
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017,
+    arXiv 1608.03983), of which an earlier stage has gone through the share `start` already."""
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:
-        lr = peak * 0.5 * (1 + math.cos(math.pi * (start + (1 - start) * (step - warmup) / max(1, steps - warmup))))
+        share = (step - warmup) / max(1, steps - warmup)
+        lr = peak * 0.5 * (1 + math.cos(math.pi * (start + (1 - start) * share)))
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
 
 
 def chunked_backward(model, embed, loss, x, chunk):
-    """Gradient caching (Gao et al. 2021, arXiv 2101.06983): loss(z).backward() for z = embed(x), in the memory of `chunk` images.
+    """Gradient caching (Gao et al. 2021, arXiv 2101.06983): loss(z).backward() for z = embed(x), in
+    the memory of `chunk` images.
 
-    embed: images (b, ...) -> their embeddings (b, ...), by model; loss: all embeddings (B, ...) -> scalar. Exact but for
-    BatchNorm, which sees a chunk at a time. Returns the loss.
+    embed: images (b, ...) -> their embeddings (b, ...), by model; loss: all embeddings (B, ...) ->
+    scalar. Exact but for BatchNorm, which sees a chunk at a time. Returns the loss.
     """
     parts, before = x.split(chunk), torch.get_rng_state()
     with torch.no_grad(), frozen_statistics(model):  # first without a graph
-        z = torch.cat([upcast(embed(part)) for part in parts]).requires_grad_()
+        z = torch.cat([upcast(embed(part)) for part in parts])
+    z.requires_grad_()
     value = loss(z)
     gradient, = torch.autograd.grad(value, z)
     torch.set_rng_state(before)  # then once more, with the same views
-    for part, slope in zip(parts, gradient.split(chunk)):
-        upcast(embed(part)).backward(slope)
+    for part, part_gradient in zip(parts, gradient.split(chunk)):
+        upcast(embed(part)).backward(part_gradient)
     return value
 
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    """average <- decay average + (1 - decay) model, for every parameter. BatchNorm's statistics stay each module's own."""
+    """average <- decay average + (1 - decay) model, for every parameter. BatchNorm's statistics stay
+    each module's own."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-# -------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 def write_whole(path, write):
     """write(file) to a temporary name beside path, then rename: path is never half-written."""
@@ -1114,69 +1281,113 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def is_finite(*modules):
-    return all(value.isfinite().all() for module in modules for value in module.state_dict().values())
+def state_of(part):
+    """The state dict of a module or an optimiser; a state dict, or None, is what it is."""
+    return part.state_dict() if hasattr(part, "state_dict") else part
 
 
-def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None, projector=None):
-    """Write one dict of plain types and tensors; backbone, head and projector are modules or state dicts.
+def is_finite(module):
+    return all(value.isfinite().all() for value in module.state_dict().values())
 
-    backbone: torchvision's own resnet of that name loads it (its fc aside); head: of the pretext task, or the classifier;
-    projector: leads to a loss beside the head; resume: what --resume needs. Weights that are not finite are refused, so that
-    the last good checkpoint stays.
+
+def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None,
+                    projector=None):
+    """Write one dict of plain types and tensors; backbone, head and projector are modules or state
+    dicts.
+
+    backbone: torchvision's own resnet of that name loads it (its fc aside); head: of the pretext task,
+    or the classifier; projector: leads to a loss beside the head; resume: what --resume needs. Weights
+    that are not finite are refused, so that the last good checkpoint stays.
     """
-    backbone, head, projector = (part.state_dict() if isinstance(part, nn.Module) else part
-                                 for part in (backbone, head, projector))
-    for key, value in [pair for part in (backbone, head, projector) if part for pair in part.items()]:
-        if not value.isfinite().all():
-            fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as it was")
-    contents = dict(method=method, arch=arch, image_size=image_size, backbone=backbone, head=head, projector=projector,
-                    classes=classes, config=config, resume=resume)
+    parts = dict(backbone=state_of(backbone), head=state_of(head), projector=state_of(projector))
+    for state in parts.values():
+        for key, value in (state or {}).items():
+            if not value.isfinite().all():
+                fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as it was")
+    contents = dict(method=method, arch=arch, image_size=image_size, **parts, classes=classes,
+                    config=config, resume=resume)
     if rank() == 0:
-        write_whole(path, lambda file: torch.save(contents, file))
+        write_whole(path, partial(torch.save, contents))
     if world() > 1:
         dist.barrier()  # who reads it next may be another process
 
 
+OURS = {"method", "arch", "image_size", "backbone", "config"}
+NUMBERED = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()  # by lightly, from 0 on
+
+
 def load_checkpoint(path):
-    """Read any script's checkpoint or a foreign one (whatever stands in front of "conv1.weight" is the prefix); checked, on the
-    CPU, without running any code it may hold. Returns our dict; what a foreign file does not tell is None."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old formats: what matters is checked below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"no checkpoint {path}")
-    except Exception as error:  # torch.load raises a dozen types for a file that is not a checkpoint
-        reason = "it would run code when read" if "Unsupported" in str(error) else "it is truncated or no checkpoint"
-        fail(f"cannot read {path}: {reason} ({type(error).__name__})")
-    ours = isinstance(content, dict) and {"method", "arch", "image_size", "backbone", "config"} <= content.keys()
+    """Read any script's checkpoint, or a foreign one: what stands in front of "conv1.weight" there is
+    the prefix of the backbone. Nothing in the file is run.
+
+    Returns our dict, tensors on the CPU; what a foreign file does not tell is None.
+    """
+    content = read_file(path)
+    ours = isinstance(content, dict) and OURS <= content.keys()
     for state in tensor_dicts(content["backbone"] if ours else content):
-        if found := next(filter(None, (re.fullmatch(r"(.*\.|)4\.0\.conv1\.weight", key) for key in state)), None):
-            names = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()  # numbered by lightly
-            state = {re.sub(r"^[0-7]\b", lambda child: names[int(child[0])], key[found.end(1):]): value
-                     for key, value in state.items() if key.startswith(found[1])}
-        prefixes = [key[:-len("layer1.0.conv1.weight")] for key in state if key.endswith("layer1.0.conv1.weight")]
-        prefix = next((prefix for prefix in prefixes if prefix + "conv1.weight" in state), None)
-        if prefix is not None:  # of a query and a key encoder, the first is the trained one
-            backbone = {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
-            nothing = dict.fromkeys(("arch", "image_size", "head", "projector", "classes", "resume"))
+        state = named_layers(state)
+        for key in state:  # of a query and a key encoder, the first is the trained one
+            prefix = key.removesuffix("layer1.0.conv1.weight")
+            if prefix == key or prefix + "conv1.weight" not in state:
+                continue
+            backbone = {}
+            for name, value in state.items():
+                if name.startswith(prefix):
+                    backbone[name.removeprefix(prefix)] = value
+            if ours:
+                return {"projector": None, **content, "backbone": backbone}
             method = f"foreign, under {prefix}" if prefix else "foreign"
-            return {**nothing, "config": {}, "method": method, **(content if ours else {}), "backbone": backbone}
+            return dict(method=method, arch=None, image_size=None, backbone=backbone, head=None,
+                        projector=None, classes=None, config={}, resume=None)
     fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
 
 
+def read_file(path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats: what matters is checked by the caller
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint {path}")
+    except Exception as error:  # torch.load raises a dozen types for a file that is not a checkpoint
+        reason = "it is truncated or no checkpoint"
+        if "Unsupported" in str(error):
+            reason = "it would run code when read"
+        fail(f"cannot read {path}: {reason} ({type(error).__name__})")
+
+
 def tensor_dicts(content):
-    """Every dict of tensors in nested dicts, such as {"state_dict": {...}}; what is not a tensor is left out."""
-    if isinstance(content, dict):
-        if tensors := {str(key): value for key, value in content.items() if torch.is_tensor(value)}:
-            yield tensors
-        for value in content.values():
-            yield from tensor_dicts(value)
+    """Every dict of tensors in nested dicts, such as {"state_dict": {...}}; what is not a tensor is
+    left out."""
+    if not isinstance(content, dict):
+        return
+    tensors = {str(key): value for key, value in content.items() if torch.is_tensor(value)}
+    if tensors:
+        yield tensors
+    for value in content.values():
+        yield from tensor_dicts(value)
+
+
+def named_layers(state):
+    """The state dict with ResNet's names, where lightly has numbered the children: "backbone.4.0..."
+    is "layer1.0...". Any other state dict is returned as it is."""
+    for key in state:
+        numbered = re.fullmatch(r"(.*\.|)4\.0\.conv1\.weight", key)
+        if numbered:
+            break
+    else:
+        return state
+    prefix, named = numbered[1], {}
+    for key, value in state.items():
+        child, dot, rest = key.removeprefix(prefix).partition(".")
+        if key.startswith(prefix) and child.isdecimal() and int(child) < len(NUMBERED):
+            named[NUMBERED[int(child)] + dot + rest] = value
+    return named
 
 
 def resume_checkpoint(args):
-    """The checkpoint that --resume goes on from, or None where there is none yet. The flags must be the run's own."""
+    """The checkpoint that --resume goes on from, or None where there is none yet. The flags must be
+    the run's own."""
     path = Path(f"{args.out}.pt")
     if not args.resume or not path.exists():
         return None
@@ -1184,53 +1395,160 @@ def resume_checkpoint(args):
     if not ckpt["resume"]:
         fail(f"{path} holds nothing to resume: --resume goes on from what the same command wrote")
     for name, value in run_config(args).items():
-        if ckpt["config"].get(name) != value:
-            fail(f"--resume: --{name.replace('_', '-')} is {value}, but {path} was made with {ckpt['config'].get(name)}")
+        before = ckpt["config"].get(name)
+        if before != value:
+            flag = name.replace("_", "-")
+            fail(f"--resume: --{flag} is {value}, but {path} was made with {before}")
     return ckpt
 
 
 def run_config(args):
     """The flags that decide what a run computes, as plain types."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "device", "root", "out", "compile")}
+    config = dict(vars(args))
+    for name in ("resume", "device", "root", "out", "compile"):
+        config.pop(name, None)
+    return config
 
 
-# --------------------------------------------------------------------------------------------- logs and figures
+# ------------------------------------------------------------------------------------ runs and logs
 
-class Log:
-    """One dict an epoch: printed with images/s and time left, and written to OUT.jsonl."""
+class Run:
+    """What every training loop repeats: it goes on where a stopped run was, seeds each epoch, averages
+    what is logged over images and processes, and writes OUT.jsonl and OUT.pt after each epoch.
 
-    def __init__(self, args, epochs, history=()):
-        self.args, self.epochs, self.history, self.images = args, epochs, list(history), 0
+        run = common.Run(args, "simclr", model, data.classes, optimizer=optimizer)
+        for epoch in run.epochs_left():
+            for x, _ in batches:
+                ...
+                run.add(len(x), loss=loss)
+            run.end_epoch()
+
+    model: its children backbone, head, projector, ... are saved under their names; others: whatever
+    else a resume needs and has a state_dict(). epochs: args.epochs, unless a script counts otherwise,
+    in another `unit`. probe: (memory, query) stores for a k-NN probe every args.probe_every epochs.
+    """
+
+    def __init__(self, args, method, model, classes, epochs=None, unit="epoch", probe=None, **others):
+        self.args, self.method, self.model, self.classes = args, method, model, classes
+        self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
+        self.parts = dict(model.named_children(), **others)
+        self.config, self.history = run_config(args), []
+        ckpt = resume_checkpoint(args)
+        if ckpt:
+            self.load(ckpt)
+        self.images, self.sums, self.counts = 0, {}, {}
         self.first, self.started = len(self.history), time.perf_counter()
+        self.shown = self.started
 
-    def epoch(self, images, unit="epoch", **metrics):
-        """Record an epoch over `images` images. Metrics are numbers or device scalars, read here: once an epoch."""
-        metrics = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
+    def load(self, ckpt):
+        """Every part and the history as the checkpoint has them."""
+        states = {**ckpt, **ckpt["resume"]}
+        for name, part in self.parts.items():
+            part.load_state_dict(states[name])
+        self.history = states["history"]
+
+    def epochs_left(self):
+        for epoch in range(len(self.history), self.epochs):
+            seed_epoch(self.args, self.method, epoch)
+            yield epoch
+
+    def add(self, images, **means):
+        """Add a batch's means over `images` images of this process; they stay on the device."""
+        self.images += images * world()
+        for name, mean in means.items():
+            self.sums[name] = self.sums.get(name, 0) + mean.detach() * images
+            self.counts[name] = self.counts.get(name, 0) + images
+        if sys.stdout.isatty() and time.perf_counter() - self.shown > 10:
+            self.show_progress()
+
+    def show_progress(self):
+        """A line that is rewritten in place every ten seconds, on a terminal only: to read the sums
+        makes the device wait."""
+        self.shown = time.perf_counter()
+        done, spent = self.images, self.shown - self.started
+        shown = [f"{name} {sums / self.counts[name]:.4g}" for name, sums in self.sums.items()]
+        print(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(shown)}  "
+              f"{done:,} images  {done / spent:,.0f} images/s\033[K", end="", flush=True)
+
+    def means(self):
+        """The averages so far over the images of all processes, as numbers."""
+        names = list(self.sums)
+        if not names:
+            return {}
+        means = [self.sums[name] / self.counts[name] for name in names]
+        return dict(zip(names, process_means([torch.stack(means)])[0].tolist()))
+
+    def score(self):
+        """What is measured after an epoch: the probe, when it is due."""
+        done, every = len(self.history) + 1, getattr(self.args, "probe_every", 1)
+        if self.probe is None or (done % every and done < self.epochs):
+            return dict(knn=None)
+        return dict(knn=knn_probe(self.model.backbone, *self.probe, self.args))
+
+    def end_epoch(self, **metrics):
+        """Log the averages, the score and the metrics (numbers or device scalars), then save."""
+        average_statistics(self.model)
+        self.log({**self.means(), **self.score(), **metrics})
+        self.sums, self.counts = {}, {}
+        self.save()
+
+    def log(self, metrics):
+        """One line on the screen, with images per second and the time left, and one in OUT.jsonl."""
+        done = len(self.history) + 1
+        line = {self.unit: done}
         for name, value in metrics.items():
-            if value is not None and not math.isfinite(value):
-                kept = f"{self.args.out}.pt holds the last good one" if self.history else "nothing was written"
-                fail(f"{name} is {value} in {unit} {len(self.history) + 1}: try a lower learning rate. {kept}")
-        self.history.append({unit: len(self.history) + 1, **metrics})
-        self.images += images
-        done, spent = len(self.history), time.perf_counter() - self.started
-        left = spent / (done - self.first) * (self.epochs - done)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
-        print(f"{unit} {done}/{self.epochs}  {shown}  {self.images / spent:,.0f} images/s  "
-              f"left {timedelta(seconds=int(left))}", flush=True)
-        self.write(self.history)
+            line[name] = value.item() if torch.is_tensor(value) else value
+        shown = []
+        for name, value in line.items():
+            if value is None or name == self.unit:
+                continue
+            if not math.isfinite(value):
+                kept = f"{self.args.out}.pt holds the last good one" if done > 1 else "nothing was written"
+                fail(f"{name} is {value} in {self.unit} {done}: try a lower learning rate. {kept}")
+            shown.append(f"{name} {value:.4g}")
+        self.history.append(line)
+        spent = time.perf_counter() - self.started
+        left = timedelta(seconds=int(spent / (done - self.first) * (self.epochs - done)))
+        start_of_line = "\r\033[K" if sys.stdout.isatty() else ""
+        print(f"{start_of_line}{self.unit} {done}/{self.epochs}  {'  '.join(shown)}  "
+              f"{self.images / spent:,.0f} images/s  left {left}", flush=True)
+        write_lines(self.args, self.history)
 
-    def write(self, lines):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        if rank() == 0:
-            write_whole(f"{self.args.out}.jsonl", lambda file: file.write(text.encode()))
+    def save(self):
+        parts = {name: state_of(part) for name, part in self.parts.items()}
+        named = {name: parts.pop(name, None) for name in ("backbone", "head", "projector")}
+        save_checkpoint(f"{self.args.out}.pt", method=self.method, arch=self.args.arch,
+                        image_size=self.args.image_size, classes=self.classes, config=self.config,
+                        resume=dict(parts, history=self.history), **named)
 
+
+def seed_epoch(args, stage, epoch):
+    """Order and views of an epoch do not depend on the ones before."""
+    torch.manual_seed(args.seed * 1_000_003 + epoch)
+
+
+def write_lines(args, lines):
+    """OUT.jsonl: one JSON object per line."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if rank() == 0:
+        write_whole(f"{args.out}.jsonl", lambda file: file.write(text.encode()))
+
+
+def knn_probe(backbone, memory, query, args):
+    """knn_accuracy() of a store's images, with another one's as the memory."""
+    return knn_accuracy(*features(backbone, memory, args), *features(backbone, query, args))
+
+
+# ----------------------------------------------------------------------------------------- figures
 
 def plot_curves(axes, history, names, x="epoch"):
     """The named metrics against x, each where it was measured."""
     for name in names:
-        points = [(line[x], line[name]) for line in history if line.get(name) is not None and x in line]
+        points = [line for line in history if line.get(name) is not None and x in line]
         if points:
-            axes.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+            marker = "." if len(points) < 30 else None
+            axes.plot([line[x] for line in points], [line[name] for line in points], label=name,
+                      marker=marker)
     axes.set_xlabel(x)
     if axes.lines:
         axes.legend()
@@ -1238,15 +1556,18 @@ def plot_curves(axes, history, names, x="epoch"):
 
 
 def plot_features(axes, x, y, title):
-    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means differ most. Of several labels,
-    y (n, C), the first stands for all."""
-    y = y if y.ndim == 1 else (y == 1).int().argmax(1)
+    """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means
+    differ most. Of several labels, y (n, C), the first stands for all."""
+    if y.ndim == 2:
+        y = (y == 1).int().argmax(1)
     if not x.isfinite().all():  # of a run that diverged just short of infinity
         return
-    x = F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)
+    x = F.normalize(x, dim=1)
+    x = x - x.mean(0)
     class_means = torch.stack([x[y == label].mean(0) for label in y.unique()])  # (C, D)
-    plane = x @ torch.linalg.svd(class_means, full_matrices=False)[2][:2].T     # (n, 2)
-    axes.scatter(*plane.T.cpu().numpy(), c=y.cpu().numpy(), cmap="tab20", s=4)
+    _, _, directions = torch.linalg.svd(class_means, full_matrices=False)       # (C, D), largest first
+    plane = (x @ directions[:2].T).cpu().numpy()                                # (n, 2)
+    axes.scatter(plane[:, 0], plane[:, 1], c=y.cpu().numpy(), cmap="tab20", s=4)
     axes.set_title(title)
 
 
@@ -1262,5 +1583,5 @@ def show_images(axes, x, columns):
 def save_figure(args, figure):
     figure.tight_layout()
     if rank() == 0:
-        write_whole(f"{args.out}.png", lambda file: figure.savefig(file, format="png", dpi=110))
+        write_whole(f"{args.out}.png", partial(figure.savefig, format="png", dpi=110))
     plt.close(figure)

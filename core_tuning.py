@@ -1,26 +1,23 @@
-"""Core-tuning: contrast-regularised fine-tuning of self-supervised models (Zhang et al. 2021, arXiv 2102.06605).
+"""Core-tuning: contrast-regularised fine-tuning of self-supervised models (Zhang et al. 2021, arXiv
+2102.06605).
 
-Cross-entropy alone leaves the classes of a self-supervised backbone loose. Core-tuning adds a contrastive loss on the labels,
-gives it hard pairs made by mixing features, and smooths the classifier's boundary with the same mixtures.
+Cross-entropy alone leaves the classes of a self-supervised backbone loose. Core-tuning adds a
+contrastive loss on the labels, gives it hard pairs made by mixing features, and smooths the
+classifier's boundary with the same mixtures.
 
-  1. Features f = backbone(x), one view an image. For every anchor i in the batch: its hardest positive hp(i), the image of its
-     class with the lowest cosine similarity, and its hardest negative hn(i), the one of another class with the highest.
-  2. Hard positive       f+_i = l f_hp(i) + (1 - l) f_hn(i),  l ~ Beta(alpha, alpha), labels mixed alike.
-     Semi-hard negative  f-_i = (1 - l') f_i + l' f_r(i), r a random permutation, l' ~ Beta(alpha, alpha), at least 0.8.
-  3. L = L_ce^m + eta L_con^f over all 3B: soft-label cross-entropy of the classifier, and the focal contrastive loss of the
-     projections z = g(f), in which easy positives weigh less. An image's own hard positive is one of its positives.
+  1. Features f = backbone(x), one view an image. For every anchor i in the batch: its hardest positive
+     hp(i), the image of its class with the lowest cosine similarity, and its hardest negative hn(i),
+     the one of another class with the highest.
+  2. Hard positive       f+_i = l f_hp(i) + (1 - l) f_hn(i),  l ~ Beta(alpha, alpha), labels mixed
+     alike. Semi-hard negative  f-_i = (1 - l') f_i + l' f_r(i), r a random permutation,
+     l' ~ Beta(alpha, alpha), at least 0.8.
+  3. L = L_ce^m + eta L_con^f over all 3B: soft-label cross-entropy of the classifier, and the focal
+     contrastive loss of the projections z = g(f), in which easy positives weigh less. An image's own
+     hard positive is one of its positives.
 
     python core_tuning.py --ckpt simclr.pt
-    python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     same search and seeds as finetune.py
+    python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     search and seeds as in finetune.py
     python finetune.py --ckpt core_tuning.pt --eval                  its checkpoint is a fine-tuned one
-
-Measured on petals from SimCLR, 20 labels a class, 3 seeds, same search: test top-1 88.3 +- 6.6 %, against 86.8 +- 6.8 % of plain
-fine-tuning; seed by seed 1.6 +- 0.8 more (tests/bench_accuracy.py). A step costs what a plain one does.
-
-Differs from the paper in: momentum without Nesterov, as in finetune.py; L_con^f is a mean over the anchors that have a positive,
-not over all 3B, most of which are mixtures without one: with 32 images of 10 classes eta 1 here is about 2.7 there. From the
-authors' code in: hardest positives are found among the positives alone (theirs: the smallest entry of a matrix that is 0
-elsewhere, mostly the anchor itself); gradients flow through the mixtures; no hash of labels that overflows; one forward pass.
 """
 import torch
 import torch.nn.functional as F
@@ -31,35 +28,45 @@ import finetune
 
 
 def hardest(f, y):
-    """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor by cosine similarity; the anchor's own where it
-    has none. f (B, D), y (B,) int. Constants: no gradient flows through the choice."""
+    """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor by cosine similarity;
+    the anchor's own where it has none. f (B, D), y (B,) int. Constants: no gradient flows through the
+    choice."""
     f = F.normalize(f.detach(), dim=1)
-    similarity, same = f @ f.T, y[:, None] == y  # (B, B)
-    hp = similarity.masked_fill(~same, torch.inf).fill_diagonal_(2).argmin(1)   # 2 and -2 lie outside of -1 .. 1:
-    hn = similarity.masked_fill(same, -torch.inf).fill_diagonal_(-2).argmax(1)  # itself, if there is no other
-    return hp, hn
+    similarity, same = f @ f.T, y[:, None] == y                 # (B, B)
+    positives = similarity.masked_fill(~same, torch.inf)        # other classes are never the lowest
+    positives.fill_diagonal_(2)             # nor is the anchor, unless all others are at infinity
+    negatives = similarity.masked_fill(same, -torch.inf)        # its own class is never the highest
+    negatives.fill_diagonal_(-2)            # nor is the anchor, unless all others are at -infinity
+    return positives.argmin(1), negatives.argmax(1)
 
 
 def hard_pairs(f, y, num_classes, alpha):
-    """Hard positives and semi-hard negatives made in feature space, and their labels ("hard pair mining").
+    """Hard positives and semi-hard negatives made in feature space, and their labels ("hard pair
+    mining").
 
-    f (B, D), y (B,) int -> f_pos (B, D), y_pos (B, C), f_neg (B, D), y_neg (B, C); labels are shares that add up to 1.
+    f (B, D), y (B,) int -> f_pos (B, D), y_pos (B, C), f_neg (B, D), y_neg (B, C); labels are shares
+    that add up to 1.
     """
-    beta = torch.distributions.Beta(torch.tensor(alpha, dtype=f.dtype), torch.tensor(alpha, dtype=f.dtype))
-    l_pos, l_neg = beta.sample((2, len(f), 1)).to(f.device, non_blocking=True)  # (B, 1) each
-    l_neg = l_neg.clamp(min=0.8)                                                # stays close to the other image
-    labels = F.one_hot(y, num_classes).to(f.dtype)                              # (B, C)
+    alpha = torch.tensor(alpha, dtype=f.dtype)
+    shares = torch.distributions.Beta(alpha, alpha).sample((2, len(f), 1))  # (2, B, 1)
+    l_pos, l_neg = shares.to(f.device, non_blocking=True)
+    l_neg = l_neg.clamp(min=0.8)                            # stays close to the other image
+    labels = F.one_hot(y, num_classes).to(f.dtype)          # (B, C)
     hp, hn = hardest(f, y)
     r = torch.randperm(len(f)).to(f.device, non_blocking=True)
-    f_pos, y_pos = (l_pos * v[hp] + (1 - l_pos) * v[hn] for v in (f, labels))
-    f_neg, y_neg = ((1 - l_neg) * v + l_neg * v[r] for v in (f, labels))
+    f_pos = l_pos * f[hp] + (1 - l_pos) * f[hn]
+    y_pos = l_pos * labels[hp] + (1 - l_pos) * labels[hn]
+    f_neg = (1 - l_neg) * f + l_neg * f[r]
+    y_neg = (1 - l_neg) * labels + l_neg * labels[r]
     return f_pos, y_pos, f_neg, y_neg
 
 
 def positive_pairs(labels, batch):
-    """P_i as a bool matrix (n, n): the others with i's label, and for an image i < batch its own hard positive batch + i.
+    """P_i as a bool matrix (n, n): the others with i's label, and for an image i < batch its own hard
+    positive batch + i.
 
-    labels (n, C): soft. A mixture of two classes shares its label with no other row; one within a class has the class's.
+    labels (n, C): soft. A mixture of two classes shares its label with no other row; one within a
+    class has the class's.
     """
     largest, label = labels.max(1)
     unique = -1 - torch.arange(len(labels), device=labels.device)
@@ -72,73 +79,79 @@ def positive_pairs(labels, batch):
 def focal_contrastive(z, positives, temperature):
     """Focal contrastive loss L_con^f, mean over the anchors that have a positive.
 
-    L_i = -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij,  p_ij = exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau)
+    L_i = -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij,
+    p_ij = exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau).
     z (n, d), normalised here; positives (n, n) bool, row i marks P_i, nothing on the diagonal.
     """
     z = F.normalize(common.upcast(z), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(~positives, 0)
-    number = positives.sum(1)                                                # (n,) |P_i|
-    per_anchor = -((1 - log_p.exp()) * log_p).sum(1) / number.clamp(min=1)  # not a positive: log_p = 0 adds nothing
-    return per_anchor.sum() / (number > 0).sum().clamp(min=1)
+    similarity = (z @ z.T / temperature).masked_fill(itself, -torch.inf)    # k != i
+    log_p = similarity.log_softmax(1).masked_fill(~positives, 0)            # 0 adds nothing below
+    size = positives.sum(1)                                                 # (n,) |P_i|
+    per_anchor = -((1 - log_p.exp()) * log_p).sum(1) / size.clamp(min=1)
+    return per_anchor.sum() / (size > 0).sum().clamp(min=1)
 
 
-def train(run):
+def train(trial):
     """L_ce^m + eta L_con^f over originals, hard positives and semi-hard negatives."""
-    args, data = run.args, run.data
+    args, data = trial.args, trial.data
     common.need_one_label(args, data)
     backbone, _ = common.start_backbone(args, say=False)
     width, classes = backbone.num_features, len(data.classes)
-    model = nn.ModuleDict(dict(
-        backbone=backbone, head=nn.Linear(width, classes, bias=False),
-        projector=nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, args.dim)))).to(args.device)
+    head = nn.Linear(width, classes, bias=False)
+    projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, args.dim))
+    model = nn.ModuleDict(dict(backbone=backbone, head=head, projector=projector)).to(args.device)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
-    steps_per_epoch = -(-len(data) // args.batch_size)
+    batches = common.Batches(data, args.batch_size)
+    steps = args.epochs * len(batches)
 
-    for epoch in range(run.start(model, optimizer), args.epochs):
-        torch.manual_seed(args.seed * 1_000_003 + epoch)
-        total = hits = 0
-        for i, (x, y) in enumerate(common.batches(data, args.batch_size)):
-            step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
+    run = finetune.Run(trial, model, optimizer)
+    for epoch in run.epochs_left():
+        for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
                 f = backbone(x)  # (B, D)
-            f, y = common.gather(common.upcast(f)), common.gather(y)  # each process mixes and contrasts the whole batch
+            f, y = common.gather(common.upcast(f)), common.gather(y)  # mixes the whole batch
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
-            features = torch.cat([f, f_pos, f_neg])                                  # (3B, D)
-            labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])    # (3B, C)
-            logits, z = model.head(features), model.projector(features)              # (3B, C), (3B, d)
+            features = torch.cat([f, f_pos, f_neg])                                 # (3B, D)
+            labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])   # (3B, C)
+            logits, z = head(features), projector(features)                         # (3B, C), (3B, d)
             contrast = focal_contrastive(z, positive_pairs(labels, len(y)), args.temperature)
             loss = F.cross_entropy(logits, labels) + args.eta * contrast
             optimizer.zero_grad()
             loss.backward()
             common.average_gradients(model)
             optimizer.step()
-            total += loss.detach() * len(x)
-            hits += common.share(logits[:len(y)].detach().argmax(1) == y).sum()
-        if not run.finish_epoch(epoch, model, optimizer, total, hits):
-            break
+            run.add(len(x), loss=loss, train_top1=finetune.accuracy(logits[:len(y)], y))
+        run.end_epoch()
 
 
 def show_hard_pairs(axes, args, backbone):
-    """The panel of Core-tuning: among random training images, eight anchors over their hardest positives and negatives."""
+    """The panel of Core-tuning: among random training images, eight anchors over their hardest
+    positives and negatives."""
     last_seed = args.seed + args.seeds - 1
     data = common.load_labelled(args, last_seed)
-    data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(last_seed))[:args.batch_size])
+    rng = torch.Generator().manual_seed(last_seed)
+    data = data.subset(torch.randperm(len(data), generator=rng)[:args.batch_size])
     hp, hn = hardest(*common.features(backbone, data, args))
     x, _ = next(common.feed(data, [torch.arange(len(data))]))
     x = common.test_crop(x, args.image_size)
-    common.show_images(axes, torch.cat([x[:8], x[hp[:8]], x[hn[:8]]]), columns=min(8, len(x)))
+    shown = torch.cat([x[:8], x[hp[:8]], x[hn[:8]]])
+    common.show_images(axes, shown, columns=min(8, len(x)))
     axes.set_title("anchor, hardest positive, hardest negative\nin one training batch, after fine-tuning")
 
 
 def parser():
-    p = common.Parser("core_tuning.py", __doc__, finetune.PETALS, finetune.OTHERS, finishes_budget=True)
+    p = common.Parser("core_tuning.py", __doc__, finetune.PETALS, finetune.OTHERS,
+                      from_coin=finetune.FROM_COIN)
     finetune.protocol_options(p)
-    p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes it between 0.1 and 10", 1.0)
-    p.option("--alpha", common.number(float, 1e-3, 1e6), "shares of the mixtures are drawn from Beta(alpha, alpha)", 1.0)
-    p.option("--temperature", common.number(float, 1e-3), "tau of the focal contrastive loss", 0.07)
+    p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes it "
+             "between 0.1 and 10. The authors' 0.1 is about 0.003 here: they divide by all 3B columns "
+             "instead of |P_i|", 1.0)
+    p.option("--alpha", common.bounded(float, 1e-3, 1e6), "shares of the mixtures are drawn from "
+             "Beta(alpha, alpha)", 1.0)
+    p.option("--temperature", common.bounded(float, 1e-3), "tau of the focal contrastive loss", 0.07)
     p.option("--dim", common.COUNT, "width of the projections", 256)
     return p
 

@@ -1,25 +1,20 @@
-"""SimCLR: a simple framework for contrastive learning of visual representations (Chen et al. 2020, arXiv 2002.05709).
+"""SimCLR: a simple framework for contrastive learning of visual representations (Chen et al. 2020,
+arXiv 2002.05709).
 
-Two random views of one image should have projections that are close to each other and far from those of all other images in
-the batch.
-Labels are only read by the probe that watches the training.
+Two random views of one image should have projections that are close to each other and far from those
+of all other images in the batch. Labels are only read by the probe that watches the training.
 
   1. Draw a batch of B images; make two views x1, x2 of each.
   2. z = g(f(x)) for all 2B views: f is the backbone, g an MLP projector.
-  3. NT-Xent: each view has to find its partner among the 2B - 1 others, by cosine similarity over temperature tau.
+  3. NT-Xent: each view has to find its partner among the 2B - 1 others, by cosine similarity over
+     temperature tau.
   4. Step f and g.
-  After the training all but f is thrown away and f is fine-tuned (finetune.py), or all goes to bissl.py first.
+  After the training all but f is thrown away and f is fine-tuned (finetune.py), or all goes to
+  bissl.py first.
 
     python simclr.py                                  petals, on any machine
     python simclr.py --data DIR --out runs/mine       DIR/train/CLASS/*.png, labels unused
     python finetune.py --ckpt simclr.pt
-
-Measured on petals, default flags and bfloat16, 3 seeds: 63 +- 6 % k-NN accuracy on test (chance: 10 %), and after fine-tuning
-on 20 labels a class 86.8 +- 6.8 %, against 19.4 +- 0.7 % from scratch (tests/bench_accuracy.py).
-
-Differs from the paper in: AdamW instead of LARS, which wants batches in the thousands (--optimizer lars); tau 0.2 and a projector
-of 256-128 (the paper: 0.1, 2048-128); weaker colour jitter; no blur (--blur 0.5 for the paper's); the four colour operations come
-in an order drawn once a batch, not an image.
 """
 import matplotlib.pyplot as plt
 import torch
@@ -30,23 +25,27 @@ import common
 
 
 def nt_xent(z1, z2, temperature):
-    """Normalised temperature-scaled cross-entropy (equation 1), mean over all 2B ordered positive pairs (i, j).
+    """Normalised temperature-scaled cross-entropy (equation 1), mean over all 2B ordered positive
+    pairs (i, j).
 
-    l(i, j) = -log( exp(s_ij) / sum_{k != i} exp(s_ik) ), s_ij = z_i.z_j / tau, k over all 2B projections.
+    l(i, j) = -log( exp(s_ij) / sum_{k != i} exp(s_ik) ), s_ij = z_i.z_j / tau, k over all 2B views.
     z1, z2 (B, D): projections of the two views, normalised here; row i of both is image i. -> scalar
     """
-    z1, z2 = (F.normalize(common.upcast(z), dim=1) for z in (z1, z2))
-    every1, every2 = common.gather(torch.stack([z1, z2], 1)).unbind(1)         # (N, D), N = B times the number of processes
-    similarity = torch.cat([z1, z2]) @ torch.cat([every1, every2]).T / temperature  # (2B, 2N): own anchors, all candidates
-    row = common.share(torch.arange(len(every1), device=z1.device))            # (B,) where own images stand among all
-    itself, partner = torch.cat([row, row + len(every1)]), torch.cat([row + len(every1), row])
-    similarity = similarity.scatter(1, itself[:, None], -torch.inf)            # k != i
-    return F.cross_entropy(similarity, partner)                                # -log( exp(s_ij) / sum_{k != i} exp(s_ik) )
+    z1 = F.normalize(common.upcast(z1), dim=1)
+    z2 = F.normalize(common.upcast(z2), dim=1)
+    every = common.gather(torch.stack([z1, z2], 1))                 # (N, 2, D), N: of all processes
+    candidates = torch.cat([every[:, 0], every[:, 1]])              # (2N, D)
+    similarity = torch.cat([z1, z2]) @ candidates.T / temperature   # (2B, 2N), rows: own anchors
+    row = common.own_rows(torch.arange(len(every), device=z1.device))   # (B,) own images among all
+    itself = torch.cat([row, row + len(every)])                     # (2B,) the anchors' own columns
+    partner = torch.cat([row + len(every), row])                    # (2B,) the columns of their partners
+    similarity = similarity.scatter(1, itself[:, None], -torch.inf)     # k != i
+    return F.cross_entropy(similarity, partner)         # -log( exp(s_ij) / sum_{k != i} exp(s_ik) )
 
 
 def mlp(width, hidden, out):
-    return nn.Sequential(
-        nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out, bias=False))
+    return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+                         nn.Linear(hidden, out, bias=False))
 
 
 class Model(nn.Module):
@@ -61,75 +60,64 @@ class Model(nn.Module):
         return self.head(self.backbone(x))
 
 
-def make_model(backbone, config):
-    return Model(backbone, config["hidden"], config["dim"])
+def make_model(backbone, args):
+    return Model(backbone, args.hidden, args.dim)
 
 
-def make_views(x, config):
+def make_views(x, args):
     """uint8 (B, 3, S, S) -> two random views (B, 3, size, size)"""
-    settings = dict(crop=(config["crop"], 1), jitter=config["jitter"], grey_p=config["grey"], blur_p=config["blur"])
-    return [common.augment(x, config["image_size"], **settings) for _ in range(2)]
+    settings = dict(crop=(args.crop, 1), jitter=args.jitter, grey_p=args.grey, blur_p=args.blur)
+    return [common.augment(x, args.image_size, **settings) for _ in range(2)]
 
 
-def outputs(model, views, config):
-    """z1, z2 (B, D) of both views."""
-    with common.autocast(views[0].device, config["precision"]):
-        return model(torch.cat(views)).chunk(2)  # one forward: BatchNorm sees both views
+def project(model, views, args):
+    """Two views (B, 3, H, W) -> their projections z1, z2 in one tensor (B, 2, D)."""
+    with common.autocast(args.device, args.precision):
+        z = model(torch.cat(views))  # (2B, D) in one forward: BatchNorm sees both views
+    return torch.stack(z.chunk(2), 1)
 
 
-def loss(model, views, config):
+def loss(model, views, args):
     """views: two (B, 3, H, W) -> scalar. bissl.py minimises this in its lower level."""
-    return nt_xent(*outputs(model, views, config), config["temperature"])
+    z1, z2 = project(model, views, args).unbind(1)
+    return nt_xent(z1, z2, args.temperature)
 
 
-def chunked_loss(model, x, config, chunk):
-    """loss() of views of x and its backward pass, in the memory of `chunk` images (common.chunked_backward)."""
-    project = lambda part: torch.stack(outputs(model, make_views(part, config), config), 1)  # (b, 2, D)
-    return common.chunked_backward(model, project, lambda z: nt_xent(*z.unbind(1), config["temperature"]), x, chunk)
+def after_step(model, args, step, steps):
+    """Nothing: byol.py moves its target here."""
 
 
 def train(args):
     backbone, _ = common.start_backbone(args)
-    config = common.run_config(args)
-    model = common.place(make_model(backbone, config), args.device)
+    model = common.place(make_model(backbone, args), args.device)
     optimizer = common.make_optimizer(args.optimizer, [model], args.lr, args.weight_decay)
-    data = common.load_unlabeled(args)
-    probe = common.load_probe(args)
-    history, steps_per_epoch = [], len(data) // args.batch_size
-    if ckpt := common.resume_checkpoint(args):
-        model.backbone.load_state_dict(ckpt["backbone"])
-        model.head.load_state_dict(ckpt["head"])
-        optimizer.load_state_dict(ckpt["resume"]["optimizer"])
-        history = ckpt["resume"]["history"]
-    log = common.Log(args, args.epochs, history)
+    data, probe = common.load_unlabeled(args), common.load_probe(args)
+    batches = common.Batches(data, args.batch_size, whole_only=True)
+    steps, warmup = args.epochs * len(batches), args.warmup * len(batches)
 
-    for epoch in range(len(history), args.epochs):
-        torch.manual_seed(args.seed * 1_000_003 + epoch)  # order and views of an epoch do not depend on the ones before
-        total = 0
-        for i, (x, _) in enumerate(common.batches(data, args.batch_size, whole_only=True)):
-            step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
-            common.set_learning_rate(optimizer, args.lr, step, steps, warmup=args.warmup * steps_per_epoch)
+    def embed(x):
+        return project(model, make_views(x, args), args)        # (B, 2, D)
+
+    def contrast(z):
+        return nt_xent(z[:, 0], z[:, 1], args.temperature)      # z (B, 2, D) -> scalar
+
+    run = common.Run(args, "simclr", model, data.classes, probe=probe, optimizer=optimizer)
+    for epoch in run.epochs_left():
+        for step, (x, _) in enumerate(batches, start=epoch * len(batches)):
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
             optimizer.zero_grad()
             if args.chunk:
-                batch_loss = chunked_loss(model, x, config, args.chunk)
+                batch_loss = common.chunked_backward(model, embed, contrast, x, args.chunk)
             else:
-                batch_loss = loss(model, make_views(x, config), config)
+                batch_loss = contrast(embed(x))
                 batch_loss.backward()
             common.average_gradients(model)
             optimizer.step()
-            total += batch_loss.detach()
+            run.add(len(x), loss=batch_loss)
+        run.end_epoch()
 
-        common.average_statistics(model)
-        total, = common.average([total / steps_per_epoch])
-        due = (epoch + 1) % args.probe_every == 0 or epoch + 1 == args.epochs
-        knn = common.knn_probe(backbone, *probe, args) if probe and due else None
-        log.epoch(steps_per_epoch * args.batch_size, loss=total, knn=knn)
-        common.save_checkpoint(
-            f"{args.out}.pt", method="simclr", arch=args.arch, image_size=args.image_size, backbone=backbone, head=model.head,
-            classes=data.classes, config=config, resume=dict(optimizer=optimizer.state_dict(), history=log.history))
-
-    draw(args, log.history, make_views(data.images[:32].to(args.device), config))
-    return log.history[-1]
+    draw(args, run.history, make_views(data.images[:32].to(args.device), args))
+    return run.history[-1]
 
 
 def draw(args, history, views):
@@ -147,15 +135,19 @@ def parser():
     petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
                   crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
     others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
-    p = common.Parser("simclr.py", __doc__, petals, others)
-    p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands", "adamw", choices=common.OPTIMIZERS)
-    p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a second forward pass; 0: all", 0)
+    optimizers = dict(sgd=dict(lr=0.05, weight_decay=5e-4), lars=dict(lr=0.85, weight_decay=1e-6))
+    p = common.Parser("simclr.py", __doc__, petals, others, optimizers)
+    p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and then a "
+             "rate of 0.075 sqrt(batch)", "adamw", choices=common.OPTIMIZERS)
+    p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a second "
+             "forward pass; 0: all", 0)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
-    p.option("--temperature", common.number(float, 1e-3), "tau of NT-Xent", 0.2)
+    p.option("--temperature", common.bounded(float, 1e-3), "tau of NT-Xent", 0.2)
     p.option("--hidden", common.COUNT, "width of the projector's hidden layer", 256)
     p.option("--dim", common.COUNT, "width of the projections", 128)
-    p.option("--crop", common.number(float, 0.01, 1), "smallest area of a crop, as a share of the image")
-    p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4, metavar=tuple("BCSH"))
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop, share of the image")
+    p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4,
+             metavar=tuple("BCSH"))
     p.option("--grey", common.SHARE, "probability of a grey view", 0.2)
     p.option("--blur", common.SHARE, "probability of a blurred view")
     p.option("--probe-every", common.COUNT, "epochs between two k-NN probes on held-out labels", 5)
