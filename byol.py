@@ -94,7 +94,7 @@ def make_views(x, args):
 def outputs(model, views, args):
     """z, p, z_target (2B, D) of both views, the first ones first. Each view goes through BatchNorm on
     its own."""
-    with common.autocast(args.device, args.precision):
+    with common.autocast(views[0].device, args.precision):
         first, second = model(views[0]), model(views[1])
     return [torch.cat(pair) for pair in zip(first, second)]
 

@@ -186,8 +186,9 @@ def train(args):
         batches = BalancedBatches(data, args.batch_size, args.balanced)
     steps = args.epochs * len(batches)
 
-    run = common.Run(args, "coin", model, data.classes, epochs=coin_epochs, probe=val and (data, val),
-                     optimizer=optimizer)
+    probe = (data, val) if val else None
+    run = common.Run(args, "coin", model, data.classes, epochs=coin_epochs, probe=probe,
+                     stage="fine-tuning", optimizer=optimizer)
     for epoch in run.epochs_left():
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps)

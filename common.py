@@ -1426,10 +1426,13 @@ class Run:
     model: its children backbone, head, projector, ... are saved under their names; others: whatever
     else a resume needs and has a state_dict(). epochs: args.epochs, unless a script counts otherwise,
     in another `unit`. probe: (memory, query) stores for a k-NN probe every args.probe_every epochs.
+    stage: whose draws an epoch makes; without, the method's.
     """
 
-    def __init__(self, args, method, model, classes, epochs=None, unit="epoch", probe=None, **others):
+    def __init__(self, args, method, model, classes, epochs=None, unit="epoch", probe=None, stage=None,
+                 **others):
         self.args, self.method, self.model, self.classes = args, method, model, classes
+        self.stage = stage or method
         self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
         self.parts = dict(model.named_children(), **others)
         self.config, self.history = run_config(args), []
@@ -1449,7 +1452,7 @@ class Run:
 
     def epochs_left(self):
         for epoch in range(len(self.history), self.epochs):
-            seed_epoch(self.args, self.method, epoch)
+            seed_epoch(self.stage, self.args.seed, epoch)
             yield epoch
 
     def add(self, images, **means):
@@ -1522,9 +1525,10 @@ class Run:
                         resume=dict(parts, history=self.history), **named)
 
 
-def seed_epoch(args, stage, epoch):
-    """Order and views of an epoch do not depend on the ones before."""
-    torch.manual_seed(args.seed * 1_000_003 + epoch)
+def seed_epoch(stage, seed, epoch):
+    """Order and views of an epoch depend neither on the ones before nor on those of another stage."""
+    digest = hashlib.sha256(f"{stage} {seed} {epoch}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def write_lines(args, lines):

@@ -152,7 +152,8 @@ class Run(common.Run):
 
     def __init__(self, trial, model, optimizer):
         self.trial, self.number = trial, len(trial.results) + 1
-        super().__init__(trial.flags, trial.method, model, trial.data.classes, optimizer=optimizer)
+        super().__init__(trial.flags, trial.method, model, trial.data.classes, stage="fine-tuning",
+                         optimizer=optimizer)
         self.epochs *= trial.flags.search + trial.flags.seeds  # of all trials, for the time left
         self.history, self.over = trial.history, False
         self.first = len(self.history)
@@ -166,8 +167,10 @@ class Run(common.Run):
         return sum(line["run"] == self.number for line in self.trial.history)
 
     def epochs_left(self):
-        for epoch in range(self.epochs_done(), self.trial.args.epochs):
-            common.seed_epoch(self.trial.args, self.method, epoch)
+        args = self.trial.args
+        spent = round(args.epochs * args.cosine_start / (1 - args.cosine_start))  # by coin.py
+        for epoch in range(self.epochs_done(), args.epochs):
+            common.seed_epoch(self.stage, args.seed, spent + epoch)
             yield epoch
             if self.over:
                 return
@@ -356,7 +359,7 @@ def protocol_options(p):
     p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try on the "
              "validation split", 0)
     p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- deviation", 1)
-    p.option("--cosine-start", common.SHARE, "share of the cosine that is over already; after coin.py: "
+    p.option("--cosine-start", common.bounded(float, 0, 0.999), "share of the cosine that is over already; after coin.py: "
              "coin's")
 
 

@@ -72,7 +72,7 @@ def make_views(x, args):
 
 def project(model, views, args):
     """Two views (B, 3, H, W) -> their projections z1, z2 in one tensor (B, 2, D)."""
-    with common.autocast(args.device, args.precision):
+    with common.autocast(views[0].device, args.precision):
         z = model(torch.cat(views))  # (2B, D) in one forward: BatchNorm sees both views
     return torch.stack(z.chunk(2), 1)
 

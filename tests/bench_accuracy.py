@@ -46,7 +46,7 @@ from bench_speed import device_name
 SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
            "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 RESULTS = Path(__file__).resolve().parent / "results"
-# COIN's second stage is finetune.py with --supcon; BiSSL is a second stage of a pretext
+# COIN's second stage is finetune.py with --eta; BiSSL is a second stage of a pretext
 ROWS = [(pretext, stage, method) for pretext in ("scratch", "simclr", "byol") for stage in ("", "coin", "bissl")
         for method in ("finetune", "core_tuning", "bi_tuning")
         if not (stage == "coin" and method != "finetune" or stage == "bissl" and pretext == "scratch")]

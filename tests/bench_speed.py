@@ -250,7 +250,7 @@ def tuning_rows(device):
     common.start_backbone = lambda args, say=True: (backbone, None)  # the same one for all, and no time spent on making it
     rows = []
     for name, work, aim in (("core_tuning", two_steps(core_tuning), "<= 1.15"), ("bi_tuning", two_steps(bi_tuning), "<= 1.45"),
-                            ("coin", coin_steps, "<= 1.05"), ("finetune --supcon", two_steps(finetune, "--supcon", "0.1"), "<= 1.05")):
+                            ("coin", coin_steps, "<= 1.05"), ("finetune --eta", two_steps(finetune, "--eta", "0.1"), "<= 1.05")):
         ours, reference, ratio = in_turn(work, plain, device, 7)
         rows.append(dict(row=f"{name} step", setting=f"{arch}, {size} px, batch {batch}, {classes} classes, {precision}",
                          ours=ours / 2, reference=reference / 2, unit="s", ratio=ratio, aim=aim))

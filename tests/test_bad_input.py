@@ -142,7 +142,7 @@ ROWS = [
     ("core_tuning", "--data single", "one class"),
     ("bi_tuning", "--data single", "one class"),
     ("coin", "--labels-per-class 1", "no positives"),
-    ("finetune", "--labels-per-class 1 --supcon 0.1", "no positives"),
+    ("finetune", "--labels-per-class 1 --eta 0.1", "no positives"),
     ("bissl", "--pretext-data few", "--pretext-batch-size"),
     ("bissl", "--data single", "one class"),
     ("finetune", "--data single", "one class"),
@@ -218,8 +218,8 @@ ROWS = [
     ("bi_tuning", "--backbone-lr -1", "--backbone-lr"),
     ("bi_tuning", "--temperature 0", "--temperature"),
     ("bi_tuning", "--labels-per-class 13", "--labels-per-class"),
-    ("finetune", "--supcon -1", "--supcon"),
-    ("finetune", "--supcon-temperature 0", "--supcon-temperature"),
+    ("finetune", "--eta -1", "--eta"),
+    ("finetune", "--temperature 0", "--temperature"),
     ("finetune", "--cosine-start 2", "--cosine-start"),
     ("finetune", "--crop 2", "--crop"),
     ("finetune", "--labels-per-class 13", "--labels-per-class"),
@@ -267,7 +267,7 @@ def test_one_line_says_what_is_wrong_and_no_file_changes(place, monkeypatch, cap
 @pytest.mark.parametrize("script", ["coin", "finetune", "core_tuning", "bi_tuning"])
 def test_a_class_with_one_image_and_batches_of_one_class_are_trained_on(place, tmp_path, monkeypatch, script):
     monkeypatch.chdir(place)
-    more = ["--supcon", "0.1"] if script == "finetune" else []
+    more = ["--eta", "0.1"] if script == "finetune" else []
     result = SCRIPTS[script].main([*USUAL[script], "--data", "lonely", "--batch-size", "4", "--out", str(tmp_path / "out"), *more])
     assert all(value == value for value in result.values() if value is not None)
     ckpt = common.load_checkpoint(tmp_path / "out.pt")

@@ -128,7 +128,7 @@ def same(one, other):
 
 
 def test_the_target_starts_as_a_copy_of_backbone_and_projector_in_memory_of_its_own():
-    model = byol.make_model(common.build_backbone("resnet10", small_stem=True), dict(hidden=6, dim=5))
+    model = byol.make_model(common.build_backbone("resnet10", small_stem=True), Namespace(hidden=6, dim=5))
     parts = model.backbone, model.head.projector
     for part, average in zip(parts, model.head.target, strict=True):
         assert part.state_dict().keys() == average.state_dict().keys()
@@ -201,8 +201,9 @@ def views(side=16, **flags):
     """Pictures that a flip does not change, 0 .. 1, and their two views: whole and unchanged but for the flags."""
     half = torch.randint(0, 256, (12, 3, side, side // 2), dtype=torch.uint8)
     x = torch.cat([half, half.flip(-1)], -1)
-    config = dict(image_size=side, crop=1, jitter=[0, 0, 0, 0], grey=0, blur=[0, 0], solarise=[0, 0])
-    return x / 255, [shown(view) for view in byol.make_views(x, {**config, **flags})]
+    settings = dict(image_size=side, crop=1, jitter=[0, 0, 0, 0], grey=0, blur=[0, 0], solarise=[0, 0])
+    settings.update(flags)
+    return x / 255, [shown(view) for view in byol.make_views(x, Namespace(**settings))]
 
 
 def shown(view):
@@ -248,9 +249,9 @@ def watch(patch):
         models.append(model or models[-1])
         events.append(Namespace(kind=kind, state=copy.deepcopy(models[-1].state_dict()), **more))
 
-    def noting_outputs(model, views, config):
+    def noting_outputs(model, views, args):
         note("forward", model)
-        events[-1].z, *rest = outputs(model, views, config)
+        events[-1].z, *rest = outputs(model, views, args)
         return events[-1].z, *rest
 
     def noting_update(model, tau):
@@ -386,9 +387,10 @@ def test_each_lower_step_is_one_forward_pass_a_view_to_every_statistic_and_the_h
 
 
 def test_each_view_meets_batchnorm_on_its_own():
-    model, config = byol.make_model(common.build_backbone("resnet10", True), dict(hidden=8, dim=4)), dict(precision="float32")
+    args = Namespace(hidden=8, dim=4, precision="float32")
+    model = byol.make_model(common.build_backbone("resnet10", True), args)
     views = torch.randn(6, 3, 16, 16), 5 + 3 * torch.randn(6, 3, 16, 16)
-    together = byol.outputs(model, views, config)
+    together = byol.outputs(model, views, args)
     for place, view in ((slice(0, 6), views[0]), (slice(6, 12), views[1])):
         for part_of, alone in zip(together, model(view)):
             torch.testing.assert_close(part_of[place], alone)
@@ -422,7 +424,7 @@ def test_the_hessian_treats_the_target_as_a_constant(moved, monkeypatch):
     theta, damping = tuple(model.backbone.parameters()), 0.5
     vector = tuple(torch.randn_like(param) for param in theta)
 
-    loss = byol.loss(model, pair, dict(precision="float32"))
+    loss = byol.loss(model, pair, Namespace(precision="float32"))
     product = bissl.damped_hessian(torch.autograd.grad(loss, theta, create_graph=True), theta, damping)(vector)
     for ours, v, Hv in zip(product, vector, slow_hessian_product(model, pair, vector), strict=True):
         assert Hv.norm() > 1e-3
@@ -435,13 +437,13 @@ def spread_after(steps, loss_of, dim=16):
     """sqrt(dim) times the spread, as in the log, of a small network on blossoms: 1 is healthy, 0 is collapse."""
     torch.manual_seed(0)
     images, _ = common.petals(512, common.store_side(16), seed=0)
-    config = dict(image_size=16, crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], grey=0.2, blur=[0, 0], solarise=[0, 0],
-                  hidden=64, dim=dim, precision="float32")
-    model = byol.make_model(common.build_backbone("resnet10", small_stem=True), config)
+    args = Namespace(image_size=16, crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], grey=0.2, blur=[0, 0],
+                     solarise=[0, 0], hidden=64, dim=dim, precision="float32")
+    model = byol.make_model(common.build_backbone("resnet10", small_stem=True), args)
     optimizer = common.make_optimizer("adamw", [model], 5e-3, 1e-4)
-    draw = lambda: byol.make_views(images[torch.randint(len(images), (64,))], config)
+    draw = lambda: byol.make_views(images[torch.randint(len(images), (64,))], args)
     for step in range(steps):
-        loss = loss_of(model, draw(), config)
+        loss = loss_of(model, draw(), args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -450,7 +452,7 @@ def spread_after(steps, loss_of, dim=16):
     return F.normalize(z.detach(), dim=1).std(0).mean().item() * math.sqrt(dim)
 
 
-def siamese_loss(model, views, config):
+def siamese_loss(model, views, args):
     """What is left of byol.loss without predictor, target and stop-gradient."""
     z, _, _ = model(torch.cat(views))
     return byol.symmetric_loss(z, z)

@@ -13,7 +13,8 @@ import common
 
 
 def settings(ckpt, arch=None, image_size=64):
-    return Namespace(ckpt=str(ckpt), arch=arch, image_size=image_size, seed=0, device="cpu", compile=False)
+    return Namespace(ckpt=str(ckpt), arch=arch, image_size=image_size, seed=0, device="cpu", precision="float32",
+                     compile=False)
 
 
 def error_line(capsys, function, *args):

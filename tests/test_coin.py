@@ -279,7 +279,7 @@ def slow_positives(labels, batch_size):
     n = len(labels)
     store = common.Store(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), labels, torch.arange(n), [])
     mean = 0
-    for _, y in common.batches(store, batch_size):
+    for _, y in common.Batches(store, batch_size):
         chosen = list(itertools.combinations(labels.tolist(), len(y)))
         positives = [sum(part.count(label) - 1 for label in part) / len(part) for part in chosen]
         mean += sum(positives) / len(positives) * len(y) / n
@@ -349,6 +349,32 @@ def test_coin_and_finetune_see_the_images_and_the_learning_rates_of_plain_finetu
         assert set(rates) == {rates[0]} and rates[0] == pytest.approx(plain[0], rel=1e-12)
 
 
+@pytest.fixture
+def views(monkeypatch):
+    """What augment() makes, in order: the images and their views."""
+    views, augment = [], common.augment
+
+    def note(x, *args, **named):
+        views.append((x.clone(), augment(x, *args, **named)))
+        return views[-1][1]
+
+    monkeypatch.setattr(common, "augment", note)
+    return views
+
+
+@pytest.mark.parametrize("epochs, alpha", [(3, 0.7), (5, 0.5), (6, 0.9)])
+def test_coin_and_finetune_see_the_batches_and_the_views_of_plain_finetuning(inside, views, epochs, alpha):
+    coin.main([*NEW, "--epochs", str(epochs), "--alpha", str(alpha), "--out", "part"])
+    finetune.main([*AFTER_COIN, "--ckpt", "part.pt", "--out", "tuned"])
+    both = views.copy()
+    views.clear()
+    finetune.main([*NEW, "--epochs", str(epochs), "--out", "plain"])
+    assert len(both) == len(views) == epochs * 3
+    for (images, view), (plain_images, plain_view) in zip(both, views):
+        assert torch.equal(images, plain_images) and torch.equal(view, plain_view)
+    assert not torch.equal(views[0][0], views[3][0])  # another epoch, another order
+
+
 @pytest.mark.parametrize("flags", ["--labels-per-class 5", "--fraction 0.4"])
 def test_finetune_learns_from_the_labelled_images_that_coin_has_learnt_from(inside, monkeypatch, flags):
     seen, load = [], common.load_labelled
@@ -386,14 +412,16 @@ def test_the_three_finetuners_go_on_where_coin_ended(inside, script):
 
 def test_finetune_takes_eta_and_temperature_and_the_others_keep_their_own_temperature(inside):
     args = settings("finetune", "--ckpt", "coin.pt")
-    assert (args.supcon, args.supcon_temperature) == (GIVEN["eta"], GIVEN["temperature"])
+    assert (args.eta, args.temperature) == (GIVEN["eta"], GIVEN["temperature"])
     for script in ("core_tuning", "bi_tuning"):
-        assert settings(script, "--ckpt", "coin.pt").temperature == settings(script).temperature != GIVEN["temperature"]
+        args = settings(script, "--ckpt", "coin.pt")
+        assert args.temperature == settings(script).temperature != GIVEN["temperature"]
+    assert settings("core_tuning", "--ckpt", "coin.pt").eta == settings("core_tuning").eta != GIVEN["eta"]
 
 
 @pytest.mark.parametrize("flag, value", [
     ("epochs", 9), ("cosine-start", 0.0), ("lr", 0.5), ("weight-decay", 0.0), ("crop", 1.0), ("batch-size", 16),
-    ("supcon", 0.0), ("supcon", 3.0), ("supcon-temperature", 0.05)])
+    ("eta", 0.0), ("eta", 3.0), ("temperature", 0.05)])
 def test_a_flag_wins_over_what_coin_left_and_leaves_the_rest_alone(inside, flag, value):
     usual, args = (vars(settings("finetune", "--ckpt", "coin.pt", *more)) for more in ([], [f"--{flag}", str(value)]))
     name = flag.replace("-", "_")
@@ -405,13 +433,14 @@ def test_a_flag_wins_over_what_coin_left_and_leaves_the_rest_alone(inside, flag,
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_other_data_or_another_checkpoint_begin_a_budget_of_their_own(inside, script, flags):
     args = settings(script, *flags)
-    assert (args.epochs, args.cosine_start, args.lr, getattr(args, "supcon", 0)) == (60, 0, 0.01, 0)
+    own_eta = dict(finetune=0.0, core_tuning=1.0).get(script)
+    assert (args.epochs, args.cosine_start, args.lr, getattr(args, "eta", None)) == (60, 0, 0.01, own_eta)
 
 
 def test_what_was_finetuned_after_coin_leaves_no_budget(inside):
     finetune.main([*AFTER_COIN, "--ckpt", "coin.pt", "--epochs", "1", "--out", "tuned"])
     args = settings("finetune", "--ckpt", "tuned.pt")
-    assert (args.epochs, args.cosine_start, args.supcon) == (60, 0, 0)
+    assert (args.epochs, args.cosine_start, args.eta) == (60, 0, 0)
 
 
 # ------------------------------------------------------------------------------------- cross-entropy + eta SupCon
@@ -424,7 +453,7 @@ def test_the_loss_is_cross_entropy_and_eta_supcon(inside, monkeypatch, start):
     calls, real = [], coin.supcon
     monkeypatch.setattr(coin, "supcon", lambda *args: calls.append(args) or real(*args))
     for eta in ("0", "0.7"):
-        finetune.main([*AFTER_COIN, *start, *ONE_STEP, "--supcon", eta, "--supcon-temperature", "0.4", "--out", f"eta{eta}"])
+        finetune.main([*AFTER_COIN, *start, *ONE_STEP, "--eta", eta, "--temperature", "0.4", "--out", f"eta{eta}"])
     (z, y, temperature), = calls
     assert temperature == 0.4 and len(y) == IMAGES
     alone, both = losses("eta0.jsonl") + losses("eta0.7.jsonl")
@@ -434,7 +463,7 @@ def test_the_loss_is_cross_entropy_and_eta_supcon(inside, monkeypatch, start):
 def test_without_weights_of_its_own_supcon_adds_eta_times_itself_in_every_epoch(inside, monkeypatch):
     monkeypatch.setattr(coin, "supcon", lambda z, y, temperature: 0 * z.sum() + 7)
     for eta in ("0", "0.3"):
-        finetune.main([*AFTER_COIN, "--ckpt", "coin.pt", "--supcon", eta, "--weight-decay", "0", "--out", f"eta{eta}"])
+        finetune.main([*AFTER_COIN, "--ckpt", "coin.pt", "--eta", eta, "--weight-decay", "0", "--out", f"eta{eta}"])
     alone, both = losses("eta0.jsonl"), losses("eta0.3.jsonl")
     assert len(alone) == 3
     assert both == pytest.approx([loss + 0.3 * 7 for loss in alone], rel=1e-4)
@@ -462,7 +491,7 @@ def test_supcon_goes_on_with_the_projector_of_coin(inside):
 def test_supcon_makes_a_projector_where_there_is_none_and_trains_it(inside, start):
     saved = []
     for rate in ("1e-9", "0.1"):
-        finetune.main([*AFTER_COIN, *start, *ONE_STEP, "--supcon", "0.1", "--lr", rate, "--out", "tuned"])
+        finetune.main([*AFTER_COIN, *start, *ONE_STEP, "--eta", "0.1", "--lr", rate, "--out", "tuned"])
         saved.append(common.load_checkpoint("tuned.pt")["projector"])
     assert {key: tuple(value.shape) for key, value in saved[0].items()} == {
         "0.weight": (256, 256), "0.bias": (256,), "2.weight": (256, 256), "2.bias": (256,)}

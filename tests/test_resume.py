@@ -27,7 +27,7 @@ RUNS = {"simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
                   "--head-epochs", "1", "--cg-steps", "2", "--pretext-batch-size", "8"],
         "byol_bissl": ["bissl", "--ckpt", "byol.pt", "--alternations", "2", "--lower-steps", "2", "--upper-steps", "1",
                        "--head-epochs", "1", "--cg-steps", "2", "--pretext-batch-size", "8"],
-        "finetune": ["finetune", "--ckpt", "start.pt", "--epochs", "3", "--supcon", "0.1"],
+        "finetune": ["finetune", "--ckpt", "start.pt", "--epochs", "3", "--eta", "0.1"],
         "core_tuning": ["core_tuning", "--ckpt", "start.pt", "--epochs", "3"],
         "bi_tuning": ["bi_tuning", "--ckpt", "start.pt", "--epochs", "3", "--keys", "5", "--random-queue"],
         "search": ["finetune", "--ckpt", "start.pt", "--epochs", "2", "--search", "2", "--seeds", "2"]}
@@ -180,3 +180,13 @@ def test_ctrl_c_prints_the_command_that_goes_on(uninterrupted, monkeypatch, caps
     python, script, *argv = shlex.split(printed)
     assert (python, script) == ("python", f"{RUNS[name][0]}.py") and "--resume" in argv
     assert SCRIPTS[name].main(argv) == result
+
+
+def test_no_stage_and_no_epoch_repeats_the_draws_of_another():
+    drawn = []
+    for stage in ("simclr", "byol", "bissl", "fine-tuning"):
+        for seed in (0, 1):
+            for epoch in range(3):
+                common.seed_epoch(stage, seed, epoch)
+                drawn.append(tuple(torch.randperm(50).tolist()))
+    assert len(set(drawn)) == 24

@@ -246,7 +246,7 @@ def test_eval_repeats_the_accuracy_of_the_run_and_writes_nothing(here, capsys):
 def test_finetune_trains_on_as_many_labelled_images_as_asked_for(here, monkeypatch, flags, images):
     seen = []
     train = finetune.train
-    monkeypatch.setattr(finetune, "train", lambda run: (seen.append(len(run.data)), train(run)))
+    monkeypatch.setattr(finetune, "train", lambda trial: (seen.append(len(trial.data)), train(trial)))
     new_finetune(*flags)
     assert seen == [images]  # 3 classes of 12; a fifth of each (2) is held out where there is a choice to make
 
