@@ -1,25 +1,27 @@
-"""Bi-tuning: efficient transfer from pre-trained representations (Zhong et al. 2020, arXiv 2011.06182).
+"""Bi-tuning: efficient transfer from pre-trained representations (Zhong et al. 2020, arXiv
+2011.06182).
 
-Fine-tuning sees a label only through the classifier, and a batch at a time. Bi-tuning keeps, for each
-class, the last K images as a slowly moving encoder saw them, and contrasts with all of them twice, in
-the classifier's space and in a projector's: a class is learnt from K + 1 images at once, however small
-the batch.
+Fine-tuning sees a label only through the classifier, and a batch at a time. Bi-tuning keeps, for
+each class, the last K images as a slowly moving encoder saw them, and contrasts with all of them
+twice, in the classifier's space and in a projector's: a class is learnt from K + 1 images at once,
+however small the batch.
 
   1. Two views of each image: the query for the network, the key for its average (a MoCo-style key
      encoder, decay m).
   2. Query: h = f(x_q), y_hat = W h + b, z_q = g(h). Key: h_k = f'(x_k), z_k = g'(h_k), no gradient.
-  3. L_CCE, the classifier's side: logits w_y . h~ / tau over the image's own h and all C K queued h_k;
-     h~ = [h, 1] and w_y = [W_y, b_y] have unit length, and w_y is a constant.
-     L_CCL, the projector's side: logits z_q . z / tau over the image's own z_k and all C K queued z_k.
-     Both are KL(target || softmax); the target is 1 / (K + 1) for the image itself and for each of the
-     K keys of its class.
-  4. L = L_CE + gamma_cl (L_CCE + L_CCL). Step f, g, W, b; then f' <- m f' + (1 - m) f, and g' alike;
-     then the keys enter their classes' rings in place of the oldest.
+  3. L_CCE, the classifier's side: logits w_y . h~ / tau over the image's own h and all C K queued
+     h_k; h~ = [h, 1] and w_y = [W_y, b_y] have unit length, and w_y is a constant. L_CCL, the
+     projector's side: logits z_q . z / tau over the image's own z_k and all C K queued z_k. Both
+     are KL(target || softmax); the target is 1 / (K + 1) for the image itself and for each of the K
+     keys of its class.
+  4. L = L_CE + gamma_cl (L_CCE + L_CCL). Step f, g, W, b; then f' <- m f' + (1 - m) f, and g'
+     alike; then the keys enter their classes' rings in place of the oldest.
 
     python bi_tuning.py --ckpt simclr.pt
-    python bi_tuning.py --ckpt simclr.pt --search 20 --seeds 5     search and seeds as in finetune.py
-    python finetune.py --ckpt bi_tuning.pt --eval                  its checkpoint is a fine-tuned one
-    python bi_tuning.py --ckpt resnet50.pth --data flowers --image-size 224 --backbone-lr 0.1
+    python bi_tuning.py --ckpt simclr.pt --search 20 --seeds 5     search and seeds as in
+    finetune.py
+    python finetune.py --ckpt bi_tuning.pt --eval                  its checkpoint is a fine-tuned
+    one python bi_tuning.py --ckpt resnet50.pth --data flowers --image-size 224 --backbone-lr 0.1
 """
 import copy
 
@@ -32,8 +34,8 @@ import finetune
 
 
 class ClassQueue(nn.Module):
-    """The last K keys of each class, one ring per class. random: filled with random unit vectors, as
-    the authors' are."""
+    """The last K keys of each class, one ring per class. random: filled with random unit vectors,
+    as the authors' are."""
 
     def __init__(self, classes, size, dim, random=False):
         super().__init__()
@@ -50,20 +52,20 @@ class ClassQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys, y):
-        """Put keys (B, D) into the rings of their classes y (B,), in order; of more than K of a class,
-        the last K stay.
+        """Put keys (B, D) into the rings of their classes y (B,), in order; of more than K of a
+        class, the last K stay.
 
-        With K = 2 and y = 5 5 5, the ranks 0 1 2 of the keys want the slots 0 1 0. Two writes to one
-        slot have no order, so both write what the later one brings: the keys of rank 2 1 2.
+        With K = 2 and y = 5 5 5, the ranks 0 1 2 of the keys want the slots 0 1 0. Two writes to
+        one slot have no order, so both write what the later one brings: the keys of rank 2 1 2.
         """
         classes, size, _ = self.keys.shape
         y, order = y.sort(stable=True)
         count = torch.zeros_like(self.entered)
         count.scatter_add_(0, y, torch.ones_like(y))            # (C,) keys of a class in the batch
-        first = count.cumsum(0) - count                         # (C,) where its keys begin in `order`
+        first = count.cumsum(0) - count                      # (C,) where its keys begin in `order`
         rank = torch.arange(len(y), device=y.device) - first[y]     # (B,) 0, 1, ... within a class
-        laps = (count[y] - 1 - rank) // size                    # how often its slot is written again
-        latest = first[y] + rank + laps * size                  # place in `order` of the last such key
+        laps = (count[y] - 1 - rank) // size                 # how often its slot is written again
+        latest = first[y] + rank + laps * size               # place in `order` of the last such key
         slot = (self.entered[y] + rank) % size
         self.keys[y, slot] = keys[order[latest]].to(self.keys.dtype)
         self.entered += count
@@ -90,8 +92,8 @@ def share_with_class(own, queued, y, filled=None):
 def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=None):
     """CCE: the class's classifier weights among the image's own features and all queued ones.
 
-    h (B, D), weight (C, D), bias (C,), y (B,), queue (C, K, D + 1) unit keys of [h, 1]; filled (C, K)
-    bool, without: all. The weights are constants here: the loss moves the features.
+    h (B, D), weight (C, D), bias (C,), y (B,), queue (C, K, D + 1) unit keys of [h, 1]; filled (C,
+    K) bool, without: all. The weights are constants here: the loss moves the features.
     """
     w = torch.cat([weight, bias[:, None]], 1).detach()
     w = F.normalize(w, dim=1)[y]                        # (B, D + 1)
@@ -103,8 +105,8 @@ def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=Non
 def categorical_contrastive(z_q, z_k, y, queue, temperature, filled=None):
     """CCL: the image's projection among its own key and all queued ones.
 
-    z_q, z_k (B, d), normalised here, z_k a constant; y (B,); queue (C, K, d) unit keys; filled (C, K)
-    bool, without: all.
+    z_q, z_k (B, d), normalised here, z_k a constant; y (B,); queue (C, K, d) unit keys; filled (C,
+    K) bool, without: all.
     """
     z_q = F.normalize(common.upcast(z_q), dim=1)
     z_k = F.normalize(common.upcast(z_k.detach()), dim=1)
@@ -176,7 +178,8 @@ def train(trial):
 
 
 def show_queue(axes, args, backbone):
-    """The panel of Bi-tuning: mean cosine similarity between the queued projections of two classes."""
+    """The panel of Bi-tuning: mean cosine similarity between the queued projections of two
+    classes."""
     ckpt = common.load_checkpoint(f"{args.out}.pt")
     queue, classes = ckpt["resume"]["queue_z"], ckpt["classes"]
     size = queue["entered"].clamp(1, args.keys)[:, None]
@@ -190,12 +193,12 @@ def parser():
     petals, others = dict(finetune.PETALS, decay=0.99), dict(finetune.OTHERS, decay=0.999)
     p = common.Parser("bi_tuning.py", __doc__, petals, others, from_coin=finetune.FROM_COIN)
     finetune.protocol_options(p)
-    p.option("--backbone-lr", common.NOT_NEGATIVE, "the backbone's share of --lr; the paper has 0.1 for "
-             "supervised weights", 1.0)
+    p.option("--backbone-lr", common.NOT_NEGATIVE, "the backbone's share of --lr; the paper has "
+             "0.1 for supervised weights", 1.0)
     p.option("--gamma", common.NOT_NEGATIVE, "gamma_cl, weight of the two contrastive losses", 1.0)
     p.option("--keys", common.COUNT, "K, keys queued for each class", 40)
-    p.option("--decay", common.SHARE, "m of the key encoder's average; the paper's 0.999 hardly moves in "
-             "short runs")
+    p.option("--decay", common.SHARE, "m of the key encoder's average; the paper's 0.999 hardly "
+             "moves in short runs")
     p.option("--temperature", common.bounded(float, 1e-3), "tau of both contrastive losses", 0.07)
     p.option("--dim", common.COUNT, "width of the projections", 128)
     p.add_argument("--random-queue", action="store_true",

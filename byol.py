@@ -1,15 +1,16 @@
 """BYOL: bootstrap your own latent (Grill et al. 2020, arXiv 2006.07733).
 
-The network predicts, from one view of an image, what a slow average of itself makes of another view.
-There are no negatives: what keeps all projections from becoming one constant is the predictor, and
-that no gradient flows into the target. Labels are only read by the probe that watches the training.
+The network predicts, from one view of an image, what a slow average of itself makes of another
+view. There are no negatives: what keeps all projections from becoming one constant is the
+predictor, and that no gradient flows into the target. Labels are only read by the probe that
+watches the training.
 
   1. Draw a batch of B images; make two views x1, x2 of each, by two augmentations (appendix B).
   2. Online: p = q(z), z = g(f(x)): f is the backbone, g the projector, q the predictor.
      Target: z' = g'(f'(x)), no gradient (z_target in the code).
   3. Loss: 2 - 2 cos(p1, z2') + 2 - 2 cos(p2, z1').
-  4. Step f, g and q. Then f', g' <- tau f', g' + (1 - tau) f, g, with tau rising from tau_base to 1 on
-     a cosine.
+  4. Step f, g and q. Then f', g' <- tau f', g' + (1 - tau) f, g, with tau rising from tau_base to 1
+     on a cosine.
   After the training all but f is thrown away and f is fine-tuned (finetune.py), or all goes to
   bissl.py first.
 
@@ -17,8 +18,8 @@ that no gradient flows into the target. Labels are only read by the probe that w
     python byol.py --data DIR --out runs/mine         DIR/train/CLASS/*.png, labels unused
     python finetune.py --ckpt byol.pt
 
-Look at `spread` in the log: the mean standard deviation of the normalised projections. 1/sqrt(dim) is
-healthy, 0 is collapse (Chen and He 2021, arXiv 2011.10566).
+Look at `spread` in the log: the mean standard deviation of the normalised projections. 1/sqrt(dim)
+is healthy, 0 is collapse (Chen and He 2021, arXiv 2011.10566).
 """
 import copy
 import math
@@ -32,8 +33,8 @@ import common
 
 
 def byol_loss(p, z):
-    """2 - 2 cos(p, z), mean over the batch (equation 2). p, z (B, D): a prediction and the target that
-    it is for. -> scalar"""
+    """2 - 2 cos(p, z), mean over the batch (equation 2). p, z (B, D): a prediction and the target
+    that it is for. -> scalar"""
     p, z = F.normalize(common.upcast(p), dim=1), F.normalize(common.upcast(z), dim=1)
     return (2 - 2 * (p * z).sum(1)).mean()
 
@@ -44,8 +45,8 @@ def mlp(width, hidden, out):
 
 
 class Model(nn.Module):
-    """Backbone f; in the head the projector g, the predictor q, and the target: averages f' and g' of
-    f and g.
+    """Backbone f; in the head the projector g, the predictor q, and the target: averages f' and g'
+    of f and g.
 
     Views (B, 3, H, W) -> z, p, z_target (B, D) each.
     """
@@ -54,7 +55,8 @@ class Model(nn.Module):
         super().__init__()
         self.backbone = backbone
         projector, predictor = mlp(backbone.num_features, hidden, out), mlp(out, hidden, out)
-        target = nn.Sequential(copy.deepcopy(backbone), copy.deepcopy(projector)).requires_grad_(False)
+        target = nn.Sequential(copy.deepcopy(backbone), copy.deepcopy(projector))
+        target.requires_grad_(False)
         self.head = nn.ModuleDict(dict(projector=projector, predictor=predictor, target=target))
 
     def forward(self, x):
@@ -72,8 +74,8 @@ class Model(nn.Module):
 
 
 def decay(tau_base, step, steps):
-    """tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2 ("Implementation details"): tau_base at step
-    0, 1 at K."""
+    """tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2 ("Implementation details"): tau_base at
+    step 0, 1 at K."""
     return 1 - (1 - tau_base) * (math.cos(math.pi * step / steps) + 1) / 2
 
 
@@ -82,8 +84,8 @@ def make_model(backbone, args):
 
 
 def make_views(x, args):
-    """uint8 (B, 3, S, S) -> two random views (B, 3, size, size); blur and solarise have a probability
-    for each"""
+    """uint8 (B, 3, S, S) -> two random views (B, 3, size, size); blur and solarise have a
+    probability for each"""
     views = []
     for blur, solarise in zip(args.blur, args.solarise):
         views.append(common.augment(x, args.image_size, crop=(args.crop, 1), jitter=args.jitter,
@@ -92,8 +94,8 @@ def make_views(x, args):
 
 
 def outputs(model, views, args):
-    """z, p, z_target (2B, D) of both views, the first ones first. Each view goes through BatchNorm on
-    its own."""
+    """z, p, z_target (2B, D) of both views, the first ones first. Each view goes through BatchNorm
+    on its own."""
     with common.autocast(views[0].device, args.precision):
         first, second = model(views[0]), model(views[1])
     return [torch.cat(pair) for pair in zip(first, second)]
@@ -163,26 +165,29 @@ def draw(args, history, views):
 
 
 def parser():
-    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=64, lr=0.05, weight_decay=5e-4,
-                  crop=0.4, jitter=[1.0, 1.0, 0.5, 0.5], blur=[0.0, 0.0], solarise=[0.0, 0.5], decay=0.99)
+    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=64, lr=0.05,
+                  weight_decay=5e-4, crop=0.4, jitter=[1.0, 1.0, 0.5, 0.5], blur=[0.0, 0.0],
+                  solarise=[0.0, 0.5], decay=0.99)
     others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1],
                   blur=[1.0, 0.1], solarise=[0.0, 0.2], decay=0.996)
-    optimizers = dict(adamw=dict(lr=2e-3, weight_decay=1e-4), lars=dict(lr=0.2, weight_decay=1.5e-6))
+    optimizers = dict(adamw=dict(lr=2e-3, weight_decay=1e-4),
+                      lars=dict(lr=0.2, weight_decay=1.5e-6))
     p = common.Parser("byol.py", __doc__, petals, others, optimizers)
-    p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and then a "
-             "rate of 0.2 batch / 256", "sgd", choices=common.OPTIMIZERS)
+    p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and "
+             "then a rate of 0.2 batch / 256", "sgd", choices=common.OPTIMIZERS)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
-    p.option("--decay", common.SHARE, "tau_base of the target's average; short runs want it to move")
+    p.option("--decay", common.SHARE,
+             "tau_base of the target's average: in short runs it has to move")
     p.option("--hidden", common.COUNT, "width of the heads' hidden layers", 512)
     p.option("--dim", common.COUNT, "width of the projections", 128)
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop, share of the image")
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
     p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4,
              metavar=tuple("BCSH"))
     p.option("--grey", common.SHARE, "probability of a grey view", 0.2)
     p.option("--blur", common.SHARE, "probability of a blurred first and second view", nargs=2,
              metavar=tuple("12"))
-    p.option("--solarise", common.SHARE, "probability of a solarised first and second view", nargs=2,
-             metavar=tuple("12"))
+    p.option("--solarise", common.SHARE, "probability of a solarised first and second view",
+             nargs=2, metavar=tuple("12"))
     p.option("--probe-every", common.COUNT, "epochs between two k-NN probes on held-out labels", 5)
     return p
 

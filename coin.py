@@ -2,23 +2,23 @@
 2022, arXiv 2208.00238).
 
 Self-supervised features know pictures, not classes, and cross-entropy has to sort them out from a
-random classifier. COIN spends the first part of the fine-tuning budget on pulling each class together
-and apart from the others, without a classifier; nothing is added to the budget.
+random classifier. COIN spends the first part of the fine-tuning budget on pulling each class
+together and apart from the others, without a classifier; nothing is added to the budget.
 
   1. The budget is the --epochs of plain fine-tuning, with one cosine of the learning rate over all.
-  2. The first alpha of them (this script): SupCon alone on z = g(f(x)), one view an image. Anchor i is
-     pulled to P(i), the other images of its class in the batch, among all others.
-  3. The rest (finetune.py): cross-entropy + eta SupCon. It reads from the checkpoint how many epochs
-     are left and where the cosine stands.
+  2. The first alpha of them (this script): SupCon alone on z = g(f(x)), one view an image. Anchor i
+     is pulled to P(i), the other images of its class in the batch, among all others.
+  3. The rest (finetune.py): cross-entropy + eta SupCon. It reads from the checkpoint how many
+     epochs are left and where the cosine stands.
 
     python coin.py --ckpt simclr.pt          the first 42 of 60 epochs
     python finetune.py --ckpt coin.pt        the other 18: together what plain fine-tuning sees
 
-Look at S_Dbw, printed at the end: how compact the classes of the test features are, before and after
-(lower is better). It is there to read; flags are chosen by the k-NN accuracy on validation images.
+Look at S_Dbw, printed at the end: how compact the classes of the test features are, before and
+after (lower is better). It is there to read; flags are chosen by the k-NN accuracy on validation
+images.
 """
 import itertools
-import math
 
 import matplotlib.pyplot as plt
 import torch
@@ -32,14 +32,14 @@ def supcon(z, y, temperature):
     """Supervised contrastive loss (L_out of Khosla et al. 2020, arXiv 2004.11362), mean over the
     anchors that have a positive.
 
-    L_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / sum_{a != i} exp(z_i.z_a / tau) ), P(i):
-    the others of i's class. z (B, D), normalised here; y (B,) int. -> scalar; 0, with a graph, where
-    no anchor has a positive.
+    L_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / sum_{a != i} exp(z_i.z_a / tau) ),
+    P(i): the others of i's class. z (B, D), normalised here; y (B,) int. -> scalar; 0, with a
+    graph, where no anchor has a positive.
     """
     z = F.normalize(common.upcast(z), dim=1)
     every, labels = common.gather(z), common.gather(y)          # (N, D), (N,): N of all processes
     column = torch.arange(len(every), device=z.device)
-    itself = common.own_rows(column)[:, None] == column         # (B, N): own anchors, all candidates
+    itself = common.own_rows(column)[:, None] == column         # (B, N): own anchors, all others
     positive = (y[:, None] == labels) & ~itself                 # (B, N), row i: P(i)
     similarity = z @ every.T / temperature
     similarity = similarity.masked_fill(itself, -torch.inf)     # a != i
@@ -52,7 +52,8 @@ def supcon(z, y, temperature):
 
 def make_projector(num_features, dim):
     """g: features f(x) (B, num_features) -> projections (B, dim), not normalised"""
-    return nn.Sequential(nn.Linear(num_features, num_features), nn.ReLU(), nn.Linear(num_features, dim))
+    return nn.Sequential(nn.Linear(num_features, num_features), nn.ReLU(),
+                         nn.Linear(num_features, dim))
 
 
 def start_projector(num_features, ckpt):
@@ -72,8 +73,8 @@ def s_dbw(x, y):
 
     Scat = mean_i ||sigma(v_i)|| / ||sigma(x)||, the variances of a class and of all. Dens_bw = mean
     over i != j of density(u_ij) / max(density(v_i), density(v_j)), v_i: class means, u_ij = (v_i +
-    v_j) / 2, density(u): points of classes i and j within stdev = sqrt(sum_i ||sigma(v_i)||) / C of u.
-    In hundreds of dimensions no point is that near: there S_Dbw is Scat.
+    v_j) / 2, density(u): points of classes i and j within stdev = sqrt(sum_i ||sigma(v_i)||) / C of
+    u. In hundreds of dimensions no point is that near: there S_Dbw is Scat.
     """
     x, labels = x.double(), y.unique()
     member = (y[:, None] == labels).double()                             # (n, C)
@@ -118,8 +119,8 @@ def balanced_sizes(labels, batch_size, per_class):
 
 
 def balanced_batches(labels, batch_size, per_class):
-    """Batches of per_class images of each of batch_size // per_class classes; as many images an epoch
-    as there are, or fewer. labels (n,) -> list of index tensors.
+    """Batches of per_class images of each of batch_size // per_class classes; as many images an
+    epoch as there are, or fewer. labels (n,) -> list of index tensors.
 
     Classes are drawn anew for each batch whatever their size, so that images of a small one come up
     more often. Where there are too few classes for a batch, each gives more; with too few images,
@@ -155,7 +156,8 @@ class BalancedBatches(common.Batches):
 
 
 def say_positives(labels, batch_size, balanced=0):
-    """Stop where no class has two images, and say so where most anchors of a batch have no positive."""
+    """Stop where no class has two images, and say so where most anchors of a batch have no
+    positive."""
     size, n = torch.bincount(labels).double(), len(labels)
     pairs = (size * (size - 1)).sum().item()  # ordered pairs of one class, of n (n - 1)
     if not pairs:
@@ -164,8 +166,8 @@ def say_positives(labels, batch_size, balanced=0):
     others = n / common.steps_of(n, batch_size) - 1
     expected = others * pairs / (n * (n - 1))
     if expected < 1 and not balanced:
-        print(f"an anchor has {expected:.2f} positives in a batch of {batch_size} on average: a larger "
-              "--batch-size has more, and so has coin.py --balanced 4", flush=True)
+        print(f"an anchor has {expected:.2f} positives in a batch of {batch_size} on average: a "
+              "larger --batch-size has more, and so has coin.py --balanced 4", flush=True)
 
 
 def train(args):
@@ -206,8 +208,8 @@ def train(args):
 
     after = common.features(backbone, test, args)
     indices = dict(s_dbw_before=s_dbw(*before), s_dbw_after=s_dbw(*after))
-    print("test features: S_Dbw {s_dbw_before:.3f} before, {s_dbw_after:.3f} after".format(**indices),
-          flush=True)
+    print(f"test features: S_Dbw {indices['s_dbw_before']:.3f} before, "
+          f"{indices['s_dbw_after']:.3f} after", flush=True)
     common.write_lines(args, [*run.history, indices])
     draw(args, run.history, before, after, indices)
     return {**run.history[-1], **indices}
@@ -234,21 +236,21 @@ def draw(args, history, before, after, indices):
 
 
 def parser():
-    petals = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03, weight_decay=5e-4,
-                  crop=0.5, labels_per_class=20, temperature=0.1)
+    petals = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03,
+                  weight_decay=5e-4, crop=0.5, labels_per_class=20, temperature=0.1)
     others = dict(petals, image_size=64, lr=0.01, labels_per_class=None, temperature=0.3)
     p = common.Parser("coin.py", __doc__, petals, others)
     p.label_options()
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop, share of the image")
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
     p.option("--alpha", common.SHARE, "share of --epochs, the whole budget, for SupCon alone", 0.7)
     p.option("--eta", common.NOT_NEGATIVE, "weight of SupCon beside cross-entropy that finetune.py "
              "takes over", 0.1)
     p.option("--temperature", common.bounded(float, 1e-3), "tau of SupCon; the authors have 0.3")
     p.option("--dim", common.COUNT, "width of the projections", 256)
-    p.option("--balanced", common.FROM_ZERO, "images per class, 2 or more, in batches of --batch-size / "
-             "BALANCED classes; 0: plain batches", 0, metavar="BALANCED")
-    p.option("--probe-every", common.COUNT, "epochs between two k-NN probes (only with few labels: val "
-             "is held out then)", 5)
+    p.option("--balanced", common.FROM_ZERO, "images per class, 2 or more, in batches of "
+             "--batch-size / BALANCED classes; 0: plain batches", 0, metavar="BALANCED")
+    p.option("--probe-every", common.COUNT, "epochs between two k-NN probes (only with few labels: "
+             "val is held out then)", 5)
     return p
 
 
@@ -258,7 +260,8 @@ def check_flags(args):
         common.fail(f"--alpha {args.alpha:g} of --epochs {args.epochs} is {coin_epochs} epochs of "
                     "SupCon: both stages need one")
     if args.balanced == 1:
-        common.fail("--balanced 1 leaves no anchor a positive: give 2 or more, or 0 for plain batches")
+        common.fail("--balanced 1 leaves no anchor a positive: give 2 or more, or 0 for plain "
+                    "batches")
 
 
 def main(argv=None):

@@ -2,13 +2,13 @@
 optimisers, checkpoints, logs.
 
 Images travel as uint8 (B, 3, S, S), S being a quarter more than the training side; augment() turns
-them into normalised floats (B, 3, size, size). What a view looks like is drawn on the CPU, so that no
-step waits for the device to learn how many images an operation is for; each epoch seeds the draws
-anew, so that a resumed run repeats them.
+them into normalised floats (B, 3, size, size). What a view looks like is drawn on the CPU, so that
+no step waits for the device to learn how many images an operation is for; each epoch seeds the
+draws anew, so that a resumed run repeats them.
 
-Under torchrun every process holds the same weights and makes the same random draws; of each batch it
-takes its own_rows(). What a process computes on them becomes the whole batch's by gather() (rows) and
-average_gradients().
+Under torchrun every process holds the same weights and makes the same random draws; of each batch
+it takes its own_rows(). What a process computes on them becomes the whole batch's by gather()
+(rows) and average_gradients().
 """
 import argparse
 import contextlib
@@ -44,7 +44,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published backbones expect
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published backbones have
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma
 
 
@@ -79,9 +79,9 @@ POSITIVE, NOT_NEGATIVE = bounded(float, 1e-12, 1e12), bounded(float, 0, 1e12)
 class Parser(argparse.ArgumentParser):
     """The flags that all scripts share, in one order.
 
-    petals, others: defaults that depend on --data; optimizers: of each --optimizer, what replaces them;
-    from_coin: names of those that a checkpoint of coin.py, in its config["rest"], replaces for the
-    epochs that are left of its budget.
+    petals, others: defaults that depend on --data; optimizers: of each --optimizer, what replaces
+    them; from_coin: names of those that a checkpoint of coin.py, in its config["rest"], replaces
+    for the epochs that are left of its budget.
     """
 
     def __init__(self, script, doc, petals, others, optimizers=None, from_coin=()):
@@ -89,14 +89,14 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.petals, self.others = petals, others
         self.optimizers, self.from_coin = optimizers or {}, from_coin
-        self.option("--data", str, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png and "
-                    "test/CLASS/*.png", "petals")
-        self.option("--root", str, "folder of the data sets, downloaded if need be, and of the cache of "
-                    "decoded images", "data")
-        self.option("--image-size", bounded(int, 8), "side in pixels that the network sees; with --ckpt, "
-                    "the checkpoint's")
-        self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's", choices=ARCHS,
-                    metavar="ARCH")
+        self.option("--data", str, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png "
+                    "and test/CLASS/*.png", "petals")
+        self.option("--root", str, "folder of the data sets, downloaded if need be, and of the "
+                    "cache of decoded images", "data")
+        self.option("--image-size", bounded(int, 8), "side in pixels that the network sees; with "
+                    "--ckpt, the checkpoint's")
+        self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's",
+                    choices=ARCHS, metavar="ARCH")
         self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
         self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in petals:
@@ -108,15 +108,17 @@ class Parser(argparse.ArgumentParser):
         self.option("--seed", bounded(int, 0, 2**32 - 1), "seeds weights, order and views", 0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.option("--device", str, "cpu, cuda, cuda:1, ...", device)
-        self.option("--precision", str, "float32 or bfloat16 for the forward pass; none: bfloat16 where "
-                    "the device has it in hardware", choices=("float32", "bfloat16"), metavar="TYPE")
+        self.option("--precision", str, "float32 or bfloat16 for the forward pass; none: bfloat16 "
+                    "where the device has it in hardware", choices=("float32", "bfloat16"),
+                    metavar="TYPE")
         self.add_argument("--compile", action="store_true", help="compile the backbones that are "
                           "trained: minutes at the start, faster steps after that")
         self.add_argument("--resume", action="store_true",
                           help="go on from OUT.pt where a stopped run left it")
 
     def option(self, flag, type, help, default=None, metavar=None, **more):
-        """A flag with a value. Its default, where petals and others have one, is filled in later."""
+        """A flag with a value. Its default, where petals and others have one, is filled in
+        later."""
         name = flag.strip("-").replace("-", "_")
         shown = default
         if name in self.petals:
@@ -126,14 +128,15 @@ class Parser(argparse.ArgumentParser):
         for optimizer, defaults in self.optimizers.items():
             if name in defaults:
                 shown = f"{shown}; with --optimizer {optimizer} {defaults[name]}"
-        self.add_argument(flag, type=type, default=default, metavar=metavar or type.__name__.upper(),
-                          help=f"{help} (default: {shown})".replace("%", "%%"), **more)
+        help = f"{help} (default: {shown})".replace("%", "%%")  # argparse formats it once more
+        metavar = metavar or type.__name__.upper()
+        self.add_argument(flag, type=type, default=default, metavar=metavar, help=help, **more)
 
     def label_options(self):
-        self.option("--labels-per-class", FROM_ZERO, "labelled images per class to train on (all where "
-                    "there are fewer); 0: all")
-        self.option("--fraction", bounded(float, 1e-9, 1), "share of each class's labelled images to "
-                    "train on")
+        self.option("--labels-per-class", FROM_ZERO, "labelled images per class to train on (all "
+                    "where there are fewer); 0: all")
+        self.option("--fraction", bounded(float, 1e-9, 1), "share of each class's labelled images "
+                    "to train on")
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
@@ -162,7 +165,7 @@ class Parser(argparse.ArgumentParser):
                 defaults.update({name: rest[name] for name in self.from_coin if name in rest})
         if "labels_per_class" in vars(args):
             if args.labels_per_class is not None and args.fraction is not None:
-                self.error("--labels-per-class and --fraction ask for different subsets: give one of them")
+                self.error("--labels-per-class and --fraction ask for different subsets: give one")
             if args.labels_per_class is not None or args.fraction is not None:
                 defaults.update(labels_per_class=None, fraction=None)  # the other one stays unset
         return defaults
@@ -189,19 +192,21 @@ def settle_device(args):
 
 
 def has_bfloat16(device):
-    """Whether the processor multiplies in bfloat16 itself; emulated, it would be slower than float32."""
+    """Whether the processor multiplies in bfloat16 itself; emulated, it would be slower than
+    float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return device.type == "cpu" and (found.get("avx512_bf16", False) or found.get("amx_bf16", False))
+    has = torch.cpu.get_capabilities()
+    return device.type == "cpu" and (has.get("avx512_bf16", False) or has.get("amx_bf16", False))
 
 
 def check_batch_sizes(args):
     for name in ("batch_size", "pretext_batch_size", "hessian_batch"):
         size = getattr(args, name, None)
         if size and (size % world() or size < 2 * world()):
-            flag = name.replace("_", "-")
-            fail(f"--{flag} {size} cannot be shared by {world()} processes, each with two images or more")
+            flag = "--" + name.replace("_", "-")
+            fail(f"{flag} {size} cannot be shared by {world()} processes, each with two images or "
+                 "more")
 
 
 def check_out(args):
@@ -226,8 +231,8 @@ def resumable(script, args, argv):
         command = shlex.join(["python", script, *typed, "--resume"])
         if world() > 1:
             command = "the same torchrun command and --resume"
-        print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. Go on with: {command}",
-              file=sys.stderr)
+        print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. "
+              f"Go on with: {command}", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
         fail(f"out of memory on {args.device}: {advice} ({str(error).split('.')[0]})")
@@ -271,8 +276,8 @@ def place(module, device):
 
 
 def own_rows(rows):
-    """This process's part (n // world) of rows (n, ...) that all processes know: every world-th one.
-    An uneven rest is left out."""
+    """This process's part (n // world) of rows (n, ...) that all processes know: every world-th
+    one. An uneven rest is left out."""
     whole = len(rows) - len(rows) % world()
     return rows[:whole][rank()::world()]
 
@@ -286,8 +291,8 @@ def all_sum(x):
 
 
 class AllSum(torch.autograd.Function):
-    """all_sum() with a graph, for losses that reach over processes: its derivative, of any order, is
-    the sum of all gradients."""
+    """all_sum() with a graph, for losses that reach over processes: its derivative, of any order,
+    is the sum of all gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -299,13 +304,13 @@ class AllSum(torch.autograd.Function):
 
 
 def gather(own):
-    """own_rows() undone: rows (b, ...) of each process -> those of the whole batch (b world, ...) on
-    every one, with a graph."""
+    """own_rows() undone: rows (b, ...) of each process -> those of the whole batch (b world, ...)
+    on every one, with a graph."""
     if world() == 1:
         return own
     columns = [torch.zeros_like(own)] * world()
     columns[rank()] = own
-    every = torch.stack(columns, 1)             # (b, world, ...), zero where other processes' rows go
+    every = torch.stack(columns, 1)             # (b, world, ...), others' rows are zero
     return AllSum.apply(every.flatten(0, 1))
 
 
@@ -321,8 +326,8 @@ def process_means(tensors):
 
 @torch.no_grad()
 def average_gradients(module):
-    """After backward(): losses are means over a process's images, so the mean of the gradients is the
-    whole batch's."""
+    """After backward(): losses are means over a process's images, so the mean of the gradients is
+    the whole batch's."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     for gradient, mean in zip(gradients, process_means(gradients)):
         gradient.copy_(mean)
@@ -337,16 +342,13 @@ def average_statistics(module):
         statistic.copy_(mean)
 
 
-fcntl = None
-import mmap
-
-# --------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------- data
 
 @dataclass
 class Store:
     """Decoded images in memory. Image i of the store is images[rows[i]] with label labels[i]."""
-    images: torch.Tensor  # uint8 (N, 3, S, S): on the device where it fits, else on the host (perhaps memory-mapped)
-    labels: torch.Tensor  # int64 (n,) on the device; voc07's (n, 20): 1 present, 0 absent, -1 ignored
+    images: torch.Tensor  # uint8 (N, 3, S, S), on the device where it fits, else on the host
+    labels: torch.Tensor  # int64 (n,) on the device; of voc07 (n, 20): see read_voc07
     rows: torch.Tensor    # int64 (n,) on the CPU
     classes: list
 
@@ -368,117 +370,98 @@ PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}
 
 @cache
 def petals(count, side, seed):
-    """Procedural blossoms: class = petal count x petal form; hue, size, tilts, places and background vary freely.
+    """Procedural blossoms: class = petal count x petal form; hue, size and places vary freely.
 
-    Four blooms of one species an image, so that any crop still shows it, in a loose grid and of one hue on a grey ground: what
-    tells two images apart should be the petals (README). Returns uint8 (count, 3, side, side) and int64 (count,), as many of
-    each class as can be. Drawn on the CPU in float64, so that rounding gives the same bytes on every machine.
+    Four blooms of one species an image, so that any crop still shows it, in a loose grid and of one
+    hue on a grey ground: what tells two images apart should be the petals (README). Returns uint8
+    (count, 3, side, side) and int64 (count,), as many of each class as can be. Drawn on the CPU in
+    float64, so that rounding gives the same bytes on every machine.
     """
     rng = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
-    axis = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1  # -1 .. 1
-    corner = torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]], dtype=torch.float64).view(4, 2, 1, 1)
-    labels = (torch.arange(count) % (len(PETAL_COUNTS) * len(PETAL_FORMS)))[torch.randperm(count, generator=rng)]
-    images = []
-    for label in labels.view(-1, 1, 1, 1).split(128):
-        n = len(label)
-        petal_count, form = torch.tensor(PETAL_COUNTS)[label % len(PETAL_COUNTS)], label // len(PETAL_COUNTS)
-        centre = corner + 0.3 * rand(n, 4, 2) - 0.15                                       # (n, 4, 2, 1, 1)
-        dy, dx = axis[:, None] - centre[:, :, 0], axis[None, :] - centre[:, :, 1]          # (n, 4, side, side)
-        radius, tilt = 0.42 + 0.2 * rand(n, 1), 2 * math.pi * rand(n, 4)
-        r, angle = torch.hypot(dx, dy) / radius, torch.atan2(dy, dx) + tilt
-        wave = (petal_count * angle / 2).cos().abs()                                       # 1 on a petal's axis, else less
-        outline = 0.25 + 0.75 * torch.where(form == 0, wave.sqrt(), 1 - wave.acos() * 2 / math.pi)  # round, pointed
-        cover = ((outline - r) * radius * side / 2 + 0.5).clamp(0, 1)                      # anti-aliased over one pixel
-        disc = ((0.22 - r) * radius * side / 2 + 0.5).clamp(0, 1)
-        image = (0.5 * rand(n, 1)).expand(n, 1, side, side)
-        for i in range(3):  # clutter: grey specks
-            speck = torch.hypot(axis[:, None] - 2 * rand(n, 1) + 1, axis[None, :] - 2 * rand(n, 1) + 1)
-            speck = ((0.05 + 0.1 * rand(n, 1) - speck) * side / 2 + 0.5).clamp(0, 1)
-            image = image + speck * (0.6 * rand(n, 1) - image)
-        petal = rand(n, 3)
-        petal = petal / petal.amax(1, keepdim=True)                                        # a bright colour of any hue
-        for i in range(4):
-            image = image + cover[:, i, None] * (petal * (1 - 0.45 * r[:, i, None].clamp(0, 1)) - image)
-            image = image + disc[:, i, None] * (0.4 * petal - image)
-        images.append((image * 255).round().to(torch.uint8))
+    in_turn = torch.arange(count) % (len(PETAL_COUNTS) * len(PETAL_FORMS))
+    labels = in_turn[torch.randperm(count, generator=rng)]
+    images = [draw_petals(part, side, rng) for part in labels.split(128)]
     return torch.cat(images), labels
+
+
+def draw_petals(labels, side, rng):
+    """uint8 (n, 3, side, side): an image for each of the labels (n,), drawn as petals() says."""
+    def uniform(*shape):  # (*shape, 1, 1), between 0 and 1
+        return torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
+
+    def inside(distance):  # from an edge: 1 inside, 0 outside, smooth over one pixel
+        return (distance * side / 2 + 0.5).clamp(0, 1)
+
+    def paint(image, cover, colour):
+        return image + cover * (colour - image)
+
+    n = len(labels)
+    label = labels.view(n, 1, 1, 1)
+    petal_count = torch.tensor(PETAL_COUNTS)[label % len(PETAL_COUNTS)]        # (n, 1, 1, 1)
+    is_round = label < len(PETAL_COUNTS)                                       # (n, 1, 1, 1)
+    axis = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1      # (side,), -1 .. 1
+    y, x = axis[:, None], axis[None, :]
+    grid = torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]], dtype=torch.float64)
+    centre = grid.view(4, 2, 1, 1) + 0.3 * uniform(n, 4, 2) - 0.15             # (n, 4, 2, 1, 1)
+    dy, dx = y - centre[:, :, 0], x - centre[:, :, 1]                          # (n, 4, side, side)
+    radius = 0.42 + 0.2 * uniform(n, 1)                                        # (n, 1, 1, 1)
+    tilt = 2 * math.pi * uniform(n, 4)                                         # (n, 4, 1, 1)
+    r = torch.hypot(dx, dy) / radius                                           # (n, 4, side, side)
+    angle = torch.atan2(dy, dx) + tilt
+    wave = (petal_count * angle / 2).cos().abs()            # 1 on a petal's axis, else less
+    outline = 0.25 + 0.75 * torch.where(is_round, wave.sqrt(), 1 - wave.acos() * 2 / math.pi)
+    petal = inside((outline - r) * radius)                                     # (n, 4, side, side)
+    disc = inside((0.22 - r) * radius)
+
+    image = (0.5 * uniform(n, 1)).expand(n, 1, side, side)                     # the ground
+    for i in range(3):  # clutter: grey specks
+        distance = torch.hypot(y - 2 * uniform(n, 1) + 1, x - 2 * uniform(n, 1) + 1)
+        speck = inside(0.05 + 0.1 * uniform(n, 1) - distance)                  # (n, 1, side, side)
+        image = paint(image, speck, 0.6 * uniform(n, 1))
+    colour = uniform(n, 3)                                                     # (n, 3, 1, 1)
+    colour = colour / colour.amax(1, keepdim=True)                             # bright, of any hue
+    for i in range(4):
+        shade = 1 - 0.45 * r[:, i, None].clamp(0, 1)                           # (n, 1, side, side)
+        image = paint(image, petal[:, i, None], colour * shade)                # (n, 3, side, side)
+        image = paint(image, disc[:, i, None], 0.4 * colour)
+    return (image * 255).round().to(torch.uint8)
 
 
 def read_image(path, side=None):
     """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named.
 
-    side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 much faster; twice the side has to be left.
+    side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 much faster;
+    twice the side has to be left.
     """
     try:
         with Image.open(path) as image:
             if side:
                 image.draft(None, (2 * side, 2 * side))  # does nothing to other formats
-            if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's own conversion would clip it at 255
-                image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode.startswith(("I", "F")):  # 16-bit: Pillow would clip at 255
+                grey = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a decoder of Pillow's raises
         raise ValueError(f"broken image file {path}: {error}") from None
 
 
-sets, OXFORD = torchvision.datasets, "https://www.robots.ox.ac.uk/~vgg/data"
+sets = torchvision.datasets
 CUB200 = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
-SUN397 = "https://vision.princeton.edu/projects/2010/SUN"
-VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
-               "sheep sofa train tvmonitor").split()
+SUN397 = "https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip"
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+               "motorbike person pottedplant sheep sofa train tvmonitor").split()
+
+# Readers of one split: (root, split) -> pictures, labels and classes as in open_dataset().
 
 
-def listed(dataset):
-    """(paths, labels, classes) of a data set that gives paths. ImageNet's classes have several names each."""
-    paths, labels = zip(*(dataset[i] for i in range(len(dataset))))
-    return paths, labels, [name if isinstance(name, str) else ", ".join(name) for name in dataset.classes]
-
-
-def plain(published, **how):
-    """The reader of a data set of torchvision's that has the splits and gives, with loader=str, paths for images."""
-    return lambda root, split: listed(published(root, split, loader=str, **how))
-
-
-def read_cub200(root, split):
-    folder = root / "CUB_200_2011"
-    if not folder.exists():
-        sets.utils.download_and_extract_archive(CUB200, root, md5="97eceeb196236b17998738112f37df78")
-    files, labels, training, classes = (  # a line: a number and what it stands for
-        dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
-        for name in ("images", "image_class_labels", "train_test_split", "classes"))
-    chosen = [i for i in files if training[i] == ("1" if split == "train" else "0")]
-    return [folder / "images" / files[i] for i in chosen], [int(labels[i]) - 1 for i in chosen], list(classes.values())
-
-
-def read_sun397(root, split):
-    """The first of the official partitions, 50 + 50 images a class; torchvision has none."""
-    paths, labels, classes = listed(sets.SUN397(root, loader=str, download=True))
-    folder, label = root / "SUN397", dict(zip(paths, labels))
-    if not (folder / "Testing_01.txt").exists():
-        sets.utils.download_and_extract_archive(f"{SUN397}/download/Partitions.zip", folder)
-    lines = (folder / f"{split.title()}ing_01.txt").read_text().split()  # /a/abbey/sun_x.jpg
-    return [f"{folder}{line}" for line in lines], [label[f"{folder}{line}"] for line in lines], classes
-
-
-def read_voc07(root, split):
-    """Labels 1 present, 0 absent, -1 ignored: all objects of the class in the image are marked difficult."""
-    there, labels = (root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt").exists(), []
-    data = sets.VOCDetection(root, "2007", split, download=not there)  # it would unpack its archive each time
-    for file in data.annotations:
-        found = {(o.findtext("name"), o.findtext("difficult") == "1") for o in xml.etree.ElementTree.parse(file).iter("object")}
-        labels.append([1 if (name, False) in found else -1 if (name, True) in found else 0 for name in VOC_CLASSES])
-    return data.images, labels, VOC_CLASSES
-
-
-def read_caltech101(root, split):
-    """30 images a class, drawn once and for all, are train, the others test."""
-    data = sets.Caltech101(root, download=True)
-    train = labelled_subset(torch.tensor(data.y), seed=0, per_class=30).sort().values.numpy()
-    chosen = train if split == "train" else np.setdiff1d(np.arange(len(data)), train)
-    folders = [f"{data.root}/101_ObjectCategories/{name}" for name in data.categories]
-    return [f"{folders[data.y[i]]}/image_{data.index[i]:04d}.jpg" for i in chosen], [data.y[i] for i in chosen], data.categories
+def listed(published, root, split, **how):
+    """Of a data set of torchvision's that gives, with loader=str, paths for images."""
+    data = published(root, split, loader=str, **how)
+    paths, labels = zip(*(data[i] for i in range(len(data))))
+    return paths, labels, data.classes
 
 
 def read_cifar(published, root, split):
@@ -486,142 +469,228 @@ def read_cifar(published, root, split):
     return data.data, data.targets, data.classes
 
 
-def read_stl10(root, split):
-    data = sets.STL10(root, split, download=True)
-    return data.data.transpose(0, 2, 3, 1), data.labels, data.classes
+def read_cub200(root, split):
+    folder = root / "CUB_200_2011"
+    if not folder.exists():
+        md5 = "97eceeb196236b17998738112f37df78"
+        sets.utils.download_and_extract_archive(CUB200, root, md5=md5)
+
+    def table(name):  # a line: a number and what it stands for
+        return dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
+
+    labels_of, is_training = table("image_class_labels"), table("train_test_split")
+    paths, labels = [], []
+    for i, file in table("images").items():
+        if (is_training[i] == "1") == (split == "train"):
+            paths.append(folder / "images" / file)
+            labels.append(int(labels_of[i]) - 1)
+    return paths, labels, list(table("classes").values())
+
+
+def read_sun397(root, split):
+    """The first of the official partitions, 50 + 50 images a class; torchvision has none."""
+    data, folder = sets.SUN397(root, download=True), root / "SUN397"
+    label_of = dict(zip(data._image_files, data._labels))
+    if not (folder / "Testing_01.txt").exists():
+        sets.utils.download_and_extract_archive(SUN397, folder)
+    lines = (folder / f"{split.title()}ing_01.txt").read_text().split()  # /a/abbey/sun_x.jpg
+    paths = [folder / line[1:] for line in lines]
+    return paths, [label_of[path] for path in paths], data.classes
+
+
+def read_voc07(root, split):
+    """Labels 1 present, 0 absent, -1 ignored: all objects of the class are marked difficult."""
+    names = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt"
+    download = not names.exists()  # torchvision would unpack its archive each time
+    data = sets.VOCDetection(root, "2007", split, download=download)
+    labels = []
+    for file in data.annotations:
+        label = dict.fromkeys(VOC_CLASSES, 0)
+        for thing in xml.etree.ElementTree.parse(file).iter("object"):
+            name = thing.findtext("name")
+            if thing.findtext("difficult") != "1":
+                label[name] = 1
+            elif label[name] == 0:
+                label[name] = -1
+        labels.append(list(label.values()))
+    return data.images, labels, VOC_CLASSES
 
 
 def read_pets(root, split):
-    data = sets.OxfordIIITPet(root, "trainval" if split == "train" else split, download=True)
+    names = dict(train="trainval", test="test")
+    data = sets.OxfordIIITPet(root, names[split], download=True)
     return data._images, data._labels, data.classes
 
 
-# name: (root, split) -> pictures, labels, classes as in open_dataset; its splits; its folder under root; what is unpacked there
-DATASETS = {
-    "flowers": (plain(sets.Flowers102, download=True), "train val test", "flowers-102",
-                f"102flowers.tgz (the folder jpg), imagelabels.mat and setid.mat of {OXFORD}/flowers/102"),
-    "food": (plain(sets.Food101, download=True), "train test", "food-101", "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz"),
-    "cifar10": (partial(read_cifar, sets.CIFAR10), "train test", "cifar-10-batches-py", sets.CIFAR10.url),
-    "cifar100": (partial(read_cifar, sets.CIFAR100), "train test", "cifar-100-python", sets.CIFAR100.url),
-    "cub200": (read_cub200, "train test", "CUB_200_2011", CUB200),
-    "sun397": (read_sun397, "train test", "SUN397", f"SUN397.tar.gz of {SUN397} and {SUN397}/download/Partitions.zip"),
-    "cars": (plain(sets.StanfordCars), "train test", "stanford_cars",
-             "cars_train, cars_test, devkit, cars_test_annos_withlabels.mat of https://github.com/pytorch/vision/issues/7545"),
-    "aircrafts": (plain(sets.FGVCAircraft, annotation_level="variant", download=True), "train val test", "fgvc-aircraft-2013b",
-                  f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),
-    "voc07": (read_voc07, "train val test", "VOCdevkit/VOC2007",
-              "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2007"),
-    "dtd": (plain(sets.DTD, partition=1, download=True), "train val test", "dtd/dtd", f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz"),
-    "pets": (read_pets, "train test", "oxford-iiit-pet", f"images.tar.gz and annotations.tar.gz of {OXFORD}/pets/data"),
-    "caltech101": (read_caltech101, "train test", "caltech101",
-                   "101_ObjectCategories.tar.gz in https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"),
-    "stl10": (read_stl10, "unlabeled train test", "stl10_binary", f"{sets.STL10.url} (*.bin and class_names.txt)"),
-    "imagenet": (lambda root, split: plain(sets.ImageNet)(root / "imagenet", "val" if split == "test" else split), "train test",
-                 "imagenet", "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, left packed, of "
-                 "https://image-net.org/download-images"),
+def read_caltech101(root, split):
+    """30 images a class, drawn once and for all, are train, the others test."""
+    data = sets.Caltech101(root, download=True)
+    train = set(labelled_subset(torch.tensor(data.y), seed=0, per_class=30).tolist())
+    paths, labels = [], []
+    for i, (label, number_in_class) in enumerate(zip(data.y, data.index)):
+        if (i in train) == (split == "train"):
+            folder = f"{data.root}/101_ObjectCategories/{data.categories[label]}"
+            paths.append(f"{folder}/image_{number_in_class:04d}.jpg")
+            labels.append(label)
+    return paths, labels, data.categories
+
+
+def read_stl10(root, split):
+    data = sets.STL10(root, split, download=True)
+    classes = (root / "stl10_binary" / "class_names.txt").read_text().split()
+    return data.data.transpose(0, 2, 3, 1), data.labels, classes
+
+
+def read_imagenet(root, split):
+    names = dict(train="train", test="val")
+    data = sets.ImageNet(root / "imagenet", names[split])
+    paths, labels = zip(*data.samples)
+    return paths, labels, [", ".join(synonyms) for synonyms in data.classes]
+
+
+TWO, THREE = ("train", "test"), ("train", "val", "test")
+DATASETS = {  # name: its reader, its splits, its folder under root
+    "flowers": (partial(listed, sets.Flowers102, download=True), THREE, "flowers-102"),
+    "food": (partial(listed, sets.Food101, download=True), TWO, "food-101"),
+    "cifar10": (partial(read_cifar, sets.CIFAR10), TWO, "cifar-10-batches-py"),
+    "cifar100": (partial(read_cifar, sets.CIFAR100), TWO, "cifar-100-python"),
+    "cub200": (read_cub200, TWO, "CUB_200_2011"),
+    "sun397": (read_sun397, TWO, "SUN397"),
+    "cars": (partial(listed, sets.StanfordCars), TWO, "stanford_cars"),
+    "aircrafts": (partial(listed, sets.FGVCAircraft, annotation_level="variant", download=True),
+                  THREE, "fgvc-aircraft-2013b"),
+    "voc07": (read_voc07, THREE, "VOCdevkit/VOC2007"),
+    "dtd": (partial(listed, sets.DTD, partition=1, download=True), THREE, "dtd/dtd"),
+    "pets": (read_pets, TWO, "oxford-iiit-pet"),
+    "caltech101": (read_caltech101, TWO, "caltech101"),
+    "stl10": (read_stl10, ("unlabeled", "train", "test"), "stl10_binary"),
+    "imagenet": (read_imagenet, TWO, "imagenet"),
 }
 KNOWN_DATA = ("petals", *DATASETS)
 
 
 def open_dataset(name, root, split):
-    """One split: pictures (n paths, or uint8 (n, H, W, 3)), labels (n,), of voc07 (n, 20), and the list of classes.
-
-    What is absent is downloaded; where that cannot be, one line says what to put where by hand.
-    """
+    """One split: pictures (n paths, or uint8 (n, H, W, 3)), labels (n,), of voc07 (n, 20), and the
+    list of classes. What is absent is downloaded; where that cannot be, one line says so."""
     if name not in DATASETS:
-        if not (folder := Path(name) / split).is_dir():
-            fail(f"no folder {folder}: {name} must hold train/CLASS/*.png and test/CLASS/*.png")
-        return listed(sets.ImageFolder(folder, loader=str))
-    read, _, folder, contents = DATASETS[name]
+        return open_folder(Path(name), split)
+    read, _, folder = DATASETS[name]
     socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
     try:
         return read(Path(root), split)
     except Exception as error:  # whatever the network or the files did, the way out is the same
-        fail(f"{name} is not whole and cannot be downloaded ({error}): unpack as {root}/{folder} {contents}")
+        fail(f"{name} is not whole under {root}/{folder} and cannot be downloaded ({error}): "
+             f"see the row {name} of the table under Data in README.md")
+
+
+def open_folder(folder, split):
+    """One split of a folder of pictures. Labels are positions in the list of classes: a split that
+    lacks a class of train would shift them."""
+    if not (folder / split).is_dir():
+        fail(f"no folder {folder / split}: {folder} must hold train/CLASS/*.png, test/CLASS/*.png")
+    data = sets.ImageFolder(folder / split)
+    expected = data.classes
+    if split in ("val", "test") and (folder / "train").is_dir():
+        expected, _ = sets.folder.find_classes(folder / "train")
+    odd = sorted(set(data.classes) ^ set(expected))
+    if odd:
+        more = " ..." if len(odd) > 4 else ""
+        fail(f"{folder}: {split} does not have the classes of the other splits: "
+             f"{', '.join(odd[:4])}{more}")
+    pictures, labels = zip(*data.samples)
+    return pictures, labels, data.classes
 
 
 DECODE_CHUNK = 256  # images that are held decoded until they are written
 
 
-def build_cache(path, pictures, side):
-    """Decode the pictures into an .npy file, uint8 (n, 3, side, side), on all cores: Pillow lets other threads run meanwhile.
+def write_images(path, pictures, side):
+    """Decode the pictures into an .npy file, uint8 (n, 3, side, side), on all cores: Pillow lets
+    other threads run meanwhile."""
+    def decoded(picture):  # its short side resized, the centre cut out
+        is_array = isinstance(picture, np.ndarray)
+        image = Image.fromarray(picture) if is_array else read_image(picture, side)
+        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+        return np.asarray(image).transpose(2, 0, 1).tobytes()
 
-    They are appended to PATH.part, renamed when it is whole: a run goes on where a killed one was. Raises ValueError, OSError.
-    """
-    def decoded(picture):  # short side resized, the centre cut out
-        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else read_image(picture, side)
-        return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1).tobytes()
-
-    part, n, size = Path(f"{path}.part"), len(pictures), 3 * side * side
-    part.touch()
-    with open(part, "r+b") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side)))
-        header, end = file.tell(), file.seek(0, os.SEEK_END)
-        first = (end - header) // size  # a torn image is written anew
-        file.seek(header + first * size)
-        started = shown = time.perf_counter()
-        for i in range(first, n, DECODE_CHUNK):
-            file.writelines(pool.map(decoded, pictures[i:i + DECODE_CHUNK]))
-            now, ready = time.perf_counter(), min(i + DECODE_CHUNK, n)
+    n = len(pictures)
+    header = dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side))
+    with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        np.lib.format.write_array_header_1_0(file, header)
+        began = shown = time.perf_counter()
+        for first in range(0, n, DECODE_CHUNK):
+            chunk = pictures[first:first + DECODE_CHUNK]
+            file.writelines(pool.map(decoded, chunk))
+            now, ready = time.perf_counter(), first + len(chunk)
             if now - shown > 5 or ready == n:
-                shown, speed = now, (ready - first) / (now - started)
+                shown, speed = now, ready / (now - began)
                 left = timedelta(seconds=int((n - ready) / speed))
                 print(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {left}", flush=True)
-    os.replace(part, path)
 
 
-@contextlib.contextmanager
-def one_at_a_time(lock):
-    """Runs that start together wait for each other here. The kernel lets go of a killed run's lock. The empty file stays: if it
-    went, one that waits for it and one that comes later would hold two different locks."""
-    with open(lock, "w") as file:
-        try:
-            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another run is getting these images ready: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: let the first run get ready alone
-            pass
-        yield
+def build_cache(path, args, splits):
+    """Write the images uint8 (n, 3, S, S) of these splits, one after the other, to PATH; their
+    labels int64 (n,) or (n, 20), the splits' sizes and the classes to the .pt file beside it.
+
+    Both are renamed into place when they are whole, the images last. Of two runs that build at
+    once, the second one's files replace the first one's, which hold the same.
+    """
+    pictures, labels, sizes = [], [], []
+    for split in splits:
+        of_split, its_labels, classes = open_dataset(args.data, args.root, split)
+        if not len(its_labels):
+            fail(f"{args.data} has no images for {split}")
+        pictures.extend(of_split)
+        labels.append(np.asarray(its_labels, np.int64))
+        sizes.append(len(its_labels))
+    about = dict(labels=torch.from_numpy(np.concatenate(labels)), sizes=sizes, classes=[*classes])
+    side, names = store_side(args.image_size), " and ".join(splits)
+    print(f"decoding {len(pictures):,} images of {args.data} {names} to {side} px", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
+        write_images(f"{folder}/images", pictures, side)
+        torch.save(about, f"{folder}/about")
+        os.replace(f"{folder}/about", path.with_suffix(".pt"))
+        os.replace(f"{folder}/images", path)
+
+
+def cache_path(args, splits):
+    """A published data set's cache goes by name, splits and side alone, so that its own files are
+    not opened again; a folder's also by its place and its pictures' names, sizes and times."""
+    folder = Path(args.data).resolve()
+    name = f"{folder.name}-{'-'.join(splits)}-{store_side(args.image_size)}"
+    if args.data not in DATASETS:
+        key = hashlib.sha256(str(folder).encode())
+        for split in splits:
+            for picture in open_dataset(args.data, args.root, split)[0]:
+                stat = os.stat(picture)
+                key.update(f"{picture} {stat.st_mtime_ns} {stat.st_size}\n".encode())
+        name = f"{name}-{key.hexdigest()[:12]}"
+    return Path(args.root) / "cache" / f"{name}.npy"
+
+
+def load_cached(args, splits):
+    """Images, labels, sizes and classes as in build_cache(), which runs where there is no cache."""
+    try:
+        path = cache_path(args, splits)
+        about_path = path.with_suffix(".pt")
+        if rank() == 0 and not (path.exists() and about_path.exists()):
+            build_cache(path, args, splits)
+        if world() > 1:
+            dist.barrier()  # the others wait until process 0 has built it
+        about = torch.load(about_path, weights_only=True)
+        images = shared_images(path, torch.device(args.device))
+    except (OSError, ValueError) as error:
+        fail(f"{args.data} and its cache under --root {args.root}: {error}")
+    return images, about["labels"], about["sizes"], about["classes"]
 
 
 def map_images(path):
-    """The array in an .npy file, mapped read-only: its pages are given up where memory is needed."""
+    """The array of an .npy file, mapped read-only: its pages go where memory is needed."""
     array = np.load(path, mmap_mode="r")
-    if array.nbytes > 0.5 * free_memory("cpu") and hasattr(mmap, "MADV_RANDOM"):
-        array.base.madvise(mmap.MADV_RANDOM)  # else megabytes around each image are read and soon dropped again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
         return torch.from_numpy(array)
-
-
-def decode(args, splits):
-    """Path of the cached images uint8 (n, 3, S, S) of these splits, one after the other; labels int64 (n,) or (n, 20); the
-    splits' sizes; the classes. Where there is no cache yet, one run makes it while others wait."""
-    name, root, side = Path(args.data).resolve().name, Path(args.root), store_side(args.image_size)
-    try:
-        (root / "cache").mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(root / f"{name}.lock") if os.access(root, os.W_OK) else contextlib.nullcontext():
-            opened = [open_dataset(args.data, args.root, split) for split in splits]
-            classes, pictures = opened[0][2], [picture for part in opened for picture in part[0]]
-            for split, part in zip(splits, opened):
-                check_classes(args, part[2], classes, split)
-                if not len(part[1]):
-                    fail(f"{args.data} has no images for {split}")
-            decoded = isinstance(pictures[0], np.ndarray)
-            files = sorted((root / DATASETS[args.data][2]).rglob("*")) if decoded else pictures
-            key = hashlib.sha256()  # another source or another side is another file
-            for file in files:
-                stat = os.stat(file)
-                key.update(f"{file} {stat.st_mtime_ns} {stat.st_size}\n".encode())
-            path = root / "cache" / f"{name}-{'-'.join(splits)}-{side}-{key.hexdigest()[:12]}.npy"
-            if not path.exists():
-                print(f"decoding {len(pictures):,} images of {name} {' and '.join(splits)} to {side} px", flush=True)
-                build_cache(path, pictures, side)
-    except (OSError, ValueError) as error:
-        fail(f"{args.data} and its cache under --root {args.root}: {error}")
-    labels = torch.from_numpy(np.concatenate([np.asarray(part[1], np.int64) for part in opened]))
-    return path, labels, [len(part[1]) for part in opened], classes
 
 
 @cache
@@ -632,51 +701,68 @@ def shared_images(path, device):
 
 def fit_on(device, images):
     """On a GPU where half of its free memory holds them, else on the host."""
-    return images.to(device) if device.type == "cuda" and images.nbytes < 0.5 * free_memory(device) else images
+    if device.type == "cuda" and images.nbytes < 0.5 * free_memory(device):
+        return images.to(device)
+    return images
+
+
+def load_petals(args, splits):
+    """Images, labels, sizes and classes as in build_cache()."""
+    side, names, images, labels = store_side(args.image_size), list(PETAL_SPLITS), [], []
+    for split in splits:
+        drawn = petals(PETAL_SPLITS[split], side, seed=1 + names.index(split))
+        images.append(drawn[0])
+        labels.append(drawn[1])
+    images = fit_on(torch.device(args.device), torch.cat(images))
+    classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
+    return images, torch.cat(labels), [len(part) for part in labels], classes
+
+
+def own_splits(name):
+    """The splits that a data set has of its own."""
+    if name == "petals":
+        return list(PETAL_SPLITS)
+    if name in DATASETS:
+        return DATASETS[name][1]
+    if not Path(name).is_dir():
+        fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with "
+             "train/CLASS/*.png, test/CLASS/*.png")
+    return os.listdir(name)
 
 
 def load_data(args, split):
     """A Store of one split: unlabeled, train, val, trainval or test.
 
-    Without a val of the data's own, it is a seeded, stratified fifth of train; without unlabeled, it is trainval.
+    Without a val of the data's own, it is a seeded, stratified fifth of train; without unlabeled,
+    it is trainval. train, val and trainval are rows of one array: no image is in two.
     """
-    name, device = args.data, torch.device(args.device)
-    if name not in KNOWN_DATA and not Path(name).is_dir():
-        fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png, test/CLASS/*.png")
-    own = (list(PETAL_SPLITS) if name == "petals" else DATASETS[name][1].split() if name in DATASETS else
-           [part.name for part in Path(name).iterdir()])
+    own = own_splits(args.data)
     if split == "unlabeled" and "unlabeled" not in own:
         split = "trainval"
-    # train, val and trainval are rows of one array: no image is in two
-    splits = [split] if split in ("unlabeled", "test") else ["train", "val"] if "val" in own else ["train"]
-    if name == "petals":
-        drawn = [petals(PETAL_SPLITS[part], store_side(args.image_size), seed=1 + own.index(part)) for part in splits]
-        images, labels = map(torch.cat, zip(*drawn))
-        images, sizes = fit_on(device, images), [PETAL_SPLITS[part] for part in splits]
-        classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
+    if split in ("unlabeled", "test"):
+        splits = [split]
+    elif "val" in own:
+        splits = ["train", "val"]
     else:
-        path, labels, sizes, classes = decode(args, splits)
-        images = shared_images(path, device)
+        splits = ["train"]
+    load = load_petals if args.data == "petals" else load_cached
+    images, labels, sizes, classes = load(args, splits)
     rows = torch.arange(len(labels))
     if split in ("train", "val"):
-        held_out = rows[sizes[0]:] if "val" in own else labelled_subset(labels, seed=0, fraction=0.2)
-        rows = held_out if split == "val" else torch.from_numpy(np.setdiff1d(rows.numpy(), held_out.numpy()))
-    return Store(images, labels[rows].to(device), rows, classes)
-
-
-def check_classes(args, classes, expected, split):
-    """Labels are positions in the list of classes: a split that lacks a class would shift them."""
-    if classes != expected:
-        odd = sorted(set(classes) ^ set(expected))
-        more = " ..." if len(odd) > 4 else ""
-        fail(f"{args.data}: {split} does not have the classes of the other splits: {', '.join(odd[:4])}{more}")
+        if "val" in own:
+            held_out = rows[sizes[0]:]
+        else:
+            held_out = labelled_subset(labels, seed=0, fraction=0.2)
+        rows = held_out if split == "val" else rows[~torch.isin(rows, held_out)]
+    return Store(images, labels[rows].to(args.device), rows, classes)
 
 
 def load_unlabeled(args, flag="batch_size"):
     """The images of a pretext task: at least a batch of them, since its batches are all whole."""
     data, batch_size = load_data(args, "unlabeled"), getattr(args, flag)
     if len(data) < batch_size:
-        fail(f"--{flag.replace('_', '-')} {batch_size} is more than the {len(data)} images: lower it")
+        option = "--" + flag.replace("_", "-")
+        fail(f"{option} {batch_size} is more than the {len(data)} images: lower it")
     return data
 
 
@@ -684,33 +770,42 @@ PROBE_IMAGES = 50_000, 10_000  # at most, of train and of val
 
 
 def load_probe(args):
-    """train and val for a probe on held-out labels, of huge data a random part; None without labels, or with several an image."""
+    """train and val for a probe on held-out labels, of huge data a random part; None without
+    labels, or with several an image."""
     if args.data not in KNOWN_DATA and not (Path(args.data) / "train").is_dir():
         return None
-    probe = load_data(args, "train"), load_data(args, "val")
-    check_classes(args, probe[1].classes, probe[0].classes, "val")
-    if len(probe[0].classes) < 2 or probe[0].labels.ndim == 2:
-        return None
     rng = torch.Generator().manual_seed(0)
-    return tuple(store.subset(torch.randperm(len(store), generator=rng)[:most]) if len(store) > most else store
-                 for store, most in zip(probe, PROBE_IMAGES))
+    probe = []
+    for split, most in zip(("train", "val"), PROBE_IMAGES):
+        store = load_data(args, split)
+        if len(store.classes) < 2 or store.labels.ndim == 2:
+            return None
+        if len(store) > most:
+            store = store.subset(torch.randperm(len(store), generator=rng)[:most])
+        probe.append(store)
+    return tuple(probe)
 
 
 def labelled_subset(labels, seed, per_class=None, fraction=None):
-    """Indices of a seeded subset: per_class images of each class, or that fraction of it (at least one). Images with several
-    labels (n, C) belong to no one class: they are not stratified."""
+    """Indices of a seeded subset: per_class images of each class, or that fraction of it (at least
+    one). Images with several labels (n, C) belong to no one class: they are not stratified."""
     rng = torch.Generator().manual_seed(seed)
     if labels.ndim == 2:
         if per_class is not None:
-            fail("--labels-per-class wants one class an image, and these have several: use --fraction")
-        return torch.randperm(len(labels), generator=rng)[:max(1, round(fraction * len(labels)))]
-    labels, keep = labels.cpu(), []
-    members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
-    if per_class is not None and per_class > max(map(len, members)):
-        fail(f"--labels-per-class {per_class} is more than any class has: the largest has {max(map(len, members))} images")
-    for rows in members:
-        number = min(per_class, len(rows)) if per_class is not None else max(1, round(fraction * len(rows)))
-        keep.append(rows[torch.randperm(len(rows), generator=rng)[:number]])
+            fail("--labels-per-class wants one class an image, these have several: use --fraction")
+        size = max(1, round(fraction * len(labels)))
+        return torch.randperm(len(labels), generator=rng)[:size]
+    labels = labels.cpu()
+    largest = labels.unique(return_counts=True)[1].max().item()
+    if per_class is not None and per_class > largest:
+        fail(f"--labels-per-class {per_class} is more than any class has: at most {largest} images")
+    keep = []
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0]
+        size = per_class  # of a smaller class all
+        if per_class is None:
+            size = max(1, round(fraction * len(rows)))
+        keep.append(rows[torch.randperm(len(rows), generator=rng)[:size]])
     return torch.cat(keep)
 
 
@@ -720,96 +815,133 @@ def few_labels(args):
 
 
 def load_labelled(args, seed, hold_out=False):
-    """The labelled images to train on: with --labels-per-class or --fraction a subset of train drawn by the seed, else all of
-    train and val. hold_out keeps val out, for a search that is judged on it."""
-    few = few_labels(args)
-    store = load_data(args, "train" if few or hold_out else "trainval")
+    """The labelled images to train on: with --labels-per-class or --fraction a subset of train that
+    the seed draws, else train and val. hold_out keeps val out, for a search judged on it."""
+    store = load_data(args, "train" if few_labels(args) or hold_out else "trainval")
     if len(store.classes) < 2:
         fail(f"{args.data} has only one class, {store.classes[0]}: there is nothing to tell apart")
-    return store.subset(labelled_subset(store.labels, seed, args.labels_per_class, args.fraction)) if few else store
+    if few_labels(args):
+        keep = labelled_subset(store.labels, seed, args.labels_per_class, args.fraction)
+        store = store.subset(keep)
+    return store
 
 
 def need_one_label(args, data):
     if data.labels.ndim == 2:
-        fail(f"{args.data} has several classes an image, and this loss needs one: finetune.py without --supcon takes it")
+        fail(f"{args.data} has several classes an image, and this loss needs one: finetune.py "
+             "without --eta takes it")
 
 
 def load_held_out(args, data):
-    """val for the probe of a stage that trains on the labelled `data`, or None where all labels are asked for, val's among them,
-    or an image has several."""
+    """val for the probe of a stage that trains on the labelled `data`, or None where all labels are
+    asked for, val's among them, or an image has several."""
     if not few_labels(args) or data.labels.ndim == 2:
         return None
-    val = load_data(args, "val")
-    check_classes(args, val.classes, data.classes, "val")
-    return val
+    return load_data(args, "val")
 
 
-def batches(store, batch_size, shuffle=True, whole_only=False):
-    """Yields images uint8 (b, 3, S, S) and labels (b,) on the device: every image once, of each batch this process's share.
+def steps_of(images, batch_size):
+    """The number of batches that hold so many images, the last one perhaps in part."""
+    return math.ceil(images / batch_size)
 
-    whole_only drops a rest that does not fill a batch (a pretext task wants as many negatives each step); else the images are
-    spread evenly over the batches, because BatchNorm cannot work on a rest of one.
+
+class Batches:
+    """Epochs of images uint8 (b, 3, S, S) and labels (b,) on the device, each in an order of its
+    own: every image once, of each batch this process's rows.
+
+    whole_only drops a rest that does not fill a batch (a pretext task wants as many negatives each
+    step); else the images are spread evenly over the batches. No process gets a batch of one image,
+    on which BatchNorm cannot work.
     """
-    n = len(store)
-    order = torch.randperm(n) if shuffle else torch.arange(n)
-    if whole_only:
-        return feed(store, own_rows(order[:n - n % batch_size]).split(batch_size // world()))
-    return feed(store, own_rows(order).tensor_split(-(-n // batch_size)))
+
+    def __init__(self, store, batch_size, whole_only=False):
+        self.store, self.batch_size, self.whole_only = store, batch_size, whole_only
+        own = len(store) // world()  # the images of one process
+        if whole_only:
+            self.steps = len(store) // batch_size
+            smallest = min(own, batch_size // world())
+        else:  # fewer batches where the rows of one process cannot give each of them two
+            self.steps = max(1, min(steps_of(len(store), batch_size), own // 2))
+            smallest = own // self.steps
+        if smallest < 2 or self.steps == 0:
+            fail(f"{len(store)} images in batches of {batch_size} are fewer than two a batch for "
+                 f"each process ({world()}): take more images or fewer processes")
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        order = torch.randperm(len(self.store))
+        if self.whole_only:
+            order = order[:self.steps * self.batch_size]
+        return feed(self.store, own_rows(order).tensor_split(self.steps))
 
 
 def feed(store, parts):
-    """Yields images and labels, on the device, of each index tensor in `parts`. What is on the host is read a batch ahead."""
+    """Yields images and labels, on the device, of each index tensor in `parts`. What is on the host
+    is read a batch ahead."""
     device = store.labels.device
     if store.images.is_cuda:
         for part in parts:
-            yield store.images[store.rows[part].to(device, non_blocking=True)], store.labels[part.to(device, non_blocking=True)]
+            rows = store.rows[part].to(device, non_blocking=True)
+            yield store.images[rows], store.labels[part.to(device, non_blocking=True)]
         return
-    side = torch.cuda.Stream(device) if store.labels.is_cuda else None  # copies beside the computation
+    copies = None
+    if device.type == "cuda":
+        copies = torch.cuda.Stream(device)  # beside the computation
 
     def read(part):
-        images = torch.empty(len(part), *store.images.shape[1:], dtype=torch.uint8, pin_memory=store.labels.is_cuda)
+        shape = len(part), *store.images.shape[1:]
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         return torch.index_select(store.images, 0, store.rows[part], out=images)
 
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, parts[0])
-        for part, following in zip(parts, [*parts[1:], None]):
+        for i, part in enumerate(parts):
             images = ahead.result()
-            if following is not None:
-                ahead = reader.submit(read, following)
-            with torch.cuda.stream(side):  # without a GPU this does nothing
+            if i + 1 < len(parts):
+                ahead = reader.submit(read, parts[i + 1])
+            with torch.cuda.stream(copies):  # without a GPU this does nothing
                 images = images.to(device, non_blocking=True)
-            if side:
-                torch.cuda.current_stream(device).wait_stream(side)
-                images.record_stream(torch.cuda.current_stream(device))
+            if copies is not None:
+                computation = torch.cuda.current_stream(device)
+                computation.wait_stream(copies)
+                images.record_stream(computation)
             yield images, store.labels[part.to(device, non_blocking=True)]
 
 
-# ----------------------------------------------------------------------------------------------- augmentations
+# ---------------------------------------------------------------------------------------- views
+
+def crop_resize_flip(x, box, flip, size):
+    """uint8 (B, 3, S, S), box (B, 4) of top, left, height, width in whole pixels, flip (B,) bool,
+    both on the CPU -> float32 (B, 3, size, size) in 0..1: torchvision's resized_crop of each."""
+    if x.device.type != "cpu" or x.shape[-1] <= 64:  # for small images the calls take the longer
+        box, flip = box.to(x.device, non_blocking=True), flip.to(x.device, non_blocking=True)
+        return resample(x.float() / 255, box, flip, size)
+    views = []
+    for i, (top, left, height, width) in enumerate(box.int().tolist()):
+        cut = x[i:i + 1, :, top:top + height, left:left + width]
+        cut = cut.contiguous(memory_format=torch.channels_last)  # torch resizes this layout fastest
+        views.append(F.interpolate(cut, (size, size), mode="bilinear", antialias=True))
+    views = torch.cat(views).contiguous()
+    views[flip] = views[flip].flip(3)
+    return views.float().div_(255)
+
 
 def resample(x, box, flip, size):
-    """Crop, resize and flip as one anti-aliased bilinear resampling, equal to torchvision's resized_crop image by image.
-
-    x (B, 3, S, S) float; box (B, 4) top, left, height, width in whole pixels; flip (B,) bool -> (B, 3, size, size). Separable:
-    a matrix an axis and image, each row a triangle as wide as the scale where that shrinks, cut off at the crop's edge.
-    """
-    def weights(start, length):  # (B,), (B,) -> (B, size, S)
-        scale = (length / size)[:, None, None]
-        centre = (torch.arange(size, device=x.device) + 0.5)[None, :, None] * scale
-        pixel = torch.arange(x.shape[-1], device=x.device) - start[:, None, None]  # (B, 1, S), 0 at the crop's edge
-        height = torch.zeros_like(pixel).masked_fill_((pixel < 0) | (pixel >= length[:, None, None]), -torch.inf) + 1
-        w = (pixel + 0.5 - centre).abs_().div_(-scale.clamp(min=1)).add_(height).clamp_(min=0)  # 1 - |distance| / width
-        return w.div_(w.sum(-1, keepdim=True))
-
-    top, left, height, width = box.to(x.dtype).unbind(1)
-    rows, columns = weights(top, height), weights(left, width)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))  # (B, 3, S, size)
-    return rows[:, None] @ x                                  # (B, 3, size, size)
-
-
-def constants(values, x):
-    """Numbers a channel (3, 1, 1) with the dtype and device of x, sent there without waiting for the device."""
-    return torch.tensor(values, dtype=x.dtype).view(3, 1, 1).to(x.device, non_blocking=True)
+    """The same on floats, all at once: a matrix an axis and image, whose rows are triangles as wide
+    as the scale where that shrinks, cut off at the crop's edges. Box and flip on x's device."""
+    start, length = box.to(x.dtype)[..., None, None].split(2, dim=1)  # (B, 2, 1, 1): both axes
+    scale = length / size
+    centre = (torch.arange(size, device=x.device)[:, None] + 0.5) * scale
+    pixel = torch.arange(x.shape[-1], device=x.device) - start  # 0 at the crop's edge
+    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel >= 0) & (pixel < length))
+    weight = weight / weight.sum(-1, keepdim=True)  # (B, 2, size, S)
+    rows, columns = weight.unbind(1)
+    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
+    x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))
+    return rows[:, None] @ x
 
 
 def grey(x):
@@ -817,139 +949,119 @@ def grey(x):
     return GREY[0] * x[:, :1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:]
 
 
-def blend(x, other, factor):
-    """factor x + (1 - factor) other, factor (B,): what brightness, contrast and saturation are made of."""
-    return torch.lerp(other, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
-
-
-def brightness(x, factor):
-    return blend(x, x.new_zeros(()), factor)
+def brightness(x, factor, dark=0):
+    """factor (B,): 1 gives x (B, 3, H, W), 0 gives dark, more than 1 exaggerates the difference."""
+    factor = factor.view(-1, 1, 1, 1)
+    return (factor * x + (1 - factor) * dark).clamp_(0, 1)
 
 
 def contrast(x, factor):
-    return blend(x, grey(x).mean((1, 2, 3), keepdim=True), factor)
+    return brightness(x, factor, dark=grey(x.mean((2, 3), keepdim=True)))
 
 
 def saturation(x, factor):
-    return blend(x, grey(x), factor)
+    return brightness(x, factor, dark=grey(x))
 
 
 def hue(x, shift):
     """Turn the hue of x (B, 3, H, W) in 0..1 by shift (B,), in full turns, in HSV space."""
-    r, g, b = x.split(1, dim=1)  # (B, 1, H, W)
-    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    chroma, red, green = high - low, (high == r).to(x.dtype), (high == g).to(x.dtype)
-    # g - b where red is highest, 2 chroma + b - r where green is, else 4 chroma + r - g; lerp is faster here than where
-    sixth = torch.lerp(torch.add(r - g, chroma, alpha=4), torch.add(b - r, chroma, alpha=2), green).lerp_(g - b, red)
-    sixth = sixth.div_(chroma.clamp(min=1e-12)).add_((6 * shift).view(-1, 1, 1, 1))  # hue in sixths of a turn
-    sixth = sixth.sub_((sixth / 6).floor_(), alpha=6)  # 0 .. 6
-    ramp = (sixth - constants((3, 2, 4), x)).abs_()  # |h - 3| - 1, 2 - |h - 2|, 2 - |h - 4|
-    ramp = ramp.mul_(constants((1, -1, -1), x)).add_(constants((-1, 2, 2), x)).clamp_(0, 1)
-    return torch.addcmul(low, chroma, ramp)
+    red, green, blue = x.unbind(1)
+    low, chroma = x.amin(1), x.amax(1) - x.amin(1)
+    # How far from red, 0 to 3 sixths of a turn: upwards on green's side, downwards on blue's.
+    from_red = 1 + (green + blue - red - low) / chroma.clamp(min=1e-12)
+    sixths = torch.copysign(from_red, green - blue) + 6 * shift.view(-1, 1, 1)
+    sixths = sixths - 6 * (sixths / 6).floor()  # 0 to 6: red is 0, green 2, blue 4
+    red = low + chroma * ((sixths - 3).abs() - 1).clamp_(0, 1)
+    green = low + chroma * (2 - (sixths - 2).abs()).clamp_(0, 1)
+    blue = low + chroma * (2 - (sixths - 4).abs()).clamp_(0, 1)
+    return torch.stack([red, green, blue], 1)
 
 
 def blur(x, sigma, kernel):
-    """Gaussian blur of x (B, 3, H, H) by sigma (B,) in pixels, `kernel` taps (odd), mirrored at the edges."""
-    side, reach = x.shape[-1], kernel // 2
-    taps = torch.arange(-reach, reach + 1, device=x.device)
-    weight = (-0.5 * (taps / sigma[:, None]) ** 2).exp()
-    weight = weight / weight.sum(1, keepdim=True)  # (B, kernel)
-    source = torch.arange(side, device=x.device)[:, None] + taps
-    source = (side - 1) - ((side - 1) - source.abs()).abs()  # (side, kernel), mirrored
-    matrix = x.new_zeros(len(x), side, side)
-    matrix.scatter_add_(2, source.expand(len(x), -1, -1), weight[:, None].expand(-1, side, -1).to(x.dtype))
-    return matrix[:, None] @ ((x.flatten(1, 2) @ matrix.mT).view_as(x))
+    """Gaussian blur of x (B, 3, H, H) by sigma (B,) in pixels, `kernel` taps, edges mirrored."""
+    reach, side = kernel // 2, x.shape[-1]
+    weight = torch.exp(-0.5 * (torch.arange(reach + 2, device=x.device) / sigma[:, None]) ** 2)
+    weight[:, reach + 1] = 0  # (B, reach + 2): the weight of a pixel by its distance
+    weight = weight / (2 * weight.sum(1, keepdim=True) - weight[:, :1])
+    source = torch.arange(-reach, side + reach, device=x.device)  # where mirrored pixels count too
+    distance = (source - source[reach:-reach, None]).abs().clamp(max=reach + 1)
+    matrix = weight[:, None, distance]  # (B, 1, H, H + 2 reach)
+    return matrix @ F.pad(x, (reach, reach, reach, reach), mode="reflect") @ matrix.mT
 
 
-def normalise(x, out=None):
-    """0..1 -> ImageNet's mean 0 and deviation 1, in the layout that convolutions are fastest in."""
-    out = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
-    return torch.sub(x, constants(MEAN, x), out=out).div_(constants(STD, x))
+def normalise(x):
+    """0..1 -> ImageNet's mean 0 and deviation 1"""
+    mean_std = torch.tensor((MEAN, STD), dtype=x.dtype).to(x.device, non_blocking=True)
+    mean, std = mean_std[..., None, None]
+    return (x - mean) / std
 
 
 def crop_boxes(count, side, scale, ratio=(3 / 4, 4 / 3), tries=10):
-    """RandomResizedCrop's boxes (count, 4): the first of ten draws that fits, else the whole image."""
+    """RandomResizedCrop's boxes (count, 4): the first of ten draws that fits, else the image."""
     area = side * side * torch.empty(count, tries).uniform_(*scale)
     aspect = torch.empty(count, tries).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
-    height, width = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
-    fits = (height <= side) & (width <= side) & (height > 0) & (width > 0)
-    first = fits.int().argmax(1, keepdim=True)
-    height, width = (torch.where(fits.any(1, keepdim=True), v.gather(1, first), side)[:, 0] for v in (height, width))
-    top, left = ((torch.rand(count) * (side - v + 1)).floor() for v in (height, width))
-    return torch.stack([top, left, height, width], 1)
+    shape = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], 2).round()
+    fits = ((shape > 0) & (shape <= side)).all(2)
+    shape[~fits] = side
+    shape = shape[torch.arange(count), fits.int().argmax(1)]  # (count, 2): height, width
+    corner = (torch.rand(2, count).T * (side - shape + 1)).floor()
+    return torch.cat([corner, shape], 1)
 
 
-def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0, solarise_p=0):
-    """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size). Crop with flip, colour jitter
-    (brightness, contrast, saturation, hue; in an order drawn once a batch), grey, blur (sigma 0.1 to 2 pixels), solarise."""
-    count = len(x) * world()  # views are drawn for the whole batch, so that they do not depend on the number of processes
-    uniform = lambda low, high: torch.empty(count).uniform_(low, high)
-    view = dict(box=crop_boxes(count, x.shape[-1], crop), flip=torch.rand(count) < 0.5)
-    order = torch.randperm(4).tolist() if any(jitter) else []
+def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0, blur_p=0,
+            solarise_p=0):
+    """One random view of every image: uint8 (B, 3, S, S) -> normalised float32 (B, 3, size, size).
+
+    Crop with flip, colour jitter (brightness, contrast, saturation, hue; in an order drawn once a
+    batch), grey, blur (sigma 0.1 to 2 pixels), solarise. Drawn on the CPU, for the whole batch, so
+    that views do not depend on the number of processes and no step waits for the device.
+    """
+    count = len(x) * world()
+    box = own_rows(crop_boxes(count, x.shape[-1], crop))
+    flip = own_rows(torch.rand(count) < 0.5)
+    order, factors, chosen = [], [], {}
     if any(jitter):
-        view["jittered"] = torch.rand(count) < jitter_p
-        view["factors"] = torch.stack([uniform(max(0, 1 - v), 1 + v) for v in jitter[:3]] + [uniform(-jitter[3], jitter[3])], 1)
-    for name, p in (("grey", grey_p), ("blurred", blur_p), ("solarised", solarise_p)):
+        order = torch.randperm(4).tolist()
+        left_out = torch.rand(count) >= jitter_p
+        for strength, neutral in zip(jitter, (1, 1, 1, 0)):  # neutral changes nothing
+            low, high = max(neutral - strength, neutral - 1), neutral + strength
+            factor = torch.empty(count).uniform_(low, high).masked_fill(left_out, neutral)
+            factors.append(own_rows(factor).to(x.device, non_blocking=True))
+    for name, p in (("grey", grey_p), ("blur", blur_p), ("solarise", solarise_p)):
         if p:
-            view[name] = torch.rand(count) < p
+            chosen[name] = own_rows(torch.rand(count) < p)
     if blur_p:
-        view["sigma"] = uniform(0.1, 2)
-    view = {name: own_rows(values) for name, values in view.items()}
-    out = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
-    at_once = 64 if x.device.type == "cpu" else max(1, len(x))  # parts that fit the processor's cache: twice as fast
-    for part in (slice(i, i + at_once) for i in range(0, len(x), at_once)):
-        make_view(x[part], {name: values[part] for name, values in view.items()}, [i for i in order if jitter[i]], out[part])
-    return out
-
-
-def make_view(x, view, order, out):
-    """What augment() has drawn for the images x, done to them; order: of the colour operations, by number."""
-    size, send = out.shape[-1], lambda values: values.to(x.device, non_blocking=True)
-
-    def change(drawn, operation, *parameters):
-        """operation() on the images drawn for it. Which they are is found out on the CPU: the device is not waited for."""
-        if drawn in view:
-            rows = view[drawn].nonzero()[:, 0]
-            parameters, rows = [send(view[name][rows]) for name in parameters], send(rows)
-            x[rows] = operation(x[rows], *parameters)
-
-    def jitter(x, factors):
+        sigma = own_rows(torch.empty(count).uniform_(0.1, 2)).to(x.device, non_blocking=True)
+    at_once = 1 + len(x)
+    if x.device.type == "cpu":
+        at_once = 1 + 2 ** 17 // size ** 2  # 1.5 MB of float32 stay in the processor's cache
+    views = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
+    for start in range(0, len(x), at_once):
+        part = slice(start, start + at_once)
+        view = crop_resize_flip(x[part], box[part], flip[part], size)
         for i in order:
-            x = (brightness, contrast, saturation, hue)[i](x, factors[:, i])
-        return x
-
-    x = resample(x.float(), send(view["box"]), send(view["flip"]), size).div_(255)
-    change("jittered", jitter, "factors")
-    change("grey", lambda x: grey(x).expand(-1, 3, -1, -1))
-    change("blurred", lambda x, sigma: blur(x, sigma, max(3, size // 10 // 2 * 2 + 1)), "sigma")
-    change("solarised", lambda x: torch.where(x >= 0.5, 1 - x, x))
-    normalise(x, out)
+            if jitter[i]:
+                view = (brightness, contrast, saturation, hue)[i](view, factors[i][part])
+        for name, which in chosen.items():
+            rows = which[part].nonzero()[:, 0].to(x.device, non_blocking=True)
+            if name == "grey":
+                view[rows] = grey(view[rows])
+            if name == "blur":
+                kernel = max(3, size // 10 // 2 * 2 + 1)
+                view[rows] = blur(view[rows], sigma[part][rows], kernel)
+            if name == "solarise":
+                view[rows] = torch.minimum(view[rows], 1 - view[rows])
+        views[part] = normalise(view)
+    return views
 
 
 def test_crop(x, size):
-    """The view that every evaluation uses: the centre 0.875 of the image, resized. Shapes as in augment()."""
+    """The view that every evaluation uses: the centre 0.875 of the image, resized, normalised."""
     side = round(0.875 * x.shape[-1])
     edge = round((x.shape[-1] - side) / 2)
-    box = torch.tensor([[edge, edge, side, side]]).expand(len(x), 4).to(x.device, non_blocking=True)
-    return normalise(resample(x.float(), box, torch.zeros(len(x), dtype=torch.bool, device=x.device), size) / 255)
-
-
-
-
-def steps_of(images, batch_size):
-    return -(-images // batch_size)
-
-
-class Batches:
-    def __init__(self, store, batch_size, whole_only=False):
-        self.store, self.batch_size, self.whole_only = store, batch_size, whole_only
-
-    def __len__(self):
-        n = len(self.store)
-        return n // self.batch_size if self.whole_only else steps_of(n, self.batch_size)
-
-    def __iter__(self):
-        return batches(self.store, self.batch_size, whole_only=self.whole_only)
+    box = torch.tensor([[edge, edge, side, side]]).expand(len(x), 4)
+    x = crop_resize_flip(x, box, torch.zeros(len(x), dtype=torch.bool), size)
+    return normalise(x).contiguous(memory_format=torch.channels_last)
 
 
 # ----------------------------------------------------------------------------------------- backbone
@@ -988,7 +1100,8 @@ def build_backbone(arch, small_stem):
 
 
 def halve_channels(model, width):
-    """What follows the first convolution, in `width` channels at first and one BasicBlock a stage."""
+    """What follows the first convolution, in `width` channels at first and one BasicBlock a
+    stage."""
     model.inplanes, model.num_features = width, 8 * width
     model.bn1 = nn.BatchNorm2d(width)
     model.layer1 = model._make_layer(BasicBlock, width, 1)
@@ -1030,7 +1143,8 @@ def load_backbone(ckpt, args, say):
     for key, shape in needed.items():
         if found.get(key) != shape:
             problem = f"has shape {tuple(found[key])}" if key in found else "is missing"
-            fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {problem}, should be {tuple(shape)}")
+            fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {problem}, should be "
+                 f"{tuple(shape)}")
     whole = backbone.state_dict()
     for key in whole:
         if key in state:  # old files lack BatchNorm's counts
@@ -1038,13 +1152,14 @@ def load_backbone(ckpt, args, say):
     backbone.load_state_dict(whole)
     if say:
         left = [key for key in found if key not in needed]
-        print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors matched"
-              + some_names(", left out", left), flush=True)
+        print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors "
+              f"matched{some_names(', left out', left)}", flush=True)
     return backbone
 
 
 def most_similar_arch(state, small_stem):
-    """The name of the architecture of which the fewest tensors are missing, misshapen or left over."""
+    """The name of the architecture of which the fewest tensors are missing, misshapen or left
+    over."""
     found, differences = shapes(state), {}
     for arch in ARCHS:
         with torch.device("meta"):  # shapes without memory
@@ -1056,11 +1171,13 @@ def most_similar_arch(state, small_stem):
 
 def shapes(state):
     """The shape of each tensor of a state dict; BatchNorm's counts of batches do not matter."""
-    return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    return {key: value.shape for key, value in state.items()
+            if not key.endswith("num_batches_tracked")}
 
 
 def some_names(words, names, most=4):
-    """", left out fc.weight, fc.bias ...": at most `most` of the names; nothing where there are none."""
+    """", left out fc.weight, fc.bias ...": at most `most` of the names; nothing where there are
+    none."""
     if not names:
         return ""
     more = " ..." if len(names) > most else ""
@@ -1101,7 +1218,8 @@ def free_memory(device):
 
 def autocast(device, precision):
     """For forward passes only: losses and second derivatives are computed outside."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+    half = precision == "bfloat16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half)
 
 
 def upcast(x):
@@ -1111,7 +1229,8 @@ def upcast(x):
 
 def task_loss(logits, y):
     """Mean cross-entropy for y (B,). For y (B, C) of 1 present, 0 absent, -1 ignored: binary
-    cross-entropy, mean over the entries that count. logits (B, C) -> scalar, in float32 or better."""
+    cross-entropy, mean over the entries that count. logits (B, C) -> scalar, in float32 or
+    better."""
     logits = upcast(logits)
     if y.ndim == 1:
         return F.cross_entropy(logits, y)
@@ -1123,8 +1242,8 @@ def task_loss(logits, y):
 
 @torch.no_grad()
 def features(backbone, store, args):
-    """Backbone features float32 (n, D) and labels (n,) of a store, in evaluation mode, in the store's
-    order."""
+    """Backbone features float32 (n, D) and labels (n,) of a store, in evaluation mode, in the
+    store's order."""
     was_training, parts = backbone.training, []
     backbone.eval()
     own = torch.arange(rank(), len(store), world())
@@ -1141,7 +1260,8 @@ def features(backbone, store, args):
 
 
 def knn_accuracy(memory, memory_labels, query, query_labels, k=20, temperature=0.1):
-    """Weighted k-NN on cosine similarity (Wu et al. 2018, arXiv 1805.01978, section 3.4), in per cent.
+    """Weighted k-NN on cosine similarity (Wu et al. 2018, arXiv 1805.01978, section 3.4), in per
+    cent.
 
     memory (N, D), query (M, D); each of the k nearest votes exp(similarity / temperature) for its
     class.
@@ -1162,10 +1282,10 @@ class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling with momentum.
 
     g <- g + wd w;  g <- g eta ||w|| / (||g_raw|| + wd ||w||);  v <- momentum v + g;  w <- w - lr v.
-    The trust ratio is that of You et al. (2017, arXiv 1708.03888), whose norms leave the decay out of
-    g; SimCLR's code takes the norm of g + wd w. The learning rate stands outside of v, as in
-    torch.optim.SGD; both of theirs have it inside.
-    Groups with adapt=False (biases, BatchNorm) keep their gradient as it is.
+    The trust ratio is that of You et al. (2017, arXiv 1708.03888), whose norms leave the decay out
+    of g; SimCLR's code takes the norm of g + wd w. The learning rate stands outside of v, as in
+    torch.optim.SGD; both of theirs have it inside. Groups with adapt=False (biases, BatchNorm) keep
+    their gradient as it is.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
@@ -1203,7 +1323,8 @@ OPTIMIZERS = ("adamw", "lars", "sgd")
 
 
 def make_optimizer(name, modules, lr, weight_decay, scales=None):
-    """adamw, lars or sgd over the modules' trainable parameters; biases and BatchNorm are not decayed.
+    """adamw, lars or sgd over the modules' trainable parameters; biases and BatchNorm are not
+    decayed.
 
     scales: a factor of the learning rate for each module.
     """
@@ -1229,8 +1350,9 @@ def make_optimizer(name, modules, lr, weight_decay, scales=None):
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
-    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter 2017,
-    arXiv 1608.03983), of which an earlier stage has gone through the share `start` already."""
+    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter
+    2017, arXiv 1608.03983), of which an earlier stage has gone through the share `start`
+    already."""
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:
@@ -1261,8 +1383,8 @@ def chunked_backward(model, embed, loss, x, chunk):
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    """average <- decay average + (1 - decay) model, for every parameter. BatchNorm's statistics stay
-    each module's own."""
+    """average <- decay average + (1 - decay) model, for every parameter. BatchNorm's statistics
+    stay each module's own."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -1295,15 +1417,16 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
     """Write one dict of plain types and tensors; backbone, head and projector are modules or state
     dicts.
 
-    backbone: torchvision's own resnet of that name loads it (its fc aside); head: of the pretext task,
-    or the classifier; projector: leads to a loss beside the head; resume: what --resume needs. Weights
-    that are not finite are refused, so that the last good checkpoint stays.
+    backbone: torchvision's own resnet of that name loads it (its fc aside); head: of the pretext
+    task, or the classifier; projector: leads to a loss beside the head; resume: what --resume
+    needs. Weights that are not finite are refused, so that the last good checkpoint stays.
     """
     parts = dict(backbone=state_of(backbone), head=state_of(head), projector=state_of(projector))
     for state in parts.values():
         for key, value in (state or {}).items():
             if not value.isfinite().all():
-                fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as it was")
+                fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as "
+                     "it was")
     contents = dict(method=method, arch=arch, image_size=image_size, **parts, classes=classes,
                     config=config, resume=resume)
     if rank() == 0:
@@ -1317,8 +1440,8 @@ NUMBERED = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()  # by li
 
 
 def load_checkpoint(path):
-    """Read any script's checkpoint, or a foreign one: what stands in front of "conv1.weight" there is
-    the prefix of the backbone. Nothing in the file is run.
+    """Read any script's checkpoint, or a foreign one: what stands in front of "conv1.weight" there
+    is the prefix of the backbone. Nothing in the file is run.
 
     Returns our dict, tensors on the CPU; what a foreign file does not tell is None.
     """
@@ -1345,11 +1468,11 @@ def load_checkpoint(path):
 def read_file(path):
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old formats: what matters is checked by the caller
+            warnings.simplefilter("ignore")  # about old formats: the caller checks what matters
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"no checkpoint {path}")
-    except Exception as error:  # torch.load raises a dozen types for a file that is not a checkpoint
+    except Exception as error:  # torch.load raises a dozen types for what is no checkpoint
         reason = "it is truncated or no checkpoint"
         if "Unsupported" in str(error):
             reason = "it would run code when read"
@@ -1369,8 +1492,8 @@ def tensor_dicts(content):
 
 
 def named_layers(state):
-    """The state dict with ResNet's names, where lightly has numbered the children: "backbone.4.0..."
-    is "layer1.0...". Any other state dict is returned as it is."""
+    """The state dict with ResNet's names, where lightly has numbered the children:
+    "backbone.4.0..." is "layer1.0...". Any other state dict is returned as it is."""
     for key in state:
         numbered = re.fullmatch(r"(.*\.|)4\.0\.conv1\.weight", key)
         if numbered:
@@ -1413,8 +1536,9 @@ def run_config(args):
 # ------------------------------------------------------------------------------------ runs and logs
 
 class Run:
-    """What every training loop repeats: it goes on where a stopped run was, seeds each epoch, averages
-    what is logged over images and processes, and writes OUT.jsonl and OUT.pt after each epoch.
+    """What every training loop repeats: it goes on where a stopped run was, seeds each epoch,
+    averages what is logged over images and processes, and writes OUT.jsonl and OUT.pt after each
+    epoch.
 
         run = common.Run(args, "simclr", model, data.classes, optimizer=optimizer)
         for epoch in run.epochs_left():
@@ -1424,13 +1548,13 @@ class Run:
             run.end_epoch()
 
     model: its children backbone, head, projector, ... are saved under their names; others: whatever
-    else a resume needs and has a state_dict(). epochs: args.epochs, unless a script counts otherwise,
-    in another `unit`. probe: (memory, query) stores for a k-NN probe every args.probe_every epochs.
-    stage: whose draws an epoch makes; without, the method's.
+    else a resume needs and has a state_dict(). epochs: args.epochs, unless a script counts
+    otherwise, in another `unit`. probe: (memory, query) stores for a k-NN probe every
+    args.probe_every epochs. stage: whose draws an epoch makes; without, the method's.
     """
 
-    def __init__(self, args, method, model, classes, epochs=None, unit="epoch", probe=None, stage=None,
-                 **others):
+    def __init__(self, args, method, model, classes, epochs=None, unit="epoch", probe=None,
+                 stage=None, **others):
         self.args, self.method, self.model, self.classes = args, method, model, classes
         self.stage = stage or method
         self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
@@ -1496,7 +1620,8 @@ class Run:
         self.save()
 
     def log(self, metrics):
-        """One line on the screen, with images per second and the time left, and one in OUT.jsonl."""
+        """One line on the screen, with images per second and the time left, and one in
+        OUT.jsonl."""
         done = len(self.history) + 1
         line = {self.unit: done}
         for name, value in metrics.items():
@@ -1506,7 +1631,9 @@ class Run:
             if value is None or name == self.unit:
                 continue
             if not math.isfinite(value):
-                kept = f"{self.args.out}.pt holds the last good one" if done > 1 else "nothing was written"
+                kept = "nothing was written"
+                if self.history:
+                    kept = f"{self.args.out}.pt holds the last good one"
                 fail(f"{name} is {value} in {self.unit} {done}: try a lower learning rate. {kept}")
             shown.append(f"{name} {value:.4g}")
         self.history.append(line)
@@ -1526,7 +1653,8 @@ class Run:
 
 
 def seed_epoch(stage, seed, epoch):
-    """Order and views of an epoch depend neither on the ones before nor on those of another stage."""
+    """Order and views of an epoch depend neither on the ones before nor on those of another
+    stage."""
     digest = hashlib.sha256(f"{stage} {seed} {epoch}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -1569,7 +1697,7 @@ def plot_features(axes, x, y, title):
     x = F.normalize(x, dim=1)
     x = x - x.mean(0)
     class_means = torch.stack([x[y == label].mean(0) for label in y.unique()])  # (C, D)
-    _, _, directions = torch.linalg.svd(class_means, full_matrices=False)       # (C, D), largest first
+    _, _, directions = torch.linalg.svd(class_means, full_matrices=False)  # (C, D), largest first
     plane = (x @ directions[:2].T).cpu().numpy()                                # (n, 2)
     axes.scatter(plane[:, 0], plane[:, 1], c=y.cpu().numpy(), cmap="tab20", s=4)
     axes.set_title(title)
@@ -1578,7 +1706,8 @@ def plot_features(axes, x, y, title):
 def show_images(axes, x, columns):
     """A grid of normalised images (n, 3, H, W), as the network gets them."""
     x = x.float().cpu()
-    x = (x * constants(STD, x) + constants(MEAN, x)).clamp(0, 1)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    x = (x * std + mean).clamp(0, 1)
     grid = torchvision.utils.make_grid(x, columns, padding=1, pad_value=1)
     axes.imshow(grid.permute(1, 2, 0).numpy())
     axes.set_axis_off()

@@ -5,19 +5,21 @@ Cross-entropy alone leaves the classes of a self-supervised backbone loose. Core
 contrastive loss on the labels, gives it hard pairs made by mixing features, and smooths the
 classifier's boundary with the same mixtures.
 
-  1. Features f = backbone(x), one view an image. For every anchor i in the batch: its hardest positive
-     hp(i), the image of its class with the lowest cosine similarity, and its hardest negative hn(i),
-     the one of another class with the highest.
+  1. Features f = backbone(x), one view an image. For every anchor i in the batch: its hardest
+     positive hp(i), the image of its class with the lowest cosine similarity, and its hardest
+     negative hn(i), the one of another class with the highest.
   2. Hard positive       f+_i = l f_hp(i) + (1 - l) f_hn(i),  l ~ Beta(alpha, alpha), labels mixed
      alike. Semi-hard negative  f-_i = (1 - l') f_i + l' f_r(i), r a random permutation,
      l' ~ Beta(alpha, alpha), at least 0.8.
   3. L = L_ce^m + eta L_con^f over all 3B: soft-label cross-entropy of the classifier, and the focal
-     contrastive loss of the projections z = g(f), in which easy positives weigh less. An image's own
-     hard positive is one of its positives.
+     contrastive loss of the projections z = g(f), in which easy positives weigh less. An image's
+     own hard positive is one of its positives.
 
     python core_tuning.py --ckpt simclr.pt
-    python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     search and seeds as in finetune.py
-    python finetune.py --ckpt core_tuning.pt --eval                  its checkpoint is a fine-tuned one
+    python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     search and seeds as in
+    finetune.py
+    python finetune.py --ckpt core_tuning.pt --eval                  its checkpoint is a fine-tuned
+    one
 """
 import torch
 import torch.nn.functional as F
@@ -28,9 +30,9 @@ import finetune
 
 
 def hardest(f, y):
-    """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor by cosine similarity;
-    the anchor's own where it has none. f (B, D), y (B,) int. Constants: no gradient flows through the
-    choice."""
+    """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor by cosine
+    similarity; the anchor's own where it has none. f (B, D), y (B,) int. Constants: no gradient
+    flows through the choice."""
     f = F.normalize(f.detach(), dim=1)
     similarity, same = f @ f.T, y[:, None] == y                 # (B, B)
     positives = similarity.masked_fill(~same, torch.inf)        # other classes are never the lowest
@@ -44,8 +46,8 @@ def hard_pairs(f, y, num_classes, alpha):
     """Hard positives and semi-hard negatives made in feature space, and their labels ("hard pair
     mining").
 
-    f (B, D), y (B,) int -> f_pos (B, D), y_pos (B, C), f_neg (B, D), y_neg (B, C); labels are shares
-    that add up to 1.
+    f (B, D), y (B,) int -> f_pos (B, D), y_pos (B, C), f_neg (B, D), y_neg (B, C); labels are
+    shares that add up to 1.
     """
     alpha = torch.tensor(alpha, dtype=f.dtype)
     shares = torch.distributions.Beta(alpha, alpha).sample((2, len(f), 1))  # (2, B, 1)
@@ -62,8 +64,8 @@ def hard_pairs(f, y, num_classes, alpha):
 
 
 def positive_pairs(labels, batch):
-    """P_i as a bool matrix (n, n): the others with i's label, and for an image i < batch its own hard
-    positive batch + i.
+    """P_i as a bool matrix (n, n): the others with i's label, and for an image i < batch its own
+    hard positive batch + i.
 
     labels (n, C): soft. A mixture of two classes shares its label with no other row; one within a
     class has the class's.
@@ -116,7 +118,7 @@ def train(trial):
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
             features = torch.cat([f, f_pos, f_neg])                                 # (3B, D)
             labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])   # (3B, C)
-            logits, z = head(features), projector(features)                         # (3B, C), (3B, d)
+            logits, z = head(features), projector(features)                     # (3B, C), (3B, d)
             contrast = focal_contrastive(z, positive_pairs(labels, len(y)), args.temperature)
             loss = F.cross_entropy(logits, labels) + args.eta * contrast
             optimizer.zero_grad()
@@ -139,19 +141,20 @@ def show_hard_pairs(axes, args, backbone):
     x = common.test_crop(x, args.image_size)
     shown = torch.cat([x[:8], x[hp[:8]], x[hn[:8]]])
     common.show_images(axes, shown, columns=min(8, len(x)))
-    axes.set_title("anchor, hardest positive, hardest negative\nin one training batch, after fine-tuning")
+    axes.set_title("anchor, hardest positive, hardest negative\n"
+                   "in one training batch, after fine-tuning")
 
 
 def parser():
     p = common.Parser("core_tuning.py", __doc__, finetune.PETALS, finetune.OTHERS,
                       from_coin=finetune.FROM_COIN)
     finetune.protocol_options(p)
-    p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes it "
-             "between 0.1 and 10. The authors' 0.1 is about 0.003 here: they divide by all 3B columns "
-             "instead of |P_i|", 1.0)
+    p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes "
+             "it between 0.1 and 10. The authors' 0.1 is about 0.003 here: they divide by all 3B "
+             "columns instead of |P_i|", 1.0)
     p.option("--alpha", common.bounded(float, 1e-3, 1e6), "shares of the mixtures are drawn from "
              "Beta(alpha, alpha)", 1.0)
-    p.option("--temperature", common.bounded(float, 1e-3), "tau of the focal contrastive loss", 0.07)
+    p.option("--temperature", common.bounded(float, 1e-3), "tau of the contrastive loss", 0.07)
     p.option("--dim", common.COUNT, "width of the projections", 256)
     return p
 

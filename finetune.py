@@ -7,15 +7,16 @@ decay are searched at random on a validation split, the best pair is trained wit
 the test split is looked at once, at the end of each such run.
 
     python finetune.py --ckpt simclr.pt                      without --ckpt: the same from scratch
-    python finetune.py --ckpt simclr.pt --freeze             linear probe: only the classifier learns
+    python finetune.py --ckpt simclr.pt --freeze             linear probe: only the classifier
+    learns
     python finetune.py --ckpt simclr.pt --search 20 --seeds 5     what a table needs: mean +- std
     python finetune.py --ckpt coin.pt                        COIN's second stage: its last epochs
     python finetune.py --ckpt finetune.pt --eval             test accuracy of a finished run, of
                                                              core_tuning.py and bi_tuning.py too
 
-With all labels a search trains on train, and the final runs on train and val together. With few labels
-all train on a subset of train, drawn anew for each final seed. A search is always judged on the whole
-of val.
+With all labels a search trains on train, and the final runs on train and val together. With few
+labels all train on a subset of train, drawn anew for each final seed. A search is always judged on
+the whole of val.
 """
 import argparse
 import copy
@@ -30,7 +31,7 @@ import coin
 import common
 
 METRICS = ("top1", "top5", "mean_class", "map")
-# What is usually reported, else top1: printed first, and what the best pair of a search is chosen by.
+# What is usually reported, else top1: printed first, and what a search is judged by.
 MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_class",
                    caltech101="mean_class", voc07="map")
 
@@ -85,8 +86,8 @@ def accuracy(logits, y):
 
 
 def average_precision(scores, present):
-    """11-point interpolated average precision of each class (C,), 0 to 1 (VOC 2007): the mean over the
-    recalls 0, 0.1, ..., 1 of the highest precision at that recall or a higher one.
+    """11-point interpolated average precision of each class (C,), 0 to 1 (VOC 2007): the mean over
+    the recalls 0, 0.1, ..., 1 of the highest precision at that recall or a higher one.
 
     scores (n, C); present (n, C): 1, 0, or -1 for what counts neither way. NaN for a class that no
     image has.
@@ -103,12 +104,12 @@ def average_precision(scores, present):
 
 
 def metrics(logits, labels):
-    """Top-1, top-5 and mean per-class accuracy in per cent, and the confusion matrix (C, C) with true
-    classes as rows.
+    """Top-1, top-5 and mean per-class accuracy in per cent, and the confusion matrix (C, C) with
+    true classes as rows.
 
-    logits (n, C), labels (n,). Classes without an image do not count in the mean. With several labels
-    an image, (n, C): mean average precision and the share of images whose highest score is that of a
-    class they show, and each class's precision (C,).
+    logits (n, C), labels (n,). Classes without an image do not count in the mean. With several
+    labels an image, (n, C): mean average precision and the share of images whose highest score is
+    that of a class they show, and each class's precision (C,).
     """
     if labels.ndim == 2:
         precision = average_precision(logits, labels)
@@ -148,7 +149,8 @@ class Trial:
 
 
 class Run(common.Run):
-    """common.Run of one trial: scored on the labelled images that judge it; many trials, one log."""
+    """common.Run of one trial: scored on the labelled images that judge it; many trials, one
+    log."""
 
     def __init__(self, trial, model, optimizer):
         self.trial, self.number = trial, len(trial.results) + 1
@@ -207,8 +209,8 @@ class Run(common.Run):
 
 
 def protocol(args, method, train, panel=None):
-    """Random search on the validation split, then the best pair with --seeds seeds, each scored once
-    on test.
+    """Random search on the validation split, then the best pair with --seeds seeds, each scored
+    once on test.
 
     train(trial): the script's own loop; panel(axes, args, backbone): what it adds to the figure.
     """
@@ -224,8 +226,9 @@ def protocol(args, method, train, panel=None):
         searching, now = number < args.search, choose_settings(args, results, number)
         data = common.load_labelled(args, now.seed, hold_out=searching)
         watch = val if searching or common.few_labels(args) else None
-        print(f"run {number + 1}/{trials}: {len(data):,} labelled images of {len(data.classes)} classes, "
-              f"lr {now.lr:.2g}, weight decay {now.weight_decay:.2g}, seed {now.seed}", flush=True)
+        print(f"run {number + 1}/{trials}: {len(data):,} labelled images of {len(data.classes)} "
+              f"classes, lr {now.lr:.2g}, weight decay {now.weight_decay:.2g}, "
+              f"seed {now.seed}", flush=True)
         train(Trial(method, args, now, data, judge=val if searching else test, watch=watch,
                     history=history, results=results, resume=number == first))
 
@@ -237,41 +240,45 @@ def protocol(args, method, train, panel=None):
 
 
 def choose_settings(args, results, number):
-    """The flags of a trial: a random pair while the search goes on, then the best with a new seed."""
+    """The flags of a trial: a random pair while the search goes on, then the best with a new
+    seed."""
     now = copy.copy(args)
     if number < args.search:
         rng = np.random.default_rng(args.seed)
         pairs = 10 ** rng.uniform((-4, -5), (0, -2), (args.search, 2))  # lr 1e-4..1, wd 1e-5..1e-2
         now.lr, now.weight_decay = pairs[number].tolist()
         return now
-    main_metric = MAIN_METRIC.get(args.data, "top1")
-    best = max(results[:args.search], key=lambda result: result.get(main_metric, 0.0), default=vars(args))
-    now.lr, now.weight_decay = best["lr"], best["weight_decay"]
+    main_metric, highest = MAIN_METRIC.get(args.data, "top1"), -1.0
+    for result in results[:args.search]:
+        score = result.get(main_metric, 0.0)  # a pair that diverged has none
+        if score > highest:
+            highest, now.lr, now.weight_decay = score, result["lr"], result["weight_decay"]
     now.seed = args.seed + number - args.search
     return now
 
 
 def say_what_was_seen(args, start):
-    """Where the checkpoint comes from a stage with labels: what it has seen, and what budget it left."""
+    """Where the checkpoint comes from a stage with labels: what it has seen, and what budget it
+    left."""
     seen = argparse.Namespace(**(start["config"] if start else {}))
     if "labels_per_class" in vars(seen) and seen.data == args.data:
         few = common.few_labels(args)
         same = (seen.labels_per_class, seen.fraction, seen.seed) == (
             args.labels_per_class, args.fraction, args.seed)
         if few and (args.seeds > 1 or not same):
-            print(f"{args.ckpt} has learnt from other labelled images than these flags draw: make one "
-                  "for each seed", flush=True)
+            print(f"{args.ckpt} has learnt from other labelled images than these flags draw: make "
+                  "one for each seed", flush=True)
         if args.search and not common.few_labels(seen):
-            print(f"{args.ckpt} has learnt from val, on which this search is judged: accuracies on val "
-                  "are too high", flush=True)
+            print(f"{args.ckpt} has learnt from val, on which this search is judged: accuracies on "
+                  "val are too high", flush=True)
     if args.cosine_start:
-        print(f"{args.epochs} epochs are left of the budget: goes on at {args.cosine_start:.0%} of the "
-              "cosine", flush=True)
+        print(f"{args.epochs} epochs are left of the budget: goes on at {args.cosine_start:.0%} of "
+              "the cosine", flush=True)
 
 
 def report(args, results):
-    """Print and return mean and standard deviation of each metric over the runs, the data set's main
-    metric first."""
+    """Print and return mean and standard deviation of each metric over the runs, the data set's
+    main metric first."""
     main_metric = MAIN_METRIC.get(args.data, "top1")
     names = [main_metric, *METRICS]
     summary, said = {}, []
@@ -293,7 +300,7 @@ def load_classifier(args, say=True):
     """Backbone and linear head of --ckpt, a fine-tuning checkpoint, and the classes that they tell
     apart."""
     if not args.ckpt:
-        common.fail("--eval needs --ckpt, a checkpoint of finetune.py, core_tuning.py or bi_tuning.py")
+        common.fail("--eval needs --ckpt, of finetune.py, core_tuning.py or bi_tuning.py")
     backbone, ckpt = common.start_backbone(args, say)
     state = ckpt["head"] or {}
     if "weight" not in state:
@@ -315,8 +322,8 @@ def evaluate_checkpoint(args):
 
 
 def draw(args, history, test, panel):
-    """Curves, the confusion matrix on test (with several labels an image: each class's precision), the
-    test features before and after, and the method's own panel."""
+    """Curves, the confusion matrix on test (with several labels an image: each class's precision),
+    the test features before and after, and the method's own panel."""
     finished = copy.copy(args)
     finished.ckpt = f"{args.out}.pt"
     backbone, head, classes = load_classifier(finished, say=False)
@@ -333,9 +340,10 @@ def draw(args, history, test, panel):
     else:
         share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
         show_matrix(axes[0, 2], share, classes, vmin=0, vmax=1)
-        axes[0, 2].set(xlabel="predicted", ylabel="true", title="confusion on test, share of the class")
+        axes[0, 2].set(xlabel="predicted", ylabel="true", title="confusion on test")
     where = "fine-tuning, where class means differ most"
-    common.plot_features(axes[1, 0], *common.features(before, test, args), f"test features before {where}")
+    x_before, _ = common.features(before, test, args)
+    common.plot_features(axes[1, 0], x_before, y, f"test features before {where}")
     common.plot_features(axes[1, 1], x, y, f"test features after {where}")
     if panel:
         panel(axes[1, 2], args, backbone)
@@ -355,19 +363,19 @@ def show_matrix(axes, matrix, classes, **colours):
 def protocol_options(p):
     """The flags of the protocol, the same for all three fine-tuning scripts."""
     p.label_options()
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop, share of the image")
-    p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try on the "
-             "validation split", 0)
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
+    p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try "
+             "on the validation split", 0)
     p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- deviation", 1)
-    p.option("--cosine-start", common.bounded(float, 0, 0.999), "share of the cosine that is over already; after coin.py: "
-             "coin's")
+    p.option("--cosine-start", common.bounded(float, 0, 0.999), "share of the cosine that is over "
+             "already; after coin.py: coin's")
 
 
 PETALS = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.08, weight_decay=0.008,
               crop=0.5, labels_per_class=20, cosine_start=0.0)
 OTHERS = dict(PETALS, image_size=64, lr=0.01, weight_decay=5e-4, labels_per_class=None)
-FROM_COIN = ("epochs", "cosine_start", "lr", "weight_decay", "batch_size", "crop", "labels_per_class",
-             "fraction")
+FROM_COIN = ("epochs", "cosine_start", "lr", "weight_decay", "batch_size", "crop",
+             "labels_per_class", "fraction")
 
 
 def parser():
@@ -375,11 +383,11 @@ def parser():
     from_coin = (*FROM_COIN, "eta", "temperature")
     p = common.Parser("finetune.py", __doc__, petals, others, from_coin=from_coin)
     protocol_options(p)
-    p.option("--eta", common.NOT_NEGATIVE, "cross-entropy + ETA x SupCon; after coin.py: coin's, 0.1")
+    p.option("--eta", common.NOT_NEGATIVE, "cross-entropy + ETA x SupCon; after coin.py: coin's")
     p.option("--temperature", common.bounded(float, 1e-3), "tau of SupCon; after coin.py: coin's")
-    p.add_argument("--freeze", action="store_true", help="linear probe: the backbone stays as it is")
-    p.add_argument("--eval", action="store_true", help="print the test accuracy of --ckpt; train and "
-                   "write nothing")
+    p.add_argument("--freeze", action="store_true", help="linear probe: the backbone is left alone")
+    p.add_argument("--eval", action="store_true", help="print the test accuracy of --ckpt; train "
+                   "and write nothing")
     return p
 
 

@@ -1,8 +1,8 @@
 """SimCLR: a simple framework for contrastive learning of visual representations (Chen et al. 2020,
 arXiv 2002.05709).
 
-Two random views of one image should have projections that are close to each other and far from those
-of all other images in the batch. Labels are only read by the probe that watches the training.
+Two random views of one image should have projections that are close to each other and far from
+those of all other images in the batch. Labels are only read by the probe that watches the training.
 
   1. Draw a batch of B images; make two views x1, x2 of each.
   2. z = g(f(x)) for all 2B views: f is the backbone, g an MLP projector.
@@ -29,7 +29,8 @@ def nt_xent(z1, z2, temperature):
     pairs (i, j).
 
     l(i, j) = -log( exp(s_ij) / sum_{k != i} exp(s_ik) ), s_ij = z_i.z_j / tau, k over all 2B views.
-    z1, z2 (B, D): projections of the two views, normalised here; row i of both is image i. -> scalar
+    z1, z2 (B, D): projections of the two views, normalised here; row i of both is image i. ->
+    scalar
     """
     z1 = F.normalize(common.upcast(z1), dim=1)
     z2 = F.normalize(common.upcast(z2), dim=1)
@@ -38,7 +39,7 @@ def nt_xent(z1, z2, temperature):
     similarity = torch.cat([z1, z2]) @ candidates.T / temperature   # (2B, 2N), rows: own anchors
     row = common.own_rows(torch.arange(len(every), device=z1.device))   # (B,) own images among all
     itself = torch.cat([row, row + len(every)])                     # (2B,) the anchors' own columns
-    partner = torch.cat([row + len(every), row])                    # (2B,) the columns of their partners
+    partner = torch.cat([row + len(every), row])                    # (2B,) their partners' columns
     similarity = similarity.scatter(1, itself[:, None], -torch.inf)     # k != i
     return F.cross_entropy(similarity, partner)         # -log( exp(s_ij) / sum_{k != i} exp(s_ik) )
 
@@ -132,20 +133,20 @@ def draw(args, history, views):
 
 
 def parser():
-    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3, weight_decay=1e-4,
-                  crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
+    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3,
+                  weight_decay=1e-4, crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
     others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
     optimizers = dict(sgd=dict(lr=0.05, weight_decay=5e-4), lars=dict(lr=0.85, weight_decay=1e-6))
     p = common.Parser("simclr.py", __doc__, petals, others, optimizers)
-    p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and then a "
-             "rate of 0.075 sqrt(batch)", "adamw", choices=common.OPTIMIZERS)
-    p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a second "
-             "forward pass; 0: all", 0)
+    p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and "
+             "then a rate of 0.075 sqrt(batch)", "adamw", choices=common.OPTIMIZERS)
+    p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a "
+             "second forward pass; 0: all", 0)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
     p.option("--temperature", common.bounded(float, 1e-3), "tau of NT-Xent", 0.2)
     p.option("--hidden", common.COUNT, "width of the projector's hidden layer", 256)
     p.option("--dim", common.COUNT, "width of the projections", 128)
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop, share of the image")
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
     p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4,
              metavar=tuple("BCSH"))
     p.option("--grey", common.SHARE, "probability of a grey view", 0.2)

@@ -62,10 +62,13 @@ FUNCTIONS = {
     "bi_tuning.share_with_class": (3, "test_bi_tuning.py", "a_contrastive_loss"),
     "bi_tuning.contrastive_cross_entropy": (2, "test_bi_tuning.py", "a_contrastive_loss and cce"),
     "bi_tuning.categorical_contrastive": (2, "test_bi_tuning.py", "a_contrastive_loss and ccl or same_categorical"),
-    "bissl.conjugate_gradient": (3, "test_bissl.py", "test_conjugate_gradients or one_step_goes or no_step_gives or "
-                                 "zero_right_hand or further_steps_stay or layerwise_takes or layerwise_on"),
-    "bissl.inverse_hvp": (2, "test_bissl.py", "inverse_hvp or handed_in or layerwise_reaches or loss_is_linear or "
-                                              "implicit_gradient_is"),
+    "bissl.conjugate_gradient": (
+        3, "test_bissl.py",
+        "(test_conjugate_gradients or one_step_goes or no_step_gives or zero_right_hand or "
+        "further_steps_stay or solves_in_a_row or empty_list_of_directions or tolerance_is_kept or "
+        "each_step_reaches or same_right_hand or indefinite_matrix or stops_where) and not layerwise"),
+    "bissl.inverse_hvp": (2, "test_bissl.py",
+                          "inverse_hvp or handed_in or loss_is_linear or implicit_gradient_is"),
     "finetune.metrics": (2, "test_losses.py test_datasets.py", "metrics_are or mean_class_accuracy or confusion_matrix or "
                                                                "average_precision"),
     "common.update_average": (1, "test_losses.py test_byol.py", "update_average or update_target"),

@@ -7,7 +7,7 @@
   residual   ||v - A x|| / ||v|| of plain and layer-wise conjugate gradients against steps, for several dampings (one batch)
   controls   what BiSSL has to beat: fine-tuning at once; the pretext continued from its own head for as many lower steps
              (lambda 0: theta never hears of phi), and for as many seconds; J = I
-  N_L N_U lam damping cg_steps layerwise   BiSSL's own flags
+  N_L N_U lam damping cg_steps   BiSSL's own flags
   alpha      COIN's share of the budget      eta  Core-tuning's weight        ingredients  Core-tuning without each of its three
   keys       Bi-tuning's K                   losses  Bi-tuning without each of its two losses
 Each variant is trained from the same SimCLR checkpoint and fine-tuned with the same flags, --seeds times: labelled images,
@@ -37,6 +37,7 @@ import coin
 import common
 import core_tuning
 from bench_accuracy import Bench
+from bench_hypergradient import layerwise
 from bench_speed import device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -45,7 +46,7 @@ FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping
         "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
 CONTROLS = ("fine-tuning", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
 VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0.1, 1, 10), "damping": (10, 100, 1000),
-          "cg_steps": (1, 5, 10), "layerwise": ("plain", "layer-wise"), "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9),
+          "cg_steps": (1, 5, 10), "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9),
           "eta": (0, 0.1, 0.3, 1, 3, 10), "keys": (1, 4, 16, 40, 100),
           "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
           "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight", "fine-tuning")}
@@ -143,7 +144,7 @@ class Ablation:
             return stages[0][1], [self.score("finetune", ckpt, seed) for ckpt, _ in stages]
         if group in SCRIPT:
             return {}, scores(SCRIPT[group], self.args.ckpt, *flags, part=value if group in ("ingredients", "losses") else None)
-        ckpt, stage = self.stage("bissl", seed, *flags, *["--layerwise"] * (value == "layer-wise"))
+        ckpt, stage = self.stage("bissl", seed, *flags)
         return stage, scores("finetune", ckpt)
 
     def rows(self, group):
@@ -174,26 +175,25 @@ def residuals(args, device):
     flags = bissl.parser().parse_args(["--data", args.data, "--root", args.root, "--ckpt", args.ckpt, "--device", device,
                                        "--out", f"{args.runs}/residual"])
     backbone, ckpt = common.start_backbone(flags, say=False)
-    pretext, model, config, _ = bissl.start_pretext(flags, backbone, ckpt)
+    pretext, model, pretext_args, _ = bissl.start_pretext(flags, backbone, ckpt)
     torch.manual_seed(0)
-    x, _ = next(common.batches(common.load_data(flags, "unlabeled"), 128, whole_only=True))
-    model.to(memory_format=torch.contiguous_format)
-    theta, data = tuple(backbone.parameters()), common.load_data(flags, "train")
+    images, data = common.load_data(flags, "unlabeled"), common.load_data(flags, "train")
+    x, _ = next(iter(common.Batches(images, 128, whole_only=True)))
+    theta = tuple(backbone.parameters())
     head = torch.nn.Linear(backbone.num_features, len(data.classes)).to(device)
-    with common.frozen_statistics(model, second_order=True):
-        views = [view.contiguous() for view in pretext.make_views(x, config)]
-        loss = pretext.loss(model, views, dict(config, precision="float32"))
-        gradient = torch.autograd.grad(loss, theta, create_graph=True)
-        pictures, y = next(common.batches(data, 64))
-        v = torch.autograd.grad(common.task_loss(head(backbone(common.augment(pictures, flags.image_size))), y), theta)
+    gradient = bissl.pretext_gradient(pretext, model, x, pretext_args)
+    with common.frozen_statistics(backbone):
+        pictures, y = next(iter(common.Batches(data, 64)))
+        logits = head(backbone(common.augment(pictures, flags.image_size)))
+        v = torch.autograd.grad(common.task_loss(logits, y), theta)
     rows = []
     for damping in (1.0, 10.0, 100.0, 1000.0):
         matvec = bissl.damped_hessian(gradient, theta, damping)
-        for solver in ("plain", "layer-wise"):
+        for name, solver in (("plain", bissl.conjugate_gradient), ("layer-wise", layerwise)):
             for steps in (1, 2, 3, 5, 8):
-                solution = bissl.conjugate_gradient(matvec, v, steps, layerwise=solver == "layer-wise")
-                left = bissl.norm([b - Ax for b, Ax in zip(v, matvec(solution))]) / bissl.norm(v)
-                rows.append(dict(group="residual", variant=f"{solver}, damping {damping:g}", value=steps,
+                whole, Ax = bissl.as_vector(v), bissl.as_vector(matvec(solver(matvec, v, steps)))
+                left = (whole - Ax).norm() / whole.norm()
+                rows.append(dict(group="residual", variant=f"{name}, damping {damping:g}", value=steps,
                                  residual=float(f"{left.item():.3g}")))
                 print("{variant}, {value} steps: {residual}".format(**rows[-1]), flush=True)
     return rows

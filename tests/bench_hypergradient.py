@@ -1,26 +1,32 @@
-"""What a BiSSL alternation costs, and how far its hypergradient is from the exact one, for each way to solve its linear systems.
+"""What a BiSSL alternation costs, and how far its hypergradient is from the exact one, for each way
+to solve its linear systems.
 
-    python tests/bench_hypergradient.py                                     trains a short SimCLR on petals first
-    python tests/bench_hypergradient.py --ckpt simclr.pt --data flowers     any flags of bissl.py; 10 to 20 minutes on a slow CPU
+    python tests/bench_hypergradient.py                 trains a short SimCLR on petals first
+    python tests/bench_hypergradient.py --ckpt simclr.pt --data flowers     any flags of bissl.py
 
-One alternation at bissl.py's default sizes with N_U = 8, damping 100. The baseline: float32, the first-order graph built anew
-for every product, plain conjugate gradients from zero on the whole pretext batch until the residual is under 0.1.
-  products  Hessian-vector products of the 8 solves; bissl.py makes one more an alternation, for the residual in its log
-  seconds   20 lower steps + 8 upper steps + first-order graphs + products, that one included except in the baseline: how often each ran times the median of its time,
-            which was taken in turn with the others' in this process. bissl.py's own loop around them costs nothing
+10 to 20 minutes on a slow CPU. One alternation at bissl.py's default sizes with N_U = 8, damping
+100. The baseline: float32, the first-order graph built anew for every product, plain conjugate
+gradients from zero on the whole pretext batch until the residual is under 0.1.
+  products  Hessian-vector products of the 8 solves
+  seconds   20 lower steps + 8 upper steps + first-order graphs + products: how often each ran times
+            the median of its time, which was taken in turn with the others' in this process.
+            bissl.py's own loop around them costs nothing
   ratio     seconds / the baseline's; the aim is 0.35 with no larger an error
-  error     ||h - h*|| / ||h*||, h = implicit + direct gradient of phi_B, mean over the 8 upper steps. h* comes from float64
-            solves on the whole batch to a residual of 1e-4, by recycled conjugate gradients instead of 100 plain steps
+  error     ||h - h*|| / ||h*||, h = implicit + direct gradient of phi_B, mean over the 8 upper
+            steps. h* comes from float64 solves on the whole batch to a residual of 1e-4, with shared
+            directions instead of 100 plain steps
   residual  ||v - A x|| / ||v|| of the last solve, A with the whole batch
-  graph MB  what the first-order graph holds: on a GPU the rise of allocated memory at its peak over one product, on a CPU
-            the bytes of all tensors that autograd saves for it, each storage once
-Writes tests/results/hypergradient.csv (rows of other devices and data stay) and hypergradient.png.
+  graph MB  what the first-order graph holds: on a GPU the rise of allocated memory at its peak over
+            one product, on a CPU the bytes of all tensors that autograd saves for it, each once
+layerwise() is the released code's solver. Writes tests/results/hypergradient.csv (rows of other
+devices and data stay) and hypergradient.png.
 """
 import copy
 import csv
 import itertools
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from statistics import mean, median
 
@@ -42,43 +48,77 @@ FIELDS = ("device", "data", "setting", "idea", "hessian_batch", "products", "sec
 N_L, N_U, ROUNDS = 20, 8, 5
 
 
+class Counted:
+    """A matvec that counts its products."""
+
+    def __init__(self, matvec):
+        self.matvec, self.products = matvec, 0
+
+    def __call__(self, v):
+        self.products += 1
+        return self.matvec(v)
+
+
 def plain(matvec, vectors, tolerance, steps=20):
-    shared = bissl.Recycled(most=0)
-    return [bissl.recycled_conjugate_gradient(matvec, v, steps, tolerance, shared) for v in vectors], shared.products
+    matvec = Counted(matvec)
+    answers = [bissl.conjugate_gradient(matvec, v, steps, tolerance) for v in vectors]
+    return answers, matvec.products
 
 
-def recycled(matvec, vectors, tolerance, steps=5):
-    shared = bissl.Recycled(most=20)
-    return [bissl.recycled_conjugate_gradient(matvec, v, steps, tolerance, shared) for v in vectors], shared.products
+def recycled(matvec, vectors, tolerance, steps=5, most=20):
+    """As bissl.py solves the systems of an alternation."""
+    matvec, directions, answers = Counted(matvec), [], []
+    for v in vectors:
+        answers.append(bissl.conjugate_gradient(matvec, v, steps, tolerance, directions))
+        directions = bissl.reusable(directions, most)
+    return answers, matvec.products
 
 
 def warm(matvec, vectors, tolerance):
-    """x starts at the last solution. A x is known then: the products of its directions add up to it."""
-    shared, x, Ax, answers = bissl.Recycled(most=0), None, None, []
-
+    """x starts at the last solution, whose A x is known: its directions' products add up to it."""
+    matvec, answers = Counted(matvec), []
+    x = Ax = torch.zeros_like(bissl.as_vector(vectors[0]))
     for v in vectors:
-        x, Ax = x or [torch.zeros_like(t) for t in v], Ax or [torch.zeros_like(t) for t in v]
-        r = tuple(s - t for s, t in zip(v, Ax))
-        own = bissl.Recycled(most=99)
-        step = bissl.recycled_conjugate_gradient(matvec, r, 20, tolerance * float(bissl.norm(v) / bissl.norm(r)), own)
-        left = torch.cat([t.reshape(-1) for t in r])
-        for p, Ap, curvature in own.directions:
-            left = left - p @ left / curvature * Ap
-        x = [s + t for s, t in zip(x, step)]
-        Ax = [s - t.view(s.shape) for s, t in zip(v, left.split([t.numel() for t in v]))]
-        shared.products += own.products
-        answers.append(tuple(x))
-    return answers, shared.products
+        whole = bissl.as_vector(v)
+        r, directions = whole - Ax, []
+        own_tolerance = tolerance * float(whole.norm() / r.norm())
+        start = bissl.as_tensors(r, v)
+        step = bissl.conjugate_gradient(matvec, start, 20, own_tolerance, directions)
+        _, left = bissl.best_point(r, directions)
+        x, Ax = x + bissl.as_vector(step), whole - left
+        answers.append(bissl.as_tensors(x, v))
+    return answers, matvec.products
 
 
 def five(matvec, vectors):
     return [bissl.conjugate_gradient(matvec, v, 5) for v in vectors], 5 * len(vectors)
 
 
+def layerwise(matvec, b, steps):
+    """The released code's conjugate gradients on A x = b: every tensor of the tuple b has an alpha
+    and a beta of its own, although A couples them."""
+    x, r, p = [torch.zeros_like(t) for t in b], list(b), list(b)
+    for _ in range(steps):
+        Ap = matvec(tuple(p))
+        for i in range(len(b)):
+            rr = (r[i] * r[i]).sum()
+            alpha = bissl.ratio(rr, (p[i] * Ap[i]).sum())
+            x[i] = x[i] + alpha * p[i]
+            r[i] = r[i] - alpha * Ap[i]
+            beta = bissl.ratio((r[i] * r[i]).sum(), rr)
+            p[i] = r[i] + beta * p[i]
+    return tuple(x)
+
+
+def five_layerwise(matvec, vectors):
+    return [layerwise(matvec, v, 5) for v in vectors], 5 * len(vectors)
+
+
 IDEAS = [  # name, images of the Hessian (None: all), solver, graph kept
     ("baseline: graph rebuilt, plain, 0.1", None, lambda A, vs: plain(A, vs, 0.1), False),
     ("graph kept", None, lambda A, vs: plain(A, vs, 0.1), True),
     ("graph kept, 5 steps", None, five, True),
+    ("graph kept, 5 steps, layer-wise", None, five_layerwise, True),
     ("warm start, 0.1", None, lambda A, vs: warm(A, vs, 0.1), True),
     ("half batch, plain, 0.1", 2, lambda A, vs: plain(A, vs, 0.1), True),
     ("quarter batch, plain, 0.1", 4, lambda A, vs: plain(A, vs, 0.1), True),
@@ -87,10 +127,6 @@ IDEAS = [  # name, images of the Hessian (None: all), solver, graph kept
     ("half batch, recycled, 0.05", 2, lambda A, vs: recycled(A, vs, 0.05), True),
     ("quarter batch, recycled, 0.05", 4, lambda A, vs: recycled(A, vs, 0.05), True),
 ]
-
-
-def flat(tensors):
-    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def held_bytes(first_order, product, device):
@@ -116,11 +152,12 @@ def measure(argv):
     torch.manual_seed(args.seed)
     theta_B, ckpt = common.start_backbone(args)
     pretext, lower, config, _ = bissl.start_pretext(args, theta_B, ckpt)
-    pretext_args = bissl.Namespace(**{**vars(args), "data": args.pretext_data or config["data"]})
-    pretext_data, data = common.load_unlabeled(pretext_args, "pretext_batch_size"), common.load_labelled(args, args.seed)
+    pretext_data = bissl.load_pretext_data(args, config)
+    data = common.load_labelled(args, args.seed)
     phi_B = copy.deepcopy(theta_B)
     phi_H = nn.Linear(phi_B.num_features, len(data.classes)).to(args.device)
-    lower_optimizer = common.make_optimizer(config["optimizer"], [lower], config["lr"] / 5, config["weight_decay"])
+    lower_optimizer = common.make_optimizer(
+        config.optimizer, [lower], config.lr / 5, config.weight_decay)
     upper_optimizer = common.make_optimizer("sgd", [phi_B, phi_H], args.lr, args.weight_decay)
     theta, phi, damping = tuple(theta_B.parameters()), tuple(phi_B.parameters()), args.lam + args.damping
     bissl.warm_up_head(args, phi_B, phi_H, data)
@@ -143,23 +180,27 @@ def measure(argv):
             with common.frozen_statistics(theta_B):
                 theta_logits = phi_H(theta_B(x))
             phi_logits = phi_H(phi_B(x))
-        theta_loss, phi_loss = (F.cross_entropy(common.upcast(logits), y) for logits in (theta_logits, phi_logits))
+        theta_loss = F.cross_entropy(common.upcast(theta_logits), y)
+        phi_loss = F.cross_entropy(common.upcast(phi_logits), y)
         inputs["v"] = torch.autograd.grad(theta_loss, theta, retain_graph=True)
         upper_optimizer.zero_grad()
         (theta_loss + phi_loss).backward(inputs=(*phi, *phi_H.parameters()))
         inputs["direct"] = [p.grad.clone() for p in phi]
 
+    exact_args = Namespace(**vars(config))
+    exact_args.precision = "float32"
+
     def first_order(part, model, views):
         views = [view[:len(view) // part] for view in views]
         with common.frozen_statistics(model):
-            loss = pretext.loss(model, views, dict(config, precision="float32"))
+            loss = pretext.loss(model, views, exact_args)
             return torch.autograd.grad(loss, tuple(model.backbone.parameters()), create_graph=True)
 
-    batches = bissl.endless(pretext_data, args.pretext_batch_size, whole_only=True)
-    common.set_learning_rate(lower_optimizer, config["lr"] / 10, 0, 1)
+    batches = bissl.endless(common.Batches(pretext_data, args.pretext_batch_size, whole_only=True))
+    common.set_learning_rate(lower_optimizer, config.lr / 10, 0, 1)
     planar = copy.deepcopy(lower).to(memory_format=torch.contiguous_format)  # the layout that bissl.py takes products in
     some = tuple(torch.randn_like(p) for p in theta)
-    upper_batches = bissl.endless(data, args.batch_size, whole_only=False)
+    upper_batches = bissl.endless(common.Batches(data, args.batch_size))
     for i, (x, _) in enumerate(itertools.islice(batches, N_L)):
         timed("lower", lambda: lower_step(x))
         if i % (N_L // ROUNDS):
@@ -170,7 +211,9 @@ def measure(argv):
             timed(("graph", part), lambda: inputs.update(graph=first_order(part, planar, views)))
             product = bissl.damped_hessian(inputs["graph"], tuple(planar.backbone.parameters()), damping)
             timed(("product", part), lambda: product(some))
-        timed("rebuilt", lambda: bissl.damped_hessian(first_order(1, planar, views), tuple(planar.backbone.parameters()), damping)(some))
+        planar_theta = tuple(planar.backbone.parameters())
+        timed("rebuilt", lambda: bissl.damped_hessian(
+            first_order(1, planar, views), planar_theta, damping)(some))
     inputs.pop("graph")
     del planar, product
     lower.to(memory_format=torch.contiguous_format)
@@ -184,25 +227,37 @@ def measure(argv):
     for x, y in itertools.islice(upper_batches, N_U):
         upper_gradients(x, y)
         vectors.append(inputs["v"])
-        direct.append(flat(inputs["direct"]).double())
-        torch._foreach_add_([p.grad for p in phi], bissl.inverse_hvp(None, theta, inputs["v"], damping, 5, gradient=kept[1]))
+        direct.append(bissl.as_vector(inputs["direct"]).double())
+        implicit = bissl.inverse_hvp(None, theta, inputs["v"], damping, 5, kept[1])
+        torch._foreach_add_([p.grad for p in phi], implicit)
         upper_optimizer.step()
     seconds = {part: median(values) for part, values in times.items()}
     print("medians:", "  ".join(f"{part} {value:.3f} s" for part, value in seconds.items()), flush=True)
 
     exact_theta = tuple(exact.backbone.parameters())
     gradient = first_order(1, exact, [view.double() for view in views])
-    solutions, count = recycled_to(bissl.damped_hessian(gradient, exact_theta, damping), vectors, 1e-4)
+    exact_vectors = [tuple(t.double() for t in v) for v in vectors]
+    product = bissl.damped_hessian(gradient, exact_theta, damping)
+    solutions, count = recycled(product, exact_vectors, 1e-4, steps=100, most=200)
+    solutions = [bissl.as_vector(x) for x in solutions]
     print(f"float64 solutions: {count} products", flush=True)
-    del gradient, exact
+    del gradient, exact, product
     rows = []
     for name, part, solve, keeps in IDEAS:
         part = part or 1
         answers, products = solve(A[part], vectors)
-        error = mean(((flat(x).double() - best).norm() / (best + d).norm()).item() for x, best, d in zip(answers, solutions, direct))
-        left = bissl.norm(s - t for s, t in zip(vectors[-1], A[1](answers[-1]))) / bissl.norm(vectors[-1])
-        work = seconds["graph", part] + (products + 1) * seconds["product", part] if keeps else products * seconds["rebuilt"]
-        held = held_bytes(lambda: first_order(part, lower, views), lambda g: bissl.damped_hessian(g, theta, damping)(vectors[0]), args.device)
+        errors = []
+        for x, best, d in zip(answers, solutions, direct):
+            off = (bissl.as_vector(x).double() - best).norm() / (best + d).norm()
+            errors.append(off.item())
+        error = mean(errors)
+        last = bissl.as_vector(vectors[-1])
+        left = (last - bissl.as_vector(A[1](answers[-1]))).norm() / last.norm()
+        work = products * seconds["rebuilt"]
+        if keeps:
+            work = seconds["graph", part] + products * seconds["product", part]
+        held = held_bytes(lambda: first_order(part, lower, views),
+                          lambda g: bissl.damped_hessian(g, theta, damping)(vectors[0]), args.device)
         total = N_L * seconds["lower"] + N_U * seconds["upper"] + work
         rows.append(dict(data=Path(args.data).name, setting=f"{args.arch}, {args.image_size} px, batch {len(images)}, damping {damping:g}",
                          idea=name, hessian_batch=len(images) // part, products=products, seconds=f"{total:.3g}",
@@ -210,12 +265,6 @@ def measure(argv):
                          residual=f"{left.item():.3f}", graph_mb=f"{held / 1e6:.0f}"))
         print("  ".join(str(value) for value in list(rows[-1].values())[2:]), flush=True)
     return rows, args.device
-
-
-def recycled_to(matvec, vectors, tolerance):
-    shared = bissl.Recycled(most=200)
-    return [flat(bissl.recycled_conjugate_gradient(matvec, tuple(t.double() for t in v), 100, tolerance, shared))
-            for v in vectors], shared.products
 
 
 def draw(rows):

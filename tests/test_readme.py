@@ -1,16 +1,27 @@
-"""What README says can be typed and counted."""
+"""What the three READMEs say can be typed, counted and looked at."""
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
 
 import common
 import pytest
 from conftest import ROOT
 
+READMES = ("README.md", "tests/README.md", "tests/results/README.md")
 TEXT = (ROOT / "README.md").read_text()
+ALL_TEXT = "\n".join((ROOT / name).read_text() for name in READMES)
 SCRIPTS = ("simclr", "byol", "coin", "bissl", "finetune", "core_tuning", "bi_tuning")
-LITERAL = {"$s": "0", "LR": "0.1", "WD": "0.001", "DIR": "petals", "EMOJI": "petals", "FILE": "simclr.pt"}
-COMMANDS = sorted(set(re.findall(r"(?:python|torchrun --nproc-per-node=\d+) ((?:%s)\.py[^`\n&;#]*)" % "|".join(SCRIPTS), TEXT)))
+LITERAL = {"LR": "0.1", "WD": "0.001", "DIR": "petals", "EMOJI": "petals", "FILE": "simclr.pt"}
+CALL = r"(?:python|torchrun --nproc-per-node=\d+) ((?:%s)\.py[^`\n&;#]*)" % "|".join(SCRIPTS)
+COMMANDS = sorted(set(re.findall(CALL, ALL_TEXT)))
+
+
+def commands_of_block(title):
+    """The indented lines below a heading."""
+    section = TEXT.split(f"## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"^    (.*)$", section, re.M)
 
 
 def test_there_are_commands():
@@ -23,13 +34,58 @@ def test_every_command_has_flags_that_the_script_knows(command, tmp_path, monkey
     monkeypatch.setattr(common, "load_checkpoint", lambda path: dict(config={}))
     script, *flags = shlex.split(command)
     for word, value in LITERAL.items():
-        flags = [re.sub(rf"(?<!\w){re.escape(word)}(?!\w)" if word.isalpha() else re.escape(word), value, flag) for flag in flags]
+        flags = [re.sub(rf"(?<!\w){word}(?!\w)", value, flag) for flag in flags]
     importlib.import_module(script.removesuffix(".py")).parser().parse_args(flags)
 
 
-def test_every_figure_and_folder_that_is_shown_is_there():
-    for path in [*re.findall(r"!\[[^]]*\]\(([^)]*)\)", TEXT), *re.findall(r"`(tests/[\w./-]+)`", TEXT)]:
+@pytest.mark.parametrize("name", READMES)
+def test_every_figure_and_folder_that_is_shown_is_there(name):
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):  # links and figures: from the README's folder
+        assert ((ROOT / name).parent / path).exists(), path
+    named = re.findall(r"`(tests/[\w./-]+)`", text) + re.findall(r"python (tests/[\w./-]+\.py)", text)
+    for path in named:                                            # named in the text: from the root
         assert (ROOT / path).exists(), path
+
+
+def test_every_bench_stands_in_the_readme_of_the_tests():
+    text = (ROOT / "tests/README.md").read_text()
+    for bench in (ROOT / "tests").glob("bench_*.py"):
+        assert f"`python tests/{bench.name}" in text, bench.name
+
+
+def test_the_landing_page_is_short_and_links_to_the_others():
+    assert len(TEXT.splitlines()) <= 250
+    for name in READMES[1:]:
+        assert f"]({name})" in TEXT
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_prose_and_code_fit_in_100_columns(name):
+    """Rows of tables and indented lines, which are typed or printed as they are, may be longer."""
+    for line in (ROOT / name).read_text().splitlines():
+        assert len(line) <= 100 or line.startswith(("|", "    ")), line
+
+
+def test_both_commands_make_and_enter_the_environment():
+    setup = "python -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
+    first, tests = commands_of_block("Start")
+    assert first.startswith(setup + "python simclr.py && ")
+    assert tests == setup + "python -m pytest -q tests"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="copies what git lists")
+def test_the_gate_runs_the_readme_s_own_test_command():
+    gate = subprocess.run([ROOT / ".ci/run", "--dry-run"], capture_output=True, text=True)
+    assert gate.returncode == 0, gate.stderr
+    assert gate.stdout == commands_of_block("Start")[1] + "\n"
+
+
+def test_the_table_of_data_names_every_data_set():
+    rows = re.findall(r"^\| `(\w+)` \| ([\w./-]+) \| [^|]*https?://", TEXT, re.M)
+    assert [name for name, _ in rows] == list(common.DATASETS)
+    for name, folder in rows:
+        assert folder in map(str, common.DATASETS[name]), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,4 +1,4 @@
-"""The views: the batched operations give what torchvision gives image by image, and the draws are random as asked."""
+"""The views: the operations give what torchvision gives image by image, drawn as asked."""
 import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
@@ -11,17 +11,17 @@ WHOLE = dict(crop=(1, 1))  # the only box with the area of the image is the imag
 
 
 def noise(count, side):
-    """Random pictures whose right half mirrors the left one, so that a flip does not change them."""
+    """Random pictures whose right half mirrors the left one: a flip does not change them."""
     half = torch.randint(0, 256, (count, 3, side, side // 2), dtype=torch.uint8)
     return torch.cat([half, half.flip(-1)], -1)
 
 
-# -------------------------------------------------------------------------------- crop, resize, flip
+# ------------------------------------------------------------ crop, resize, flip
 
 BOXES = [  # top, left, height, width in a picture of side 40
-    (0, 0, 40, 40), (0, 0, 39, 40), (3, 5, 30, 21), (10, 2, 25, 33),  # the whole image, and large crops
+    (0, 0, 40, 40), (0, 0, 39, 40), (3, 5, 30, 21), (10, 2, 25, 33),  # whole, large
     (4, 6, 8, 8), (31, 30, 9, 10), (20, 1, 3, 5),                     # small crops
-    (0, 7, 1, 30), (39, 0, 1, 40), (7, 39, 30, 1), (39, 39, 1, 1),    # one pixel high or wide, at the edges
+    (0, 7, 1, 30), (39, 0, 1, 40), (7, 39, 30, 1), (39, 39, 1, 1),    # one pixel wide, at the edges
 ]
 
 
@@ -37,15 +37,41 @@ def test_resample_equals_resized_crop_and_flip(size, mirrored):
         assert torch.allclose(view, expected, atol=1e-5), box
 
 
-def test_resample_flips_each_image_on_its_own():
-    x = torch.rand(4, 3, 16, 16)
+@pytest.mark.parametrize("size", [8, 17, 32, 40, 64])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_cpu_gives_torchvisions_resized_crop_of_uint8(size, mirrored):
+    x = torch.randint(0, 256, (len(BOXES), 3, 80, 80), dtype=torch.uint8)
+    boxes = torch.tensor(BOXES) + torch.tensor([40, 40, 0, 0])  # at the far edges of larger images
+    flip = torch.full((len(BOXES),), mirrored)
+    ours = common.crop_resize_flip(x, boxes, flip, size)
+    assert ours.shape == (len(BOXES), 3, size, size) and ours.dtype == torch.float32
+    for image, box, view in zip(x, boxes.tolist(), ours):
+        expected = tv.resized_crop(image, *box, [size, size], antialias=True)
+        if mirrored:
+            expected = tv.horizontal_flip(expected)
+        assert torch.allclose(view, expected / 255, atol=1e-6), box
+
+
+@pytest.mark.parametrize("side, size", [(40, 32), (128, 96), (80, 64), (80, 128)])
+def test_a_cpu_and_a_gpu_crop_alike(side, size):
+    x = torch.randint(0, 256, (200, 3, side, side), dtype=torch.uint8)
+    box, flip = common.crop_boxes(200, side, (0.08, 1)), torch.rand(200) < 0.5
+    one_by_one = common.crop_resize_flip(x, box, flip, size)
+    together = common.resample(x / 255, box, flip, size)
+    assert (one_by_one - together).abs().max() <= 1.5 / 255
+
+
+@pytest.mark.parametrize("name", ["crop_resize_flip", "resample"])
+def test_each_image_is_flipped_on_its_own(name):
+    x = torch.randint(0, 256, (4, 3, 72, 72), dtype=torch.uint8)
     flip = torch.tensor([True, False, False, True])
-    ours = common.resample(x, torch.tensor([[0, 0, 16, 16]] * 4), flip, 16)
-    for image, flipped, view in zip(x, flip, ours):
+    source = x / 255 if name == "resample" else x
+    ours = getattr(common, name)(source, torch.tensor([[0, 0, 72, 72]] * 4), flip, 72)
+    for image, flipped, view in zip(x / 255, flip, ours):
         assert torch.allclose(view, image.flip(-1) if flipped else image, atol=1e-6)
 
 
-# -------------------------------------------------------------------------------- colours and blur
+# ------------------------------------------------------------ colours and blur
 
 OPERATIONS = {  # ours on a batch, torchvision's on an image, one parameter for each image
     "brightness": (common.brightness, tv.adjust_brightness, [0, 0.3, 1, 1.8]),
@@ -53,9 +79,11 @@ OPERATIONS = {  # ours on a batch, torchvision's on an image, one parameter for 
     "saturation": (common.saturation, tv.adjust_saturation, [0, 0.3, 1, 1.8]),
     "hue": (common.hue, tv.adjust_hue, [-0.5, -0.1, 0, 0.2, 0.5]),
     "blur, 3 taps": (lambda x, sigma: common.blur(x, sigma, 3),
-                     lambda image, sigma: tv.gaussian_blur(image, [3, 3], [sigma, sigma]), [0.1, 0.7, 2]),
+                     lambda image, sigma: tv.gaussian_blur(image, [3, 3], [sigma, sigma]),
+                     [0.1, 0.7, 2]),
     "blur, 9 taps": (lambda x, sigma: common.blur(x, sigma, 9),
-                     lambda image, sigma: tv.gaussian_blur(image, [9, 9], [sigma, sigma]), [0.1, 0.7, 2]),
+                     lambda image, sigma: tv.gaussian_blur(image, [9, 9], [sigma, sigma]),
+                     [0.1, 0.7, 2]),
 }
 
 
@@ -76,7 +104,8 @@ def test_operation_keeps_float64(name):
 
 def test_resample_keeps_float64():
     x = torch.rand(1, 3, 20, 20, dtype=torch.float64)
-    assert common.resample(x, torch.tensor([[1, 2, 9, 8]]), torch.tensor([False]), 16).dtype == torch.float64
+    views = common.resample(x, torch.tensor([[1, 2, 9, 8]]), torch.tensor([False]), 16)
+    assert views.dtype == torch.float64
 
 
 COLOURS = {
@@ -103,7 +132,8 @@ WHOLE_OPERATIONS = {  # the switch of augment(), and what torchvision makes of a
     "nothing": (dict(), lambda x: x),
     "grey": (dict(grey_p=1), lambda x: tv.rgb_to_grayscale(x, num_output_channels=3)),
     "solarise": (dict(solarise_p=1), lambda x: tv.solarize(x, 0.5)),
-    "grey, then solarise": (dict(grey_p=1, solarise_p=1), lambda x: tv.solarize(tv.rgb_to_grayscale(x, 3), 0.5)),
+    "grey, then solarise": (dict(grey_p=1, solarise_p=1),
+                            lambda x: tv.solarize(tv.rgb_to_grayscale(x, 3), 0.5)),
 }
 
 
@@ -115,10 +145,13 @@ def test_augment_switches_on_what_torchvision_does(name):
     assert torch.allclose(common.augment(x, 16, **WHOLE, **switch), expected, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------- the draws
+# ------------------------------------------------------------ the draws
 
-@pytest.mark.parametrize("side, scale", [(40, (0.08, 1)), (264, (0.2, 1)), (24, (0.5, 0.6)), (40, (0.001, 0.01)),
-                                         (40, (1e-5, 1e-4)), (9, (1, 1))])  # less than a pixel; all of the image
+SCALES = [(40, (0.08, 1)), (264, (0.2, 1)), (24, (0.5, 0.6)), (40, (0.001, 0.01)),
+          (40, (1e-5, 1e-4)), (9, (1, 1))]  # less than a pixel; all of the image
+
+
+@pytest.mark.parametrize("side, scale", SCALES)
 def test_boxes_are_whole_pixels_inside_the_image(side, scale):
     boxes = common.crop_boxes(1000, side, scale)
     top, left, height, width = boxes.unbind(1)
@@ -144,13 +177,15 @@ def test_boxes_are_as_often_wide_as_high():
 def test_boxes_are_spread_like_torchvisions():
     side, scale, ratio = 256, (0.08, 1), (3 / 4, 4 / 3)
     picture = torch.zeros(3, side, side)
-    theirs = torch.tensor([RandomResizedCrop.get_params(picture, scale, ratio) for _ in range(4000)])
+    draws = [RandomResizedCrop.get_params(picture, scale, ratio) for _ in range(4000)]
+    theirs = torch.tensor(draws)
     ours = common.crop_boxes(4000, side, scale)
 
     def quantiles(boxes):
         top, left, height, width = boxes.double().unbind(1)
         measures = [height * width / side ** 2, width / height, top / side, left / side]
-        return torch.stack(measures).quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).double(), dim=1)
+        at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).double()
+        return torch.stack(measures).quantile(at, dim=1)
 
     assert torch.allclose(quantiles(ours), quantiles(theirs), atol=0.04)
 
@@ -191,8 +226,8 @@ def test_another_seed_gives_other_views():
     assert different.all()
 
 
-DRAWN = [dict(crop=(0.1, 1)), dict(jitter=(0.4, 0, 0, 0)), dict(jitter=(0, 0.4, 0, 0)), dict(jitter=(0, 0, 0.4, 0)),
-         dict(jitter=(0, 0, 0, 0.2)), dict(blur_p=1)]
+DRAWN = [dict(crop=(0.1, 1)), dict(jitter=(0.4, 0, 0, 0)), dict(jitter=(0, 0.4, 0, 0)),
+         dict(jitter=(0, 0, 0.4, 0)), dict(jitter=(0, 0, 0, 0.2)), dict(blur_p=1)]
 
 
 @pytest.mark.parametrize("switch", DRAWN, ids=str)
@@ -212,12 +247,14 @@ def test_no_part_of_a_large_batch_repeats_another():
 
 
 def test_views_of_a_large_batch_keep_the_order_of_the_images():
-    x = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)  # image i is all i
+    x = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1)
+    x = x.expand(-1, 3, 8, 8)  # image i is all i
     views = common.augment(x, 8)
     assert torch.allclose(views, tv.normalize(x / 255, MEAN, STD), atol=1e-5)
 
 
-SWITCHES = [dict(grey_p=0.3), dict(blur_p=0.3), dict(solarise_p=0.3), dict(jitter=(0.4, 0, 0, 0), jitter_p=0.3)]
+SWITCHES = [dict(grey_p=0.3), dict(blur_p=0.3), dict(solarise_p=0.3),
+            dict(jitter=(0.4, 0, 0, 0), jitter_p=0.3)]
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=str)
@@ -246,8 +283,10 @@ def test_brightness_is_drawn_around_one():
 
 def test_hue_is_drawn_around_zero():
     x = torch.tensor([200, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(2000, 3, 4, 4)
-    views = common.augment(x, 4, jitter=(0, 0, 0, 0.1), jitter_p=1)[:, :, 0, 0] * torch.tensor(STD) + torch.tensor(MEAN)
-    shift = (views[:, 1] - views[:, 2]) * 255 / 200 / 6  # red turns towards green or towards blue, six sixths a turn
+    views = common.augment(x, 4, jitter=(0, 0, 0, 0.1), jitter_p=1)[:, :, 0, 0]
+    views = views * torch.tensor(STD) + torch.tensor(MEAN)
+    # Red turns towards green or towards blue, six sixths a turn.
+    shift = (views[:, 1] - views[:, 2]) * 255 / 200 / 6
     assert -0.101 < shift.min() < -0.095 and 0.095 < shift.max() < 0.101
 
 
@@ -260,11 +299,19 @@ def test_a_blur_reaches_a_twentieth_of_the_side(size, reach):
     assert lit.sum() == reach + 2 + reach
 
 
-# -------------------------------------------------------------------------------- the evaluation's view
+# ------------------------------------------------------------ the evaluation's view
 
-@pytest.mark.parametrize("side, size", [(40, 32), (80, 64), (264, 224), (24, 16), (56, 48), (48, 64)])
+SIDES = [(40, 32), (80, 64), (264, 224), (24, 16), (56, 48), (48, 64)]
+
+
+@pytest.mark.parametrize("side, size", SIDES)
 def test_the_test_crop_is_a_centre_crop_resized(side, size):
     x = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
-    centre = tv.center_crop(x / 255, round(0.875 * side))
-    expected = tv.normalize(tv.resize(centre, [size, size], antialias=True), MEAN, STD)
-    assert torch.allclose(common.test_crop(x, size), expected, atol=1e-4)
+    centre = tv.center_crop(x, round(0.875 * side))
+    rounded = tv.resize(centre, [size, size], antialias=True) / 255
+    exact = tv.resize(centre / 255, [size, size], antialias=True)
+    assert (rounded - exact).abs().max() <= 1.01 / 255
+    view = common.test_crop(x, size)
+    expected = rounded if side > 64 else exact  # a CPU rounds larger images to uint8
+    assert torch.allclose(view, tv.normalize(expected, MEAN, STD), atol=1e-4)
+    assert view.is_contiguous(memory_format=torch.channels_last)
