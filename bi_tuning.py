@@ -149,7 +149,7 @@ def train(trial):
     steps = args.epochs * len(batches)
 
     run = finetune.Run(trial, model, optimizer)
-    for epoch in run.epochs_left():
+    for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
             x_q = common.augment(x, args.image_size, crop=(args.crop, 1))

@@ -237,7 +237,7 @@ def train(args):
     task_batches = common.Batches(data, args.batch_size)
     lower_steps = args.alternations * args.lower_steps
     upper_steps = args.alternations * args.upper_steps
-    for alternation in run.epochs_left():
+    for alternation in run.epochs_left(args.lower_steps + args.upper_steps):
         lower_batches, upper_batches = endless(pretext_batches), endless(task_batches)
 
         for step in range(alternation * args.lower_steps, (alternation + 1) * args.lower_steps):

@@ -191,7 +191,7 @@ def train(args):
     probe = (data, val) if val else None
     run = common.Run(args, "coin", model, data.classes, epochs=coin_epochs, probe=probe,
                      stage="fine-tuning", optimizer=optimizer)
-    for epoch in run.epochs_left():
+    for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))

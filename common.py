@@ -1541,7 +1541,7 @@ class Run:
     epoch.
 
         run = common.Run(args, "simclr", model, data.classes, optimizer=optimizer)
-        for epoch in run.epochs_left():
+        for epoch in run.epochs_left(len(batches)):
             for x, _ in batches:
                 ...
                 run.add(len(x), loss=loss)
@@ -1563,9 +1563,7 @@ class Run:
         ckpt = resume_checkpoint(args)
         if ckpt:
             self.load(ckpt)
-        self.images, self.sums, self.counts = 0, {}, {}
-        self.first, self.started = len(self.history), time.perf_counter()
-        self.shown = self.started
+        self.images, self.first = 0, len(self.history)
 
     def load(self, ckpt):
         """Every part and the history as the checkpoint has them."""
@@ -1574,14 +1572,23 @@ class Run:
             part.load_state_dict(states[name])
         self.history = states["history"]
 
-    def epochs_left(self):
+    def epochs_left(self, steps):
+        """The numbers of the epochs to come; steps: how often add() is called in each of them."""
+        self.started = time.perf_counter()
         for epoch in range(len(self.history), self.epochs):
             seed_epoch(self.stage, self.args.seed, epoch)
+            self.start_epoch(steps)
             yield epoch
+
+    def start_epoch(self, steps):
+        self.sums, self.counts = {}, {}
+        self.steps, self.steps_done, self.images_before = steps, 0, self.images
+        self.began = self.shown = time.perf_counter()
 
     def add(self, images, **means):
         """Add a batch's means over `images` images of this process; they stay on the device."""
         self.images += images * world()
+        self.steps_done += 1
         for name, mean in means.items():
             self.sums[name] = self.sums.get(name, 0) + mean.detach() * images
             self.counts[name] = self.counts.get(name, 0) + images
@@ -1592,10 +1599,12 @@ class Run:
         """A line that is rewritten in place every ten seconds, on a terminal only: to read the sums
         makes the device wait."""
         self.shown = time.perf_counter()
-        done, spent = self.images, self.shown - self.started
-        shown = [f"{name} {sums / self.counts[name]:.4g}" for name, sums in self.sums.items()]
-        print(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(shown)}  "
-              f"{done:,} images  {done / spent:,.0f} images/s\033[K", end="", flush=True)
+        spent, images = self.shown - self.began, self.images - self.images_before
+        left = timedelta(seconds=int(spent / self.steps_done * (self.steps - self.steps_done)))
+        means = [f"{name} {sums / self.counts[name]:.4g}" for name, sums in self.sums.items()]
+        print(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(means)}  "
+              f"{images:,} images  {images / spent:,.0f} images/s  left in it {left}\033[K",
+              end="", flush=True)
 
     def means(self):
         """The averages so far over the images of all processes, as numbers."""
@@ -1616,7 +1625,6 @@ class Run:
         """Log the averages, the score and the metrics (numbers or device scalars), then save."""
         average_statistics(self.model)
         self.log({**self.means(), **self.score(), **metrics})
-        self.sums, self.counts = {}, {}
         self.save()
 
     def log(self, metrics):

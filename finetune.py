@@ -20,6 +20,7 @@ the whole of val.
 """
 import argparse
 import copy
+import time
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -53,7 +54,7 @@ def train(trial):
     steps = args.epochs * len(batches)
 
     run = Run(trial, model, optimizer)
-    for epoch in run.epochs_left():
+    for epoch in run.epochs_left(len(batches)):
         backbone.train(not args.freeze)  # a frozen backbone keeps its BatchNorm statistics too
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
@@ -168,11 +169,12 @@ class Run(common.Run):
     def epochs_done(self):
         return sum(line["run"] == self.number for line in self.trial.history)
 
-    def epochs_left(self):
-        args = self.trial.args
+    def epochs_left(self, steps):
+        args, self.started = self.trial.args, time.perf_counter()
         spent = round(args.epochs * args.cosine_start / (1 - args.cosine_start))  # by coin.py
         for epoch in range(self.epochs_done(), args.epochs):
             common.seed_epoch(self.stage, args.seed, spent + epoch)
+            self.start_epoch(steps)
             yield epoch
             if self.over:
                 return

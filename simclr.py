@@ -103,14 +103,15 @@ def train(args):
         return nt_xent(z[:, 0], z[:, 1], args.temperature)      # z (B, 2, D) -> scalar
 
     run = common.Run(args, "simclr", model, data.classes, probe=probe, optimizer=optimizer)
-    for epoch in run.epochs_left():
+    for epoch in run.epochs_left(len(batches)):
         for step, (x, _) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
             optimizer.zero_grad()
             if args.chunk:
                 batch_loss = common.chunked_backward(model, embed, contrast, x, args.chunk)
             else:
-                batch_loss = contrast(embed(x))
+                z1, z2 = project(model, make_views(x, args), args).unbind(1)
+                batch_loss = nt_xent(z1, z2, args.temperature)
                 batch_loss.backward()
             common.average_gradients(model)
             optimizer.step()
