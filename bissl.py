@@ -65,10 +65,10 @@ def conjugate_gradient(matvec, b, steps, tolerance=0, directions=None):
     """
     if directions is None:
         directions = []
-    start = as_vector(b)
-    x, r = best_point(start, directions)
+    rhs = as_vector(b)
+    x, r = best_point(rhs, directions)
     for _ in range(steps):
-        if tolerance and r.norm() <= tolerance * start.norm():
+        if tolerance and r.norm() <= tolerance * rhs.norm():
             break
         p = r
         for q, Aq, qAq in directions:

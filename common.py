@@ -931,10 +931,10 @@ def crop_resize_flip(x, box, flip, size):
 def resample(x, box, flip, size):
     """The same on floats, all at once: a matrix an axis and image, whose rows are triangles as wide
     as the scale where that shrinks, cut off at the crop's edges. Box and flip on x's device."""
-    start, length = box.to(x.dtype)[..., None, None].split(2, dim=1)  # (B, 2, 1, 1): both axes
+    first, length = box.to(x.dtype)[..., None, None].split(2, dim=1)  # (B, 2, 1, 1): both axes
     scale = length / size
     centre = (torch.arange(size, device=x.device)[:, None] + 0.5) * scale
-    pixel = torch.arange(x.shape[-1], device=x.device) - start  # 0 at the crop's edge
+    pixel = torch.arange(x.shape[-1], device=x.device) - first  # 0 at the crop's edge
     weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
     weight = weight * ((pixel >= 0) & (pixel < length))
     weight = weight / weight.sum(-1, keepdim=True)  # (B, 2, size, S)
@@ -1036,8 +1036,8 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
     if x.device.type == "cpu":
         at_once = 1 + 2 ** 17 // size ** 2  # 1.5 MB of float32 stay in the processor's cache
     views = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
-    for start in range(0, len(x), at_once):
-        part = slice(start, start + at_once)
+    for first in range(0, len(x), at_once):
+        part = slice(first, first + at_once)
         view = crop_resize_flip(x[part], box[part], flip[part], size)
         for i in order:
             if jitter[i]:
@@ -1349,15 +1349,16 @@ def make_optimizer(name, modules, lr, weight_decay, scales=None):
     return LARS(groups, lr=lr)
 
 
-def set_learning_rate(optimizer, peak, step, steps, warmup=0, start=0.0):
+def set_learning_rate(optimizer, peak, step, steps, warmup=0, cosine_start=0.0):
     """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter
-    2017, arXiv 1608.03983), of which an earlier stage has gone through the share `start`
+    2017, arXiv 1608.03983), of which an earlier stage has gone through the share `cosine_start`
     already."""
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:
         share = (step - warmup) / max(1, steps - warmup)
-        lr = peak * 0.5 * (1 + math.cos(math.pi * (start + (1 - start) * share)))
+        share = cosine_start + (1 - cosine_start) * share
+        lr = peak * 0.5 * (1 + math.cos(math.pi * share))
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
 

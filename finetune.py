@@ -57,7 +57,8 @@ def train(trial):
     for epoch in run.epochs_left(len(batches)):
         backbone.train(not args.freeze)  # a frozen backbone keeps its BatchNorm statistics too
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
-            common.set_learning_rate(optimizer, args.lr, step, steps, start=args.cosine_start)
+            common.set_learning_rate(
+                optimizer, args.lr, step, steps, cosine_start=args.cosine_start)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
                 f = backbone(x)    # (B, D)
@@ -216,13 +217,13 @@ def protocol(args, method, train, panel=None):
 
     train(trial): the script's own loop; panel(axes, args, backbone): what it adds to the figure.
     """
-    _, start = common.start_backbone(args)  # settles arch and image size, and says what it found
-    ckpt = common.resume_checkpoint(args)
+    _, ckpt = common.start_backbone(args)  # settles arch and image size, and says what it found
+    stopped = common.resume_checkpoint(args)
     test, val = common.load_data(args, "test"), common.load_data(args, "val")
     results, history = [], []
-    if ckpt:
-        results, history = ckpt["resume"]["results"], ckpt["resume"]["history"]
-    say_what_was_seen(args, start)
+    if stopped:
+        results, history = stopped["resume"]["results"], stopped["resume"]["history"]
+    say_what_was_seen(args, ckpt)
     trials, first = args.search + args.seeds, len(results)
     for number in range(first, trials):
         searching, now = number < args.search, choose_settings(args, results, number)
@@ -259,10 +260,10 @@ def choose_settings(args, results, number):
     return now
 
 
-def say_what_was_seen(args, start):
+def say_what_was_seen(args, ckpt):
     """Where the checkpoint comes from a stage with labels: what it has seen, and what budget it
     left."""
-    seen = argparse.Namespace(**(start["config"] if start else {}))
+    seen = argparse.Namespace(**(ckpt["config"] if ckpt else {}))
     if "labels_per_class" in vars(seen) and seen.data == args.data:
         few = common.few_labels(args)
         same = (seen.labels_per_class, seen.fraction, seen.seed) == (
