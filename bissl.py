@@ -180,8 +180,8 @@ def start_pretext(args, backbone, ckpt):
         name = config.get("pretext", ckpt["method"])  # this script's checkpoints have the flag
     fresh_head = name not in PRETEXTS
     if fresh_head:
-        print(f"{args.ckpt or 'a random backbone'} has no pretext head: warms up a new one for "
-              f"{args.pretext}", flush=True)
+        common.say(f"{args.ckpt or 'a random backbone'} has no pretext head: warms up a new one "
+                   f"for {args.pretext}")
         flags = ["--data", args.data, "--out", args.out, "--device", args.device,
                  "--batch-size", str(args.pretext_batch_size)]
         config = common.run_config(PRETEXTS[args.pretext].parser().parse_args(flags))
@@ -380,7 +380,7 @@ def parser(paper=False):
     p.label_options()
     p.option("--pretext", str, "pretext task, where --ckpt brings none", "simclr",
              choices=sorted(PRETEXTS))
-    p.option("--pretext-data", str, "data set of the pretext task; without: the checkpoint's")
+    p.option("--pretext-data", common.path, "data set of the pretext task; without: the checkpoint's")
     p.option("--pretext-batch-size", common.bounded(int, 4), "images of a lower step, and of H")
     p.option("--alternations", common.COUNT, "lower stage, upper stage, so many times")
     p.option("--lower-steps", common.COUNT, "N_L")

@@ -22,13 +22,17 @@ import socket
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 import xml.etree.ElementTree
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache, partial
-from pathlib import Path
+from operator import itemgetter
+from pathlib import Path, PurePath
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -36,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from numpy._core import multiarray
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -56,6 +61,23 @@ def fail(message):
     raise SystemExit(2)
 
 
+def say(text, end="\n"):
+    """Print at once, what the screen's encoding lacks as \\x..; quiet end where nobody reads on."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is left in the buffer
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        fail(f"cannot print: {error.strerror}")
+
+
+@cache
+def say_once(text):
+    say(text)
+
+
 def bounded(kind, low, high=math.inf):
     """An argparse type: an int or a float between low and high, both allowed; never infinite."""
     bounds = f"at least {low:g}"
@@ -70,6 +92,11 @@ def bounded(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def path(text):
+    """An argparse type: the shell leaves ~ as it is in --out=~/a."""
+    return os.path.expanduser(text)
 
 
 COUNT, FROM_ZERO, SHARE = bounded(int, 1), bounded(int, 0), bounded(float, 0, 1)
@@ -89,16 +116,17 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.petals, self.others = petals, others
         self.optimizers, self.from_coin = optimizers or {}, from_coin
-        self.option("--data", str, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png "
+        self.option("--data", path, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png "
                     "and test/CLASS/*.png", "petals")
-        self.option("--root", str, "folder of the data sets, downloaded if need be, and of the "
+        self.option("--root", path, "folder of the data sets, downloaded if need be, and of the "
                     "cache of decoded images", "data")
         self.option("--image-size", bounded(int, 8), "side in pixels that the network sees; with "
                     "--ckpt, the checkpoint's")
         self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's",
                     choices=ARCHS, metavar="ARCH")
-        self.option("--ckpt", str, "checkpoint to start from: any script's, or a foreign ResNet's")
-        self.option("--out", str, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
+        self.option("--ckpt", path, "checkpoint to start from: any script's, or a foreign ResNet's")
+        self.option("--prefix", str, "which of several networks in --ckpt; none: the first one")
+        self.option("--out", path, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in petals:
             after_coin = "; after coin.py: those it left" if from_coin else ""
             self.option("--epochs", COUNT, "passes over the images" + after_coin)
@@ -159,9 +187,9 @@ class Parser(argparse.ArgumentParser):
             if not getattr(args, "eval", False) and same_file(args.ckpt, f"{args.out}.pt"):
                 fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
             defaults.update(arch=None, image_size=None)
-            config = load_checkpoint(args.ckpt)["config"]
+            config = load_checkpoint(args.ckpt, args.prefix)["config"]
             rest = config.get("rest", {})
-            if Path(config.get("data", "")) == Path(args.data):
+            if same_data(config.get("data"), args.data):
                 defaults.update({name: rest[name] for name in self.from_coin if name in rest})
         if "labels_per_class" in vars(args):
             if args.labels_per_class is not None and args.fraction is not None:
@@ -178,13 +206,21 @@ def same_file(one, other):
     return Path(one).resolve() == Path(other).resolve()
 
 
+def same_data(one, other):
+    """Whether two --data are one: published sets go by name, folders by their place."""
+    if one is None or one in KNOWN_DATA or other in KNOWN_DATA:
+        return one == other
+    return same_file(one, other)
+
+
 def settle_device(args):
     """Meet the other processes, check that --device is there, and choose --precision."""
     try:
-        device = torch.empty(0, device=join_processes(args.device)).device
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device} is not to be had here: {str(error).splitlines()[0]}")
-    args.device = str(device)
+        one = torch.ones(1, device=join_processes(args.device))
+        one.item()  # meta, say, has tensors without values
+    except Exception as error:
+        fail(f"--device {args.device} is not to be had here: {first_line(error)}")
+    device, args.device = one.device, str(one.device)
     # cuDNN would round the products of float32 convolutions to TF32, those with the Hessian too.
     torch.backends.fp32_precision = "ieee"
     if args.precision is None:
@@ -210,12 +246,20 @@ def check_batch_sizes(args):
 
 
 def check_out(args):
-    try:
-        folder = Path(args.out).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        fail(f"cannot write to --out {args.out}: {error.strerror}")
+    """Before any work, whether all that a run writes can be written, under its temporary name
+    too."""
+    if os.path.basename(args.out) in ("", ".", ".."):
+        fail(f"--out {args.out} is a folder: add a name, such as {Path(args.out) / 'run'}")
+    for ending in ("pt", "jsonl", "png"):
+        path = Path(f"{args.out}.{ending}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary_name(path).touch()
+            temporary_name(path).unlink()
+        except OSError as error:
+            fail(f"cannot write to --out {args.out}: {error.strerror}")
+        if path.is_dir():
+            fail(f"cannot write to --out {args.out}: {path} is a folder")
 
 
 @contextlib.contextmanager
@@ -428,7 +472,8 @@ def draw_petals(labels, side, rng):
 
 
 def read_image(path, side=None):
-    """Any picture as 8-bit RGB: transparency laid on white, 16-bit scaled. A broken file is named.
+    """Any picture as 8-bit RGB, turned as its camera was, transparency laid on white. What cannot
+    be read, or has no defined black and white, is named.
 
     side: what its short side will be resized to. A JPEG decodes at 1/2, 1/4 or 1/8 much faster;
     twice the side has to be left.
@@ -437,15 +482,22 @@ def read_image(path, side=None):
         with Image.open(path) as image:
             if side:
                 image.draft(None, (2 * side, 2 * side))  # does nothing to other formats
-            if image.mode.startswith(("I", "F")):  # 16-bit: Pillow would clip at 255
-                grey = np.asarray(image, dtype=np.float64) / 257
-                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("RGB")
+            image.load()
+            kind, image = image.format, ImageOps.exif_transpose(image)
     except Exception as error:  # whatever a decoder of Pillow's raises
         raise ValueError(f"broken image file {path}: {error}") from None
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        grey = np.asarray(image.convert("I"), dtype=np.float64) / 257  # 0 to 65,535
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{path} holds numbers without a range (mode {image.mode}): save it as 8 "
+                         "or 16 bit")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 sets = torchvision.datasets
@@ -524,15 +576,15 @@ def read_pets(root, split):
 
 def read_caltech101(root, split):
     """30 images a class, drawn once and for all, are train, the others test."""
-    data = sets.Caltech101(root, download=True)
-    train = set(labelled_subset(torch.tensor(data.y), seed=0, per_class=30).tolist())
-    paths, labels = [], []
-    for i, (label, number_in_class) in enumerate(zip(data.y, data.index)):
-        if (i in train) == (split == "train"):
-            folder = f"{data.root}/101_ObjectCategories/{data.categories[label]}"
-            paths.append(f"{folder}/image_{number_in_class:04d}.jpg")
-            labels.append(label)
-    return paths, labels, data.categories
+    folder = root / "caltech101" / "101_ObjectCategories"
+    if not folder.exists():
+        sets.Caltech101(root, download=True)
+    classes = class_folders(folder)
+    classes.pop("BACKGROUND_Google", None)
+    paths, labels = list_pictures(classes)
+    train = set(labelled_subset(torch.tensor(labels), seed=0, per_class=30).tolist())
+    own = [i for i in range(len(labels)) if (i in train) == (split == "train")]
+    return [paths[i] for i in own], [labels[i] for i in own], list(classes)
 
 
 def read_stl10(root, split):
@@ -544,7 +596,7 @@ def read_stl10(root, split):
 def read_imagenet(root, split):
     names = dict(train="train", test="val")
     data = sets.ImageNet(root / "imagenet", names[split])
-    paths, labels = zip(*data.samples)
+    paths, labels = list_pictures(class_folders(Path(data.split_folder)))
     return paths, labels, [", ".join(synonyms) for synonyms in data.classes]
 
 
@@ -588,17 +640,66 @@ def open_folder(folder, split):
     lacks a class of train would shift them."""
     if not (folder / split).is_dir():
         fail(f"no folder {folder / split}: {folder} must hold train/CLASS/*.png, test/CLASS/*.png")
-    data = sets.ImageFolder(folder / split)
-    expected = data.classes
+    classes = class_folders(folder / split)
+    expected = classes
     if split in ("val", "test") and (folder / "train").is_dir():
-        expected, _ = sets.folder.find_classes(folder / "train")
-    odd = sorted(set(data.classes) ^ set(expected))
+        expected = class_folders(folder / "train")
+    odd = sorted(classes.keys() ^ expected.keys())
     if odd:
-        more = " ..." if len(odd) > 4 else ""
-        fail(f"{folder}: {split} does not have the classes of the other splits: "
-             f"{', '.join(odd[:4])}{more}")
-    pictures, labels = zip(*data.samples)
-    return pictures, labels, data.classes
+        fail(f"{folder}: {split} does not have the classes of the other splits"
+             f"{some_names(':', odd)}")
+    paths, labels = list_pictures(classes)
+    present = set(labels)
+    empty = [name for label, name in enumerate(classes) if label not in present]
+    if empty and split == "train":
+        fail(f"{folder / split} has no pictures of {some_names('classes', empty)}")
+    return paths, labels, list(classes)
+
+
+def class_folders(folder):
+    """The folders of each class, {name: [folders]}, in the order of the names; an accent may be
+    composed or not, a name in another encoding than UTF-8 shows its bytes. What begins with a dot
+    is hidden."""
+    classes = {}
+    for entry in sorted(folder.resolve().iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+            classes.setdefault(unicodedata.normalize("NFC", name), []).append(entry)
+    return dict(sorted(classes.items()))
+
+
+def list_pictures(classes):
+    """Paths and labels of the pictures in class_folders(), each once however many links lead to it;
+    what is left out for its ending is counted."""
+    label_of, left_out = {}, []  # label_of: by the real path
+    for label, folders in enumerate(classes.values()):
+        for folder in folders:
+            for path in files_below(folder):
+                real = os.path.realpath(path)
+                if not path.lower().endswith(sets.folder.IMG_EXTENSIONS):
+                    left_out.append(os.path.basename(path))
+                elif real == path or real not in label_of:  # its own place goes before a link
+                    label_of[real] = label
+    if left_out:
+        say_once(f"{folder.parent}: {len(left_out)} files are no pictures by their ending"
+                 f"{some_names(':', sorted(left_out))}")
+    pictures = sorted(label_of.items(), key=itemgetter(1, 0))  # class after class, by name
+    return [path for path, _ in pictures], [label for _, label in pictures]
+
+
+def files_below(top):
+    """Paths of the files in a folder and those inside, but for what begins with a dot."""
+    been = set()
+    for folder, inner, names in os.walk(top, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in been:  # a link to a parent would lead round and round
+            inner.clear()
+            continue
+        been.add(place)
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                yield os.path.join(folder, name)
 
 
 DECODE_CHUNK = 256  # images that are held decoded until they are written
@@ -625,7 +726,7 @@ def write_images(path, pictures, side):
             if now - shown > 5 or ready == n:
                 shown, speed = now, ready / (now - began)
                 left = timedelta(seconds=int((n - ready) / speed))
-                print(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {left}", flush=True)
+                say(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {left}")
 
 
 def build_cache(path, args, splits):
@@ -645,7 +746,7 @@ def build_cache(path, args, splits):
         sizes.append(len(its_labels))
     about = dict(labels=torch.from_numpy(np.concatenate(labels)), sizes=sizes, classes=[*classes])
     side, names = store_side(args.image_size), " and ".join(splits)
-    print(f"decoding {len(pictures):,} images of {args.data} {names} to {side} px", flush=True)
+    say(f"decoding {len(pictures):,} images of {args.data} {names} to {side} px")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
         write_images(f"{folder}/images", pictures, side)
@@ -660,11 +761,11 @@ def cache_path(args, splits):
     folder = Path(args.data).resolve()
     name = f"{folder.name}-{'-'.join(splits)}-{store_side(args.image_size)}"
     if args.data not in DATASETS:
-        key = hashlib.sha256(str(folder).encode())
+        key = hashlib.sha256(os.fsencode(folder))
         for split in splits:
             for picture in open_dataset(args.data, args.root, split)[0]:
                 stat = os.stat(picture)
-                key.update(f"{picture} {stat.st_mtime_ns} {stat.st_size}\n".encode())
+                key.update(os.fsencode(f"{picture} {stat.st_mtime_ns} {stat.st_size}\n"))
         name = f"{name}-{key.hexdigest()[:12]}"
     return Path(args.root) / "cache" / f"{name}.npy"
 
@@ -680,7 +781,7 @@ def load_cached(args, splits):
             dist.barrier()  # the others wait until process 0 has built it
         about = torch.load(about_path, weights_only=True)
         images = shared_images(path, torch.device(args.device))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a picture, a disk or a broken cache leads to
         fail(f"{args.data} and its cache under --root {args.root}: {error}")
     return images, about["labels"], about["sizes"], about["classes"]
 
@@ -720,6 +821,8 @@ def load_petals(args, splits):
 
 def own_splits(name):
     """The splits that a data set has of its own."""
+    if name in KNOWN_DATA and Path(name).is_dir():
+        say_once(f"--data {name} is the known data set; --data ./{name} would be the folder here")
     if name == "petals":
         return list(PETAL_SPLITS)
     if name in DATASETS:
@@ -753,8 +856,31 @@ def load_data(args, split):
             held_out = rows[sizes[0]:]
         else:
             held_out = labelled_subset(labels, seed=0, fraction=0.2)
+            if labels.ndim == 1:  # the only image of a class stays in train
+                held_out = held_out[torch.bincount(labels)[labels[held_out]] > 1]
         rows = held_out if split == "val" else rows[~torch.isin(rows, held_out)]
-    return Store(images, labels[rows].to(args.device), rows, classes)
+    store = Store(images, labels[rows].to(args.device), rows, classes)
+    if split != "unlabeled":
+        say_absent(store, f"{args.data} {split}")
+    return store
+
+
+def say_absent(store, name):
+    """Say which classes have no image in a store: in a mean over classes they do not count."""
+    if store.labels.ndim == 1:
+        present = set(store.labels.tolist())
+        absent = [name for label, name in enumerate(store.classes) if label not in present]
+        if absent:
+            say_once(f"{name} has no image of {len(absent)} of {len(store.classes)} classes"
+                     f"{some_names(':', absent)}")
+
+
+def load_val(args):
+    """val, where it is needed."""
+    store = load_data(args, "val")
+    if not len(store):
+        fail(f"{args.data} has one image a class, so that none is left for val: add a folder val")
+    return store
 
 
 def load_unlabeled(args, flag="batch_size"):
@@ -778,7 +904,7 @@ def load_probe(args):
     probe = []
     for split, most in zip(("train", "val"), PROBE_IMAGES):
         store = load_data(args, split)
-        if len(store.classes) < 2 or store.labels.ndim == 2:
+        if len(store.classes) < 2 or store.labels.ndim == 2 or not len(store):
             return None
         if len(store) > most:
             store = store.subset(torch.randperm(len(store), generator=rng)[:most])
@@ -823,6 +949,7 @@ def load_labelled(args, seed, hold_out=False):
     if few_labels(args):
         keep = labelled_subset(store.labels, seed, args.labels_per_class, args.fraction)
         store = store.subset(keep)
+        say_absent(store, f"{args.data}: the labelled part")
     return store
 
 
@@ -837,7 +964,7 @@ def load_held_out(args, data):
     asked for, val's among them, or an image has several."""
     if not few_labels(args) or data.labels.ndim == 2:
         return None
-    return load_data(args, "val")
+    return load_val(args)
 
 
 def steps_of(images, batch_size):
@@ -1072,12 +1199,12 @@ ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2,
          "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3])}
 
 
-def build_backbone(arch, small_stem):
+def build_backbone(arch, small_stem, stem_padding=1):
     """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features).
 
     small_stem, for images of 40 px and less: a 3x3 convolution of stride 1 and no max-pool (SimCLR,
-    appendix B.9). resnet10 is for small machines: half the channels, and a stride of 2 in its small
-    stem.
+    appendix B.9); stem_padding: of that convolution. resnet10 is for small machines: half the
+    channels, and a stride of 2 in its small stem.
     """
     block, layers = ARCHS[arch]
     width_per_group = 128 if arch.startswith("wide") else 64
@@ -1087,7 +1214,7 @@ def build_backbone(arch, small_stem):
     narrow = arch == "resnet10"
     width, stride = (32, 2) if narrow else (64, 1)
     if small_stem:
-        model.conv1 = nn.Conv2d(3, width, 3, stride, 1, bias=False)
+        model.conv1 = nn.Conv2d(3, width, 3, stride, stem_padding, bias=False)
         model.maxpool = nn.Identity()
     elif narrow:
         model.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
@@ -1110,16 +1237,16 @@ def halve_channels(model, width):
     model.layer4 = model._make_layer(BasicBlock, 8 * width, 1, stride=2)
 
 
-def start_backbone(args, say=True):
+def start_backbone(args, aloud=True):
     """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles
     args.arch and args.image_size."""
-    if say:
-        print(f"{args.device}, {args.precision}", flush=True)
+    if aloud:
+        say(f"{args.device}, {args.precision}")
     torch.manual_seed(args.seed)
     ckpt = None
     if args.ckpt:
-        ckpt = load_checkpoint(args.ckpt)
-        backbone = load_backbone(ckpt, args, say)
+        ckpt = load_checkpoint(args.ckpt, getattr(args, "prefix", None))
+        backbone = load_backbone(ckpt, args, aloud)
     else:
         backbone = build_backbone(args.arch, args.image_size <= 40)
     backbone = place(backbone, args.device)
@@ -1128,9 +1255,13 @@ def start_backbone(args, say=True):
     return backbone, ckpt
 
 
-def load_backbone(ckpt, args, say):
+HEADS = ("fc.", "classifier", "linear", "last_linear", "head", "proj", "pred", "prototypes", "mlp",
+         "queue")  # how the names begin of what files hold after the backbone
+
+
+def load_backbone(ckpt, args, aloud):
     """The checkpoint's backbone. Every tensor but BatchNorm's counts has to be there in the right
-    shape."""
+    shape, and nothing else but a head: what has no place here belongs to another network."""
     state = ckpt["backbone"]
     args.image_size = args.image_size or ckpt["image_size"]
     if args.image_size is None:
@@ -1138,22 +1269,31 @@ def load_backbone(ckpt, args, say):
     small_stem = state["conv1.weight"].shape[-1:] == (3,)
     if args.arch is None:
         args.arch = ckpt["arch"] or most_similar_arch(state, small_stem)
-    backbone = build_backbone(args.arch, small_stem)
+    args.stem_padding = ckpt["config"].get("stem_padding", 1)
+    backbone = build_backbone(args.arch, small_stem, args.stem_padding)
     found, needed = shapes(state), shapes(backbone.state_dict())
+    misfit = f"{args.ckpt} does not fit --arch {args.arch}"
     for key, shape in needed.items():
         if found.get(key) != shape:
             problem = f"has shape {tuple(found[key])}" if key in found else "is missing"
-            fail(f"{args.ckpt} does not fit --arch {args.arch}: {key} {problem}, should be "
-                 f"{tuple(shape)}")
+            fail(f"{misfit}: {key} {problem}, should be {tuple(shape)}")
+    left = [key for key in found if key not in needed]
+    for key in left:
+        if not key.startswith(HEADS):
+            fail(f"{misfit}: {key} has no place there, so that it is of another network")
     whole = backbone.state_dict()
     for key in whole:
         if key in state:  # old files lack BatchNorm's counts
             whole[key] = state[key]
     backbone.load_state_dict(whole)
-    if say:
-        left = [key for key in found if key not in needed]
-        print(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors "
-              f"matched{some_names(', left out', left)}", flush=True)
+    if aloud:
+        stem = ""
+        if ckpt["arch"] is None:  # tensors do not tell these
+            conv, pool = backbone.conv1, "no max-pool" if small_stem else "max-pool"
+            stem = (f"; taken to have a {conv.kernel_size[0]}x{conv.kernel_size[0]} stem: stride "
+                    f"{conv.stride[0]}, padding {conv.padding[0]}, {pool}")
+        say(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors "
+            f"matched{some_names(', left out', left)}{stem}")
     return backbone
 
 
@@ -1393,15 +1533,25 @@ def update_average(average, model, decay):
 
 def write_whole(path, write):
     """write(file) to a temporary name beside path, then rename: path is never half-written."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}")
+    except Exception as error:  # torch's writer, too, has a type of its own for a full disk
+        fail(f"cannot write {path}: {first_line(error)}")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path):
+    return Path(f"{path}.{os.getpid()}.tmp")
+
+
+def first_line(error):
+    """What an exception says, or else its type."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 def state_of(part):
@@ -1437,76 +1587,151 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
 
 
 OURS = {"method", "arch", "image_size", "backbone", "config"}
-NUMBERED = "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split()  # by lightly, from 0 on
+# A ResNet's parts where a file numbers them, by the number of the one that has the first block: in
+# a Sequential of torchvision's, and in one of lightly's own ResNetGenerator.
+NUMBERED = {"4": "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split(),
+            "2": "conv1 bn1 layer1 layer2 layer3 layer4".split()}
+# What checkpoints hold beside tensors, and what runs nothing: numbers and flags.
+HARMLESS = [
+    argparse.Namespace, SimpleNamespace, defaultdict, deque, frozenset, slice, datetime, timedelta,
+    (PurePath, "pathlib.PosixPath"), (PurePath, "pathlib.WindowsPath"),
+    (PurePath, "pathlib._local.PosixPath"), (PurePath, "pathlib._local.WindowsPath"),
+    np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"},
+    (multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    (multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
+SAFETENSORS_TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16,
+                         BF16=torch.bfloat16, I64=torch.int64, I32=torch.int32, I16=torch.int16,
+                         I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+FIRST_BLOCK = re.compile(r"(.*\.|)(layer1|4|2)\.0\.conv1\.weight")
 
 
-def load_checkpoint(path):
-    """Read any script's checkpoint, or a foreign one: what stands in front of "conv1.weight" there
-    is the prefix of the backbone. Nothing in the file is run.
+def load_checkpoint(path, wanted=None):
+    """Read any script's checkpoint, or a foreign one: what stands in front of
+    "layer1.0.conv1.weight" there is the prefix of a backbone. Nothing in the file is run.
 
-    Returns our dict, tensors on the CPU; what a foreign file does not tell is None.
+    wanted: the prefix of the backbone to take; without, the file's first, since of a query and a
+    key encoder that is the trained one. Returns our dict, tensors on the CPU; what a foreign file
+    does not tell is None.
     """
     content = read_file(path)
-    ours = isinstance(content, dict) and OURS <= content.keys()
-    for state in tensor_dicts(content["backbone"] if ours else content):
-        state = named_layers(state)
-        for key in state:  # of a query and a key encoder, the first is the trained one
-            prefix = key.removesuffix("layer1.0.conv1.weight")
-            if prefix == key or prefix + "conv1.weight" not in state:
-                continue
-            backbone = {}
-            for name, value in state.items():
-                if name.startswith(prefix):
-                    backbone[name.removeprefix(prefix)] = value
-            if ours:
-                return {"projector": None, **content, "backbone": backbone}
-            method = f"foreign, under {prefix}" if prefix else "foreign"
-            return dict(method=method, arch=None, image_size=None, backbone=backbone, head=None,
-                        projector=None, classes=None, config={}, resume=None)
-    fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
+    if not isinstance(content, dict):
+        content = {}
+    ours = OURS <= content.keys()
+    state, backbones = flat_tensors(content), {}
+    if ours:
+        state = flat_tensors(dict(content["backbone"] or {}))
+    for key in state:
+        found = FIRST_BLOCK.fullmatch(key)
+        if found and found[1] not in backbones:
+            backbone = named_layers(state, prefix=found[1], first=found[2])
+            if "conv1.weight" in backbone:
+                backbones[found[1]] = backbone
+    if not backbones:
+        fail(f"{path} holds no ResNet backbone: no conv1.weight beside layer1.0.conv1.weight")
+    prefix = wanted
+    if wanted is None:
+        prefix = next(iter(backbones))
+    if prefix not in backbones:
+        fail(f"{path} has no network under --prefix {wanted}"
+             f"{some_names('; it has', list(backbones))}")
+    if ours:
+        ckpt = {"projector": None, **content}
+    else:
+        method = f"foreign, under {prefix}" if prefix else "foreign"
+        others = [other for other in backbones if other != prefix]
+        ckpt = dict(method=method + some_names("; for another one --prefix", others), arch=None,
+                    image_size=None, head=None, projector=None, classes=None,
+                    config=dict(stem_padding=stem_padding(content)), resume=None)
+    ckpt["backbone"] = backbones[prefix]
+    for part in ("backbone", "head", "projector"):
+        for key, value in (ckpt[part] or {}).items():
+            if not value.isfinite().all():
+                fail(f"{path} cannot be used: {key} of its {part} is not finite")
+    return ckpt
 
 
 def read_file(path):
+    """What torch.save or safetensors wrote, without running any of it."""
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # about old formats: the caller checks what matters
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"no checkpoint {path}")
     except Exception as error:  # torch.load raises a dozen types for what is no checkpoint
         reason = "it is truncated or no checkpoint"
-        if "Unsupported" in str(error):
-            reason = "it would run code when read"
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            reason = f"it would run code of {refused[1]} when read: save its tensors alone"
+        elif "Unsupported" in str(error):
+            reason = "it is a plain pickle, which would run code when read"
+        elif "TorchScript" in str(error):
+            reason = "it is a TorchScript program: save torch.jit.load(FILE).state_dict() instead"
         fail(f"cannot read {path}: {reason} ({type(error).__name__})")
 
 
-def tensor_dicts(content):
-    """Every dict of tensors in nested dicts, such as {"state_dict": {...}}; what is not a tensor is
-    left out."""
-    if not isinstance(content, dict):
-        return
-    tensors = {str(key): value for key, value in content.items() if torch.is_tensor(value)}
-    if tensors:
-        yield tensors
-    for value in content.values():
-        yield from tensor_dicts(value)
+def read_safetensors(path):
+    """A dict of tensors. The file: 8 bytes, a JSON header of that length, the tensors' bytes."""
+    try:
+        content = Path(path).read_bytes()
+        size = 8 + int.from_bytes(content[:8], "little")
+        header, tensors = json.loads(content[8:size]), {}
+        header.pop("__metadata__", None)
+        for name, about in header.items():
+            first, last = about["data_offsets"]
+            values = bytearray(content[size + first:size + last])
+            kind = SAFETENSORS_TYPES[about["dtype"]]
+            tensors[name] = torch.frombuffer(values, dtype=kind).reshape(about["shape"])
+        return tensors
+    except FileNotFoundError:
+        fail(f"no checkpoint {path}")
+    except Exception as error:  # whatever the bytes of a broken file lead to
+        fail(f"cannot read {path}: it is truncated or no safetensors file ({type(error).__name__})")
 
 
-def named_layers(state):
-    """The state dict with ResNet's names, where lightly has numbered the children:
-    "backbone.4.0..." is "layer1.0...". Any other state dict is returned as it is."""
-    for key in state:
-        numbered = re.fullmatch(r"(.*\.|)4\.0\.conv1\.weight", key)
-        if numbered:
-            break
-    else:
-        return state
-    prefix, named = numbered[1], {}
+def flat_tensors(content, place=""):
+    """Nested dicts such as {"state_dict": {...}} as one, {"state_dict.conv1.weight": ...}; what is
+    not a tensor is left out."""
+    tensors = {}
+    for key, value in content.items():
+        if torch.is_tensor(value):
+            tensors[f"{place}{key}"] = value
+        elif isinstance(value, dict):
+            tensors.update(flat_tensors(value, f"{place}{key}."))
+    return tensors
+
+
+def named_layers(state, prefix, first):
+    """What stands under the prefix, under the names that torchvision's ResNet has; first: what the
+    file calls layer1."""
+    backbone = {}
     for key, value in state.items():
-        child, dot, rest = key.removeprefix(prefix).partition(".")
-        if key.startswith(prefix) and child.isdecimal() and int(child) < len(NUMBERED):
-            named[NUMBERED[int(child)] + dot + rest] = value
-    return named
+        part, dot, rest = key.removeprefix(prefix).partition(".")
+        if not key.startswith(prefix):
+            continue
+        if first in NUMBERED:
+            if not part.isdecimal() or int(part) >= len(NUMBERED[first]):
+                continue
+            part = NUMBERED[first][int(part)]
+        rest = rest.replace("shortcut.", "downsample.")  # as ResNets made for CIFAR call it
+        backbone[part + dot + rest] = value
+    return backbone
+
+
+def stem_padding(content):
+    """That of the first convolution: 2 in solo-learn's ResNet for CIFAR, which its hyper-parameters
+    tell."""
+    flags = content.get("hyper_parameters", {})
+    if isinstance(flags, argparse.Namespace):
+        flags = vars(flags)
+    data = flags.get("data", flags)  # newer versions nest
+    if isinstance(data, dict) and str(data.get("dataset")).startswith("cifar"):
+        return 2
+    return 1
 
 
 def resume_checkpoint(args):
@@ -1603,9 +1828,8 @@ class Run:
         spent, images = self.shown - self.began, self.images - self.images_before
         left = timedelta(seconds=int(spent / self.steps_done * (self.steps - self.steps_done)))
         means = [f"{name} {sums / self.counts[name]:.4g}" for name, sums in self.sums.items()]
-        print(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(means)}  "
-              f"{images:,} images  {images / spent:,.0f} images/s  left in it {left}\033[K",
-              end="", flush=True)
+        say(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(means)}  "
+            f"{images:,} images  {images / spent:,.0f} images/s  left in it {left}\033[K", end="")
 
     def means(self):
         """The averages so far over the images of all processes, as numbers."""
@@ -1649,8 +1873,8 @@ class Run:
         spent = time.perf_counter() - self.started
         left = timedelta(seconds=int(spent / (done - self.first) * (self.epochs - done)))
         start_of_line = "\r\033[K" if sys.stdout.isatty() else ""
-        print(f"{start_of_line}{self.unit} {done}/{self.epochs}  {'  '.join(shown)}  "
-              f"{self.images / spent:,.0f} images/s  left {left}", flush=True)
+        say(f"{start_of_line}{self.unit} {done}/{self.epochs}  {'  '.join(shown)}  "
+            f"{self.images / spent:,.0f} images/s  left {left}")
         write_lines(self.args, self.history)
 
     def save(self):
@@ -1670,6 +1894,8 @@ def seed_epoch(stage, seed, epoch):
 
 def write_lines(args, lines):
     """OUT.jsonl: one JSON object per line."""
+    # A number that is not finite becomes null: JSON has no word for it.
+    lines = json.loads(json.dumps(lines), parse_constant=lambda name: None)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if rank() == 0:
         write_whole(f"{args.out}.jsonl", lambda file: file.write(text.encode()))

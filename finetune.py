@@ -40,7 +40,7 @@ MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_clas
 def train(trial):
     """Cross-entropy, and with --eta what COIN's second stage adds to it."""
     args, data = trial.args, trial.data
-    backbone, ckpt = common.start_backbone(args, say=False)
+    backbone, ckpt = common.start_backbone(args, aloud=False)
     head = nn.Linear(backbone.num_features, len(data.classes))
     model = nn.ModuleDict(dict(backbone=backbone, head=head))
     if args.eta:
@@ -219,7 +219,9 @@ def protocol(args, method, train, panel=None):
     """
     _, ckpt = common.start_backbone(args)  # settles arch and image size, and says what it found
     stopped = common.resume_checkpoint(args)
-    test, val = common.load_data(args, "test"), common.load_data(args, "val")
+    test, val = common.load_data(args, "test"), None
+    if args.search or common.few_labels(args):
+        val = common.load_val(args)
     results, history = [], []
     if stopped:
         results, history = stopped["resume"]["results"], stopped["resume"]["history"]
@@ -229,9 +231,9 @@ def protocol(args, method, train, panel=None):
         searching, now = number < args.search, choose_settings(args, results, number)
         data = common.load_labelled(args, now.seed, hold_out=searching)
         watch = val if searching or common.few_labels(args) else None
-        print(f"run {number + 1}/{trials}: {len(data):,} labelled images of {len(data.classes)} "
-              f"classes, lr {now.lr:.2g}, weight decay {now.weight_decay:.2g}, "
-              f"seed {now.seed}", flush=True)
+        common.say(f"run {number + 1}/{trials}: {len(data):,} labelled images of "
+                   f"{len(data.classes)} classes, lr {now.lr:.2g}, weight decay "
+                   f"{now.weight_decay:.2g}, seed {now.seed}")
         train(Trial(method, args, now, data, judge=val if searching else test, watch=watch,
                     history=history, results=results, resume=number == first))
 
@@ -264,19 +266,19 @@ def say_what_was_seen(args, ckpt):
     """Where the checkpoint comes from a stage with labels: what it has seen, and what budget it
     left."""
     seen = argparse.Namespace(**(ckpt["config"] if ckpt else {}))
-    if "labels_per_class" in vars(seen) and seen.data == args.data:
+    if "labels_per_class" in vars(seen) and common.same_data(seen.data, args.data):
         few = common.few_labels(args)
         same = (seen.labels_per_class, seen.fraction, seen.seed) == (
             args.labels_per_class, args.fraction, args.seed)
         if few and (args.seeds > 1 or not same):
-            print(f"{args.ckpt} has learnt from other labelled images than these flags draw: make "
-                  "one for each seed", flush=True)
+            common.say(f"{args.ckpt} has learnt from other labelled images than these flags draw: "
+                       "make one for each seed")
         if args.search and not common.few_labels(seen):
-            print(f"{args.ckpt} has learnt from val, on which this search is judged: accuracies on "
-                  "val are too high", flush=True)
+            common.say(f"{args.ckpt} has learnt from val, on which this search is judged: "
+                       "accuracies on val are too high")
     if args.cosine_start:
-        print(f"{args.epochs} epochs are left of the budget: goes on at {args.cosine_start:.0%} of "
-              "the cosine", flush=True)
+        common.say(f"{args.epochs} epochs are left of the budget: goes on at "
+                   f"{args.cosine_start:.0%} of the cosine")
 
 
 def report(args, results):
@@ -295,16 +297,16 @@ def report(args, results):
             spread = f" +- {std:.2f}"
         summary.update({f"test_{name}": mean, f"test_{name}_std": std})
         said.append(f"{name} {mean:.2f}{spread} %")
-    print("test  " + "  ".join(said), flush=True)
+    common.say("test  " + "  ".join(said))
     return summary
 
 
-def load_classifier(args, say=True):
+def load_classifier(args, aloud=True):
     """Backbone and linear head of --ckpt, a fine-tuning checkpoint, and the classes that they tell
     apart."""
     if not args.ckpt:
         common.fail("--eval needs --ckpt, of finetune.py, core_tuning.py or bi_tuning.py")
-    backbone, ckpt = common.start_backbone(args, say)
+    backbone, ckpt = common.start_backbone(args, aloud)
     state = ckpt["head"] or {}
     if "weight" not in state:
         common.fail(f"--ckpt {args.ckpt} has no classifier: fine-tune it first")
@@ -328,9 +330,9 @@ def draw(args, history, test, panel):
     """Curves, the confusion matrix on test (with several labels an image: each class's precision),
     the test features before and after, and the method's own panel."""
     finished = copy.copy(args)
-    finished.ckpt = f"{args.out}.pt"
-    backbone, head, classes = load_classifier(finished, say=False)
-    before, _ = common.start_backbone(args, say=False)
+    finished.ckpt, finished.prefix = f"{args.out}.pt", None
+    backbone, head, classes = load_classifier(finished, aloud=False)
+    before, _ = common.start_backbone(args, aloud=False)
     x, y = common.features(backbone, test, args)
     _, confusion = metrics(head(x), y)  # or precision
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
