@@ -46,7 +46,7 @@ ROOT = TESTS.parent
 
 # function: points, and the tests that say whether it is right, as `pytest FILES -k EXPRESSION`
 FUNCTIONS = {
-    "simclr.nt_xent": (3, "test_losses.py", "nt_xent"),
+    "simclr.nt_xent": (3, "test_simclr.py", "nt_xent"),
     "byol.byol_loss": (1, "test_byol.py", "byol_loss"),
     "byol.symmetric_loss": (1, "test_byol.py", "each_view_predicts or match_the_other_view"),
     "byol.Model.forward": (2, "test_byol.py", "networks_are_composed or no_gradient_flows or of_its_own_forward"),
@@ -69,9 +69,9 @@ FUNCTIONS = {
         "each_step_reaches or same_right_hand or indefinite_matrix or stops_where) and not layerwise"),
     "bissl.inverse_hvp": (2, "test_bissl.py",
                           "inverse_hvp or handed_in or loss_is_linear or implicit_gradient_is"),
-    "finetune.metrics": (2, "test_losses.py test_datasets.py", "metrics_are or mean_class_accuracy or confusion_matrix or "
-                                                               "average_precision"),
-    "common.update_average": (1, "test_losses.py test_byol.py", "update_average or update_target"),
+    "finetune.metrics": (2, "test_finetune.py", "metrics_are or mean_class_accuracy or confusion_matrix or "
+                                              "average_precision"),
+    "common.update_average": (1, "test_optimisation.py test_byol.py", "update_average or update_target"),
 }
 NOT_HANDED_OUT = "tests/planted/", "tests/test_assignment.py"  # they show answers
 NOT_OURS = {"data", "runs", "__pycache__", ".git", ".venv", ".pytest_cache"}

@@ -1,5 +1,4 @@
 """Bad input ends with one line that says what to change and exit code 2, and no file is touched."""
-import json
 import os
 import pickle
 import shutil
@@ -11,18 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-import bi_tuning
-import bissl
-import byol
-import coin
 import common
-import core_tuning
 import finetune
-import simclr
-from conftest import ROOT, write_folder
+from conftest import ROOT, SCRIPTS, draw_nothing, error_line, files, json_lines, write_folder
 
-SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
-           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--device", "cpu",
          "--precision", "float32", "--out", "out"]
 USUAL = {"simclr": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
@@ -84,10 +75,6 @@ def place(tmp_path_factory):
     for ending in ("pt", "jsonl", "png"):
         (place / f"out.{ending}").write_text("of an older run")
     return place
-
-
-def files(place):
-    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 # script, flags that replace the usual ones, what the message has to name
@@ -253,12 +240,7 @@ def test_one_line_says_what_is_wrong_and_no_file_changes(place, monkeypatch, cap
         pytest.skip("there is a GPU here")
     monkeypatch.chdir(place)
     before = files(place)
-    with pytest.raises(SystemExit) as stop:
-        SCRIPTS[script].main([*USUAL[script], *flags.split()])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message.startswith("error: ") and message.count("\n") == 1
-    assert named in message
+    assert named in error_line(capsys, SCRIPTS[script].main, [*USUAL[script], *flags.split()])
     after = files(place)
     assert all(after.get(path) == content for path, content in before.items())
     assert not (place / "pwned").exists()
@@ -307,7 +289,7 @@ def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(place, tmp_path, m
     ("F", "tiff")])
 def test_pictures_of_any_mode_can_be_trained_on(tmp_path, monkeypatch, mode, ending):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(finetune, "draw", lambda *ignored: None)
+    draw_nothing(monkeypatch)
     for path in sorted(write_folder(tmp_path / "pictures", classes=("a", "b"), per_class=4).rglob("*.png")):
         with Image.open(path) as picture:
             if mode == "I;16":
@@ -318,4 +300,4 @@ def test_pictures_of_any_mode_can_be_trained_on(tmp_path, monkeypatch, mode, end
         picture.save(path.with_suffix(f".{ending}"))
         assert Image.open(path.with_suffix(f".{ending}")).mode == mode
     assert 0 <= finetune.main(USUAL["finetune"])["test_top1"] <= 100
-    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["epoch"] == 1
+    assert json_lines(tmp_path / "out.jsonl")[0]["epoch"] == 1

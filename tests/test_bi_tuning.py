@@ -1,6 +1,5 @@
 """Bi-tuning: both contrastive losses against slow loops, the rings against deques, and whole runs on small data."""
 import collections
-import json
 import math
 import random
 from types import SimpleNamespace
@@ -9,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import write_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bi_tuning
 import common
 import finetune
+from conftest import draw_nothing, json_lines, write_folder
 
 SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--epochs", "1", "--device", "cpu",
          "--precision", "float32", "--keys", "3", "--dim", "6"]
@@ -22,14 +21,7 @@ SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    monkeypatch.setattr(finetune, "draw", lambda *ignored: None)
-
-
-@pytest.fixture
-def here(folder, monkeypatch):
-    """The current folder, empty but for pictures/: 36 to train on and 36 to test on, of 3 classes."""
-    monkeypatch.chdir(folder.parent)
-    return folder.parent
+    draw_nothing(monkeypatch)
 
 
 def run(*more):
@@ -45,8 +37,7 @@ def save_start():
 
 
 def first_loss(path="bi_tuning.jsonl"):
-    with open(path) as file:
-        return json.loads(file.readline())["loss"]
+    return json_lines(path)[0]["loss"]
 
 
 # -------------------------------------------------------------------------------------------- contrastive losses
@@ -287,7 +278,7 @@ def record(tmp_path_factory):
     seen = SimpleNamespace(place=place, order=[], losses=[], before=[], stepped=[], averages=[], queries=[], entered=[], calls=[])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(finetune, "draw", lambda *ignored: None)
+        draw_nothing(patch)
         listen_to_losses(patch, seen)
         listen_to_optimizer(patch, seen)
         build, enqueue = common.build_backbone, bi_tuning.ClassQueue.enqueue

@@ -1,6 +1,5 @@
 """BYOL: the loss, the target network that is a constant to every derivative, the views, and the pretext task of bissl.py."""
 import copy
-import json
 import math
 from argparse import Namespace
 
@@ -12,7 +11,7 @@ from torch import nn
 import bissl
 import byol
 import common
-from conftest import write_folder
+from conftest import draw_nothing, json_lines, write_folder
 
 
 # --------------------------------------------------------------------------------------------------------- loss
@@ -274,8 +273,7 @@ def watch(patch):
     patch.setattr(byol.Model, "update_target", noting_update)
     patch.setattr(bissl, "inverse_hvp", noting_solve)
     patch.setattr(common, "save_checkpoint", noting_save)
-    for script in (byol, bissl):
-        patch.setattr(script, "draw", lambda *ignored: None)
+    draw_nothing(patch)
     return events
 
 
@@ -299,8 +297,8 @@ def pretrained(tmp_path_factory):
         events = watch(patch)
         byol.main([*shared, "--arch", "resnet10", "--image-size", "16", "--epochs", "2", "--batch-size", "18",
                    "--decay", "0.9", "--hidden", "32", "--dim", "16", "--warmup", "0", "--out", str(folder / "byol")])
-    log = [json.loads(line) for line in (folder / "byol.jsonl").read_text().splitlines()]
-    return Namespace(flags=[*shared, "--ckpt", str(folder / "byol.pt")], events=events, log=log)
+    flags = [*shared, "--ckpt", str(folder / "byol.pt")]
+    return Namespace(flags=flags, events=events, log=json_lines(folder / "byol.jsonl"))
 
 
 @pytest.fixture(scope="module")

@@ -10,21 +10,12 @@ import torchvision
 from torch import nn
 
 import common
+from conftest import error_line
 
 
 def settings(ckpt, arch=None, image_size=64):
     return Namespace(ckpt=str(ckpt), arch=arch, image_size=image_size, seed=0, device="cpu", precision="float32",
                      compile=False)
-
-
-def error_line(capsys, function, *args):
-    """The one line on stderr with which function ends the program, as bad input does."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        function(*args)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 def assert_same(state, expected):

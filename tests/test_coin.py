@@ -1,20 +1,16 @@
 """COIN: SupCon, S_Dbw and balanced batches against slow loops, and one budget that coin.py begins and finetune.py ends."""
 import itertools
-import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-import bi_tuning
 import coin
 import common
-import core_tuning
 import finetune
 import simclr
-from conftest import write_folder
+from conftest import FINE_TUNING, SCRIPTS, draw_nothing, error_line, json_lines, write_folder
 
 SMALL = ["--root", "root", "--image-size", "16", "--device", "cpu", "--precision", "float32"]
 USUAL = ["--data", "pictures", *SMALL, "--batch-size", "8"]
@@ -32,7 +28,7 @@ def place(tmp_path_factory):
     write_folder(place / "others", per_class=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        no_figures(patch)
+        draw_nothing(patch)
         simclr.main([*NEW, "--epochs", "1"])
         flags = [word for name, value in GIVEN.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         coin.main([*NEW, "--epochs", "5", "--alpha", "0.5", "--dim", "12", *flags])
@@ -42,32 +38,12 @@ def place(tmp_path_factory):
 @pytest.fixture
 def inside(place, monkeypatch):
     monkeypatch.chdir(place)
-    no_figures(monkeypatch)
+    draw_nothing(monkeypatch)
     return place
 
 
-def no_figures(patch):
-    for script in (coin, finetune, simclr):
-        patch.setattr(script, "draw", lambda *ignored: None)
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def losses(path):
-    return [line["loss"] for line in lines(path) if "loss" in line]
-
-
-def ends_with_one_line(capsys, main, argv):
-    """The message of a run that has to end as bad input does."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message.startswith("error: ") and message.count("\n") == 1
-    return message
+    return [line["loss"] for line in json_lines(path) if "loss" in line]
 
 
 # ------------------------------------------------------------------------------------------------------- SupCon
@@ -307,8 +283,8 @@ def test_enough_positives_and_balanced_batches_need_no_word(capsys):
 
 @pytest.mark.parametrize("balanced", [0, 2])
 def test_one_image_a_class_ends_coin(capsys, balanced):
-    assert "--labels-per-class" in ends_with_one_line(
-        capsys, lambda labels: coin.say_positives(labels, 4, balanced), torch.tensor([4, 0, 2]))
+    line = error_line(capsys, coin.say_positives, torch.tensor([4, 0, 2]), 4, balanced)
+    assert "--labels-per-class" in line
 
 
 # ------------------------------------------------------------------------------------------------------- budget
@@ -396,14 +372,11 @@ def test_balanced_coin_has_its_own_batches_and_no_more_images_and_ends_where_fin
 
 # -------------------------------------------------------------------------------------------- what finetune takes
 
-SCRIPTS = {"finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
-
-
 def settings(script, *flags):
     return SCRIPTS[script].parser().parse_args([*AFTER_COIN, *flags])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FINE_TUNING)
 def test_the_three_finetuners_go_on_where_coin_ended(inside, script):
     args = settings(script, "--ckpt", "coin.pt")
     assert (args.epochs, args.cosine_start, args.lr, args.weight_decay, args.crop, args.batch_size) == (
@@ -430,7 +403,7 @@ def test_a_flag_wins_over_what_coin_left_and_leaves_the_rest_alone(inside, flag,
 
 
 @pytest.mark.parametrize("flags", [["--data", "others", "--ckpt", "coin.pt"], ["--ckpt", "simclr.pt"], []])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FINE_TUNING)
 def test_other_data_or_another_checkpoint_begin_a_budget_of_their_own(inside, script, flags):
     args = settings(script, *flags)
     own_eta = dict(finetune=0.0, core_tuning=1.0).get(script)
@@ -503,7 +476,7 @@ def test_supcon_makes_a_projector_where_there_is_none_and_trains_it(inside, star
 def test_coin_ends_with_s_dbw_of_the_test_features_before_and_after(inside, capsys):
     result = coin.main([*USUAL, "--ckpt", "simclr.pt", "--epochs", "3", "--out", "part"])
     said = capsys.readouterr().out
-    *epochs, last = lines("part.jsonl")
+    *epochs, last = json_lines("part.jsonl")
     assert [line["epoch"] for line in epochs] == [1, 2]
     assert set(last) == {"s_dbw_before", "s_dbw_after"} and result == {**epochs[-1], **last}
     for when, start in (("before", "simclr.pt"), ("after", "part.pt")):
@@ -521,5 +494,5 @@ def test_coin_ends_with_s_dbw_of_the_test_features_before_and_after(inside, caps
     ("--balanced -1", "--balanced"), ("--temperature 0", "--temperature"), ("--eta -1", "--eta"), ("--dim 0", "--dim"),
     ("--labels-per-class 1", "--labels-per-class")])
 def test_coin_refuses_in_one_line_and_writes_nothing(inside, capsys, flags, named):
-    assert named in ends_with_one_line(capsys, coin.main, [*NEW, "--out", "never", *flags.split()])
+    assert named in error_line(capsys, coin.main, [*NEW, "--out", "never", *flags.split()])
     assert not list(inside.glob("never*"))

@@ -1,16 +1,15 @@
 """Core-tuning: hardest pairs, mixtures, positives and focal contrastive loss against slow loops; whole steps on small data."""
-import json
 import math
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_folder
 
 import common
 import core_tuning
 import finetune
+from conftest import draw_nothing, json_lines, write_folder
 
 SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--device", "cpu",
          "--precision", "float32"]
@@ -19,14 +18,7 @@ NEW = ["--arch", "resnet10", "--epochs", "1"]
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    monkeypatch.setattr(finetune, "draw", lambda *ignored: None)
-
-
-@pytest.fixture
-def here(folder, monkeypatch):
-    """The current folder, empty but for pictures/: 36 to train on and 36 to test on, of 3 classes."""
-    monkeypatch.chdir(folder.parent)
-    return folder.parent
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +28,7 @@ def finished(tmp_path_factory):
     write_folder(place / "pictures")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(finetune, "draw", lambda *ignored: None)
+        draw_nothing(patch)
         return place, run("--lr", "0.001")  # hardly trained: an accuracy between chance and perfect
 
 
@@ -46,7 +38,7 @@ def run(*more):
 
 
 def epochs_of(path):
-    return [line for line in map(json.loads, path.read_text().splitlines()) if "epoch" in line]
+    return [line for line in json_lines(path) if "epoch" in line]
 
 
 def random_batch(batch, classes, dim=5, relu=False):

@@ -1,15 +1,16 @@
-"""The data: blossoms, folders of pictures, flowers, their cache, their splits and the batches."""
+"""The data: blossoms, folders of pictures, flowers, their cache, their splits, the batches and the
+k-NN probe."""
 import faulthandler
 import hashlib
+import math
 import os
 import urllib.error
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_folder
+from conftest import error_line, options, write_folder
 from PIL import Image
 from scipy.io import savemat
 
@@ -20,22 +21,9 @@ import finetune
 PETALS_HASH = "863b1c56de5b1ebab4f8a524b0a37a2c91763dede5319ab60dd33213f1fc6f28"
 
 
-def options(data, root, image_size=16):
-    return Namespace(data=str(data), root=str(root), image_size=image_size, device="cpu")
-
-
 def pictures(store):
     """The bytes of each picture of a store, to tell pictures apart."""
     return [store.images[row].numpy().tobytes() for row in store.rows]
-
-
-def error_line(capsys, function, *args, **kwargs):
-    """The one line on stderr with which function ends the program, as bad input does."""
-    with pytest.raises(SystemExit) as end:
-        function(*args, **kwargs)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 # ------------------------------------------------------------ petals
@@ -611,3 +599,35 @@ def test_a_missing_flower_is_named(flowers, capsys):
     (flowers / "flowers-102" / "jpg" / "image_00005.jpg").unlink()
     line = error_line(capsys, common.load_data, options("flowers", flowers), "test")
     assert "image_00005.jpg" in line
+
+
+# ------------------------------------------------------------ the k-NN probe
+
+def slow_knn(memory, memory_labels, query, query_labels, k, temperature):
+    """Each of the k most similar images in memory votes exp(similarity / temperature) for its class."""
+    hits = 0
+    for x, label in zip(query, query_labels.tolist()):
+        similarity = [float(x @ m / (x.norm() * m.norm())) for m in memory]
+        votes = {}
+        for i in sorted(range(len(memory)), key=lambda i: -similarity[i])[:k]:
+            votes[int(memory_labels[i])] = votes.get(int(memory_labels[i]), 0) + math.exp(similarity[i] / temperature)
+        hits += max(votes, key=votes.get) == label
+    return 100 * hits / len(query)
+
+
+@pytest.mark.parametrize("memory, query, k, temperature", [
+    (40, 60, 1, 0.1), (40, 60, 5, 0.1), (40, 60, 20, 0.1), (40, 60, 20, 10.0),
+    (6, 30, 20, 0.1),      # more neighbours asked for than there are
+    (5, 1100, 3, 0.1)])    # more queries than are compared at once
+def test_knn_accuracy_is_that_of_a_slow_loop(memory, query, k, temperature):
+    centres = torch.randn(4, 8, dtype=torch.float64)
+    memory_labels, query_labels = torch.randint(4, (memory,)), torch.randint(4, (query,))
+    memory, query = (centres[labels] + 1.5 * torch.randn(len(labels), 8, dtype=torch.float64)
+                     for labels in (memory_labels, query_labels))
+    problem = memory, memory_labels, query, query_labels, k, temperature
+    assert common.knn_accuracy(*problem) == pytest.approx(slow_knn(*problem))
+
+
+def test_knn_of_the_memory_itself_is_always_right_with_one_neighbour():
+    x, labels = torch.randn(20, 4), torch.randint(3, (20,))
+    assert common.knn_accuracy(x, labels, x, labels, k=1) == 100

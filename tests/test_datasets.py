@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ import common
 import core_tuning
 import finetune
 import simclr
-from conftest import write_folder
+from conftest import error_line, json_lines, options, write_folder
 
 pytestmark = pytest.mark.usefixtures("any_copy")
 COLOURS = [  # of class 0, 1, ...
@@ -39,18 +38,6 @@ COLOURS = [  # of class 0, 1, ...
 ]
 USUAL = ["--device", "cpu", "--precision", "float32", "--image-size", "16", "--arch", "resnet10"]
 SMALL = [*USUAL, "--epochs", "1", "--batch-size", "8"]
-
-
-def options(data, root, image_size=16, **more):
-    return Namespace(data=str(data), root=str(root), image_size=image_size, device="cpu", **more)
-
-
-def error_line(capsys, function, *args, **kwargs):
-    with pytest.raises(SystemExit) as end:
-        function(*args, **kwargs)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 # ------------------------------------------------------------ small copies of the real layouts
@@ -366,7 +353,7 @@ def test_finetune_runs_on_it_and_prints_its_main_metric_first(
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(f"test  {LAYOUTS[name][3]} ")
     assert all(f"{metric} " in line for metric in names)
-    written = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
+    written = json_lines(tmp_path / "run.jsonl")[-1]
     for metric in names:
         assert 0 <= written[f"test_{metric}"] == result[f"test_{metric}"] <= 100
 
@@ -448,7 +435,7 @@ def test_thirty_images_a_class_of_caltech_are_always_the_same_for_training(roots
         (coin, ["--epochs", "2", "--alpha", "0.5"]),
         (core_tuning, []),
         (bi_tuning, []),
-        (finetune, ["--supcon", "0.1"]),
+        (finetune, ["--eta", "0.1"]),
         (finetune, ["--labels-per-class", "2"]),
         (core_tuning, ["--fraction", "0.5"]),
     ],
@@ -486,7 +473,7 @@ def test_a_fraction_of_voc_and_bissl_and_a_search_work(roots, tmp_path, monkeypa
         [*usual, "--epochs", "1", "--search", "2", "--fraction", "0.5", "--out",
          str(tmp_path / "run")]
     )
-    runs = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])["runs"]
+    runs = json_lines(tmp_path / "run.jsonl")[-1]["runs"]
     best = max(runs[:2], key=lambda run: run["map"])
     assert runs[2]["lr"] == best["lr"]
 
@@ -502,47 +489,8 @@ def test_the_search_goes_by_the_main_metric(roots, tmp_path, monkeypatch):
         ["--data", "pets", "--root", str(roots("pets")[0]), "--out", str(tmp_path / "run"),
          *SMALL, "--search", "2"]
     )
-    runs = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])["runs"]
+    runs = json_lines(tmp_path / "run.jsonl")[-1]["runs"]
     assert runs[2]["lr"] == runs[1]["lr"] != runs[0]["lr"]
-
-
-def test_average_precision_of_an_example_worked_by_hand():
-    # present, ignored, absent, present, absent
-    # -> precision 1, -, 1/2, 2/3, 2/4 at recall 1/2, -, 1/2, 1, 1
-    present = torch.tensor([[1, 1, 0], [-1, 1, 0], [0, 1, 0], [1, 1, -1], [0, 1, 0]])
-    scores = torch.tensor([5.0, 4, 3, 2, 1])[:, None].expand(5, 3)
-    precision = finetune.average_precision(scores, present)
-    assert precision[0] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
-    assert precision[1] == 1 and precision[2].isnan()
-    scored, per_class = finetune.metrics(scores, present)
-    assert scored["map"] == pytest.approx(100 * precision[:2].mean().item()) and len(per_class) == 3
-
-
-def slow_average_precision(scores, present):
-    """One class: both lists. The definition, threshold by threshold."""
-    order = [i for i in sorted(range(len(scores)), key=lambda i: -scores[i]) if present[i] >= 0]
-    total, found, points = sum(p == 1 for p in present), 0, []
-    for rank, i in enumerate(order, 1):
-        found += present[i] == 1
-        points.append((found, found / rank))
-    best = []
-    for t in range(11):
-        reached = [precision for hits, precision in points if 10 * hits >= t * total]
-        best.append(max(reached, default=0))
-    return sum(best) / 11
-
-
-def test_average_precision_and_top1_against_slow_loops():
-    rng = np.random.default_rng(0)
-    scores = torch.tensor(rng.normal(size=(60, 20)))
-    present = torch.tensor(rng.choice([-1, 0, 1], (60, 20), p=[0.2, 0.6, 0.2]))
-    slow = []
-    for c in range(20):
-        slow.append(slow_average_precision(scores[:, c].tolist(), present[:, c].tolist()))
-    assert finetune.average_precision(scores, present).tolist() == pytest.approx(slow, rel=1e-12)
-    right = [present[i, int(scores[i].argmax())] == 1 for i in range(60)]
-    top1 = finetune.metrics(scores, present)[0]["top1"]
-    assert top1 == pytest.approx(100 * sum(right).item() / 60)
 
 
 def test_task_loss_against_a_slow_loop():

@@ -1,5 +1,4 @@
 """Several processes (gloo, on the CPU) do what one does on the same batches; and what happens when one of them is lost."""
-import json
 import os
 import re
 import signal
@@ -14,18 +13,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import bi_tuning
 import bissl
 import byol
 import coin
 import common
-import core_tuning
-import finetune
 import simclr
-from conftest import ROOT, write_folder
+from conftest import ROOT, SCRIPTS, json_lines, write_folder
 
-SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
-           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 PLAIN = "--device cpu --precision float32 --image-size 12 --batch-size 8 --root root"
 VIEWS = "--jitter 0 0 0 0 --probe-every 1"
 FEW = "--labels-per-class 4 --epochs 2 --lr 0.03"  # 40 images: 5 whole batches
@@ -154,7 +148,7 @@ def test_a_run_of_two_processes_is_the_run_of_one(folders, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_log_what_one_logs(folders, name):
-    one, two = ([json.loads(line) for line in (folders[k] / f"{name}.jsonl").read_text().splitlines()] for k in (1, 2))
+    one, two = (json_lines(folders[processes] / f"{name}.jsonl") for processes in (1, 2))
     assert len(one) == len(two)
     for line, other in zip(one, two):
         assert line.keys() == other.keys()

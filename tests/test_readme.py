@@ -7,12 +7,11 @@ import subprocess
 
 import common
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 READMES = ("README.md", "tests/README.md", "tests/results/README.md")
 TEXT = (ROOT / "README.md").read_text()
 ALL_TEXT = "\n".join((ROOT / name).read_text() for name in READMES)
-SCRIPTS = ("simclr", "byol", "coin", "bissl", "finetune", "core_tuning", "bi_tuning")
 LITERAL = {"LR": "0.1", "WD": "0.001", "DIR": "petals", "EMOJI": "petals", "FILE": "simclr.pt"}
 CALL = r"(?:python|torchrun --nproc-per-node=\d+) ((?:%s)\.py[^`\n&;#]*)" % "|".join(SCRIPTS)
 COMMANDS = sorted(set(re.findall(CALL, ALL_TEXT)))

@@ -8,18 +8,9 @@ import time
 import pytest
 import torch
 
-import bi_tuning
-import bissl
-import byol
-import coin
 import common
-import core_tuning
-import finetune
-import simclr
-from conftest import write_folder
+from conftest import SCRIPTS, draw_nothing, write_folder
 
-SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
-           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 RUNS = {"simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
         "byol": ["byol", "--arch", "resnet10", "--epochs", "3"],
         "coin": ["coin", "--ckpt", "start.pt", "--epochs", "4", "--alpha", "0.75", "--balanced", "3"],
@@ -49,8 +40,7 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(place, monkeypatch):
     monkeypatch.chdir(place)
-    for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "draw", lambda *ignored: None, raising=False)  # the figures take longer than these runs
+    draw_nothing(monkeypatch)
 
 
 def command(name, out, *more):

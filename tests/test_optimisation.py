@@ -1,4 +1,5 @@
-"""NT-Xent, accuracy, k-NN, LARS and the learning-rate schedule, each against its equation written as a slow loop."""
+"""Optimisers, learning rates, moving averages and gradients in chunks, each against its equation
+written as a slow loop."""
 import math
 
 import pytest
@@ -6,141 +7,10 @@ import torch
 from torch import nn
 
 import common
-import finetune
 import simclr
 
 
-# ------------------------------------------------------------------------------------------------------ NT-Xent
-
-def slow_nt_xent(z1, z2, temperature):
-    """SimCLR, equation 1: mean over i of -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), j the partner of i."""
-    z, batch = [*z1, *z2], len(z1)
-    similarity = lambda i, k: float(z[i] @ z[k] / (z[i].norm() * z[k].norm()))
-    total = 0
-    for i in range(2 * batch):
-        partner = i + batch if i < batch else i - batch
-        denominator = sum(math.exp(similarity(i, k) / temperature) for k in range(2 * batch) if k != i)
-        total -= math.log(math.exp(similarity(i, partner) / temperature) / denominator)
-    return total / (2 * batch)
-
-
-def random_views(batch, dim, dtype=torch.float64):
-    return torch.randn(batch, dim, dtype=dtype), torch.randn(batch, dim, dtype=dtype)
-
-
-@pytest.mark.parametrize("batch, dim, temperature", [(1, 3, 0.5), (2, 2, 1.0), (5, 4, 0.2), (8, 16, 0.05)])
-def test_nt_xent_is_the_mean_of_the_equation_over_all_views(batch, dim, temperature):
-    z1, z2 = random_views(batch, dim)
-    assert simclr.nt_xent(z1, z2, temperature).item() == pytest.approx(slow_nt_xent(z1, z2, temperature), abs=1e-12)
-
-
-def test_nt_xent_has_the_right_first_and_second_derivative():  # bissl.py differentiates it twice
-    views = [z.requires_grad_() for z in random_views(3, 4)]
-    loss = lambda z1, z2: simclr.nt_xent(z1, z2, 0.5)
-    assert torch.autograd.gradcheck(loss, views)
-    assert torch.autograd.gradgradcheck(loss, views)
-
-
-@pytest.mark.parametrize("batch", [2, 3, 10])
-def test_nt_xent_of_collinear_embeddings_is_log_of_the_number_of_candidates(batch):
-    line, lengths = torch.randn(5, dtype=torch.float64), torch.rand(2, batch, 1, dtype=torch.float64) + 0.1
-    z1, z2 = lengths * line
-    assert simclr.nt_xent(z1, z2, 0.1).item() == pytest.approx(math.log(2 * batch - 1), abs=1e-12)
-
-
-@pytest.mark.parametrize("batch, temperature", [(2, 0.5), (4, 0.1), (6, 1.0)])
-def test_nt_xent_of_orthogonal_images_with_identical_views_has_a_closed_form(batch, temperature):
-    z = torch.eye(batch, dtype=torch.float64)
-    expected = math.log(1 + (2 * batch - 2) * math.exp(-1 / temperature))
-    assert simclr.nt_xent(z, z, temperature).item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_nt_xent_of_one_image_is_zero_because_the_partner_is_the_only_candidate():
-    assert simclr.nt_xent(*random_views(1, 4), 0.5).item() == 0
-
-
-def test_nt_xent_does_not_depend_on_the_length_of_an_embedding():
-    z1, z2 = random_views(4, 3)
-    lengths = torch.tensor([[1e-3], [1], [7], [1e4]], dtype=torch.float64)
-    torch.testing.assert_close(simclr.nt_xent(lengths * z1, z2, 0.2), simclr.nt_xent(z1, z2, 0.2), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nt_xent_keeps_the_dtype(dtype):
-    assert simclr.nt_xent(*random_views(4, 3, dtype), 0.2).dtype == dtype
-
-
-@pytest.mark.parametrize("temperature", [0.05, 0.005])  # exp(1 / 0.005) is more than float32 can hold
-def test_nt_xent_does_not_overflow_in_float32_at_a_low_temperature(temperature):
-    z1, z2 = random_views(8, 4)
-    loss = simclr.nt_xent(z1.float(), z2.float(), temperature).item()
-    assert loss == pytest.approx(simclr.nt_xent(z1, z2, temperature).item(), rel=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------------- accuracy
-
-def slow_metrics(logits, labels):
-    """Top-1, top-5 and mean per-class accuracy in per cent, image by image."""
-    first, fifth, hits_of = 0, 0, {}
-    for scores, label in zip(logits.tolist(), labels.tolist()):
-        ranking = sorted(range(len(scores)), key=lambda c: -scores[c])
-        first += ranking[0] == label
-        fifth += label in ranking[:5]
-        hits_of.setdefault(label, []).append(ranking[0] == label)
-    recalls = [sum(hits) / len(hits) for hits in hits_of.values()]
-    return dict(top1=100 * first / len(labels), top5=100 * fifth / len(labels),
-                mean_class=100 * sum(recalls) / len(recalls))
-
-
-@pytest.mark.parametrize("images, classes", [(50, 10), (200, 7), (30, 5), (30, 3), (4, 20), (1, 2)])
-def test_metrics_are_those_of_a_slow_loop(images, classes):  # 4 images of 20 classes: most classes have none
-    labels = torch.randint(classes, (images,))
-    logits = torch.randn(images, classes) + nn.functional.one_hot(labels, classes)  # better than chance
-    assert finetune.metrics(logits, labels)[0] == pytest.approx(slow_metrics(logits, labels), rel=1e-6)
-
-
-def test_mean_class_accuracy_counts_every_class_that_has_images_once():
-    logits = torch.eye(3)[torch.tensor([0, 0, 0, 0])]  # always class 0; class 2 has no image
-    scores, _ = finetune.metrics(logits, torch.tensor([0, 0, 0, 1]))
-    assert (scores["top1"], scores["mean_class"]) == (75, 50)
-
-
-def test_the_confusion_matrix_has_true_classes_as_rows():
-    _, confusion = finetune.metrics(torch.eye(3)[torch.tensor([1, 1, 2])], torch.tensor([0, 0, 2]))
-    assert confusion.tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 1]]
-
-
-def slow_knn(memory, memory_labels, query, query_labels, k, temperature):
-    """Each of the k most similar images in memory votes exp(similarity / temperature) for its class."""
-    hits = 0
-    for x, label in zip(query, query_labels.tolist()):
-        similarity = [float(x @ m / (x.norm() * m.norm())) for m in memory]
-        votes = {}
-        for i in sorted(range(len(memory)), key=lambda i: -similarity[i])[:k]:
-            votes[int(memory_labels[i])] = votes.get(int(memory_labels[i]), 0) + math.exp(similarity[i] / temperature)
-        hits += max(votes, key=votes.get) == label
-    return 100 * hits / len(query)
-
-
-@pytest.mark.parametrize("memory, query, k, temperature", [
-    (40, 60, 1, 0.1), (40, 60, 5, 0.1), (40, 60, 20, 0.1), (40, 60, 20, 10.0),
-    (6, 30, 20, 0.1),      # more neighbours asked for than there are
-    (5, 1100, 3, 0.1)])    # more queries than are compared at once
-def test_knn_accuracy_is_that_of_a_slow_loop(memory, query, k, temperature):
-    centres = torch.randn(4, 8, dtype=torch.float64)
-    memory_labels, query_labels = torch.randint(4, (memory,)), torch.randint(4, (query,))
-    memory, query = (centres[labels] + 1.5 * torch.randn(len(labels), 8, dtype=torch.float64)
-                     for labels in (memory_labels, query_labels))
-    problem = memory, memory_labels, query, query_labels, k, temperature
-    assert common.knn_accuracy(*problem) == pytest.approx(slow_knn(*problem))
-
-
-def test_knn_of_the_memory_itself_is_always_right_with_one_neighbour():
-    x, labels = torch.randn(20, 4), torch.randint(3, (20,))
-    assert common.knn_accuracy(x, labels, x, labels, k=1) == 100
-
-
-# ------------------------------------------------------------------------------------------------- optimisation
+# ------------------------------------------------------------------------------------ optimisers
 
 def slow_lars(w, gradients, lr, momentum, decay, eta, adapt):
     """The docstring of common.LARS, one step for each of the gradients."""
