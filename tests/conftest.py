@@ -50,7 +50,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def here(folder, monkeypatch):
-    """The current folder, empty but for pictures/: 36 to train on and 36 to test on, of 3 classes."""
+    """The current folder, empty but for pictures/: 36 to train on and 36 to test on, of 3
+    classes."""
     monkeypatch.chdir(folder.parent)
     return folder.parent
 

@@ -77,10 +77,8 @@ def test_petals_splits_share_no_picture(tmp_path, monkeypatch):
 def test_petals_trainval_is_train_and_val(tmp_path, monkeypatch):
     for split in common.PETAL_SPLITS:
         monkeypatch.setitem(common.PETAL_SPLITS, split, 30)
-    train, val, both = (
-        common.load_data(options("petals", tmp_path), split)
-        for split in ("train", "val", "trainval")
-    )
+    train, val, both = (common.load_data(options("petals", tmp_path), split)
+                        for split in ("train", "val", "trainval"))
     assert pictures(both) == pictures(train) + pictures(val)
     assert torch.equal(both.labels, torch.cat([train.labels, val.labels]))
 
@@ -163,18 +161,14 @@ def parts_of(monkeypatch, processes, *batches, **how):
     return parts
 
 
-@pytest.mark.parametrize(
-    "n, batch_size, processes, sizes",
-    [
-        (9, 4, 2, [2, 2]),
-        (8, 4, 2, [2, 2]),
-        (10, 4, 2, [3, 2]),
-        (7, 4, 2, [3]),
-        (4, 4, 2, [2]),
-        (13, 8, 4, [3]),
-        (16, 8, 4, [2, 2]),
-    ],
-)
+@pytest.mark.parametrize("n, batch_size, processes, sizes", [
+    (9, 4, 2, [2, 2]),
+    (8, 4, 2, [2, 2]),
+    (10, 4, 2, [3, 2]),
+    (7, 4, 2, [3]),
+    (4, 4, 2, [2]),
+    (13, 8, 4, [3]),
+    (16, 8, 4, [2, 2])])
 def test_no_process_gets_a_batch_of_one(monkeypatch, n, batch_size, processes, sizes):
     parts = parts_of(monkeypatch, processes, numbered_store(n), batch_size)
     assert [[len(batch) for batch in own] for own in parts] == [sizes] * processes
@@ -220,10 +214,8 @@ LABELS = torch.tensor([0] * 20 + [1] * 10 + [2] * 3)[SHUFFLED]
         (dict(per_class=20), [20, 10, 3]),
         (dict(fraction=0.5), [10, 5, 2]),
         (dict(fraction=0.01), [1, 1, 1]),
-        (dict(fraction=1), [20, 10, 3]),
-    ],
-    ids=str,
-)
+        (dict(fraction=1), [20, 10, 3])],
+    ids=str)
 def test_a_labelled_subset_has_the_size_asked_for_in_each_class(size, of_each_class):
     keep = common.labelled_subset(LABELS, seed=0, **size)
     assert torch.bincount(LABELS[keep]).tolist() == of_each_class
@@ -244,10 +236,8 @@ def test_more_labels_than_any_class_has_is_bad_input(capsys):
 
 def test_val_is_a_stratified_fifth_of_train_and_shares_nothing_with_it(tmp_path):
     write_folder(tmp_path, per_class=10)
-    train, val, both = (
-        common.load_data(options(tmp_path, tmp_path), split)
-        for split in ("train", "val", "trainval")
-    )
+    train, val, both = (common.load_data(options(tmp_path, tmp_path), split)
+                        for split in ("train", "val", "trainval"))
     assert torch.bincount(train.labels).tolist() == [8, 8, 8]
     assert torch.bincount(val.labels).tolist() == [2, 2, 2]
     assert not set(pictures(train)) & set(pictures(val))
@@ -448,10 +438,8 @@ def test_two_projects_with_equal_relative_names_do_not_share_a_cache(tmp_path, m
 def test_two_folders_of_one_name_do_not_share_a_cache(tmp_path):
     for parent, classes in (("x", ("a", "b")), ("y", ("a", "b", "c"))):
         write_folder(tmp_path / parent / "pictures", classes, per_class=2)
-    x, y = (
-        common.load_data(options(tmp_path / parent / "pictures", tmp_path), "test")
-        for parent in ("x", "y")
-    )
+    x, y = (common.load_data(options(tmp_path / parent / "pictures", tmp_path), "test")
+            for parent in ("x", "y"))
     assert len(x) == 4 and len(y) == 6
 
 
@@ -556,16 +544,12 @@ def flowers(tmp_path, any_copy):
     return tmp_path / "root"
 
 
-@pytest.mark.parametrize(
-    "split, numbers",
-    [
-        ("train", [3, 1]),
-        ("val", [2, 6]),
-        ("test", [5, 4, 7]),
-        ("trainval", [3, 1, 2, 6]),
-        ("unlabeled", [3, 1, 2, 6]),
-    ],
-)
+@pytest.mark.parametrize("split, numbers", [
+    ("train", [3, 1]),
+    ("val", [2, 6]),
+    ("test", [5, 4, 7]),
+    ("trainval", [3, 1, 2, 6]),
+    ("unlabeled", [3, 1, 2, 6])])
 def test_flowers_are_read_as_torchvision_unpacks_them(flowers, split, numbers):
     store = common.load_data(options("flowers", flowers), split)
     assert len(store.classes) == 102 and store.classes[0] == "pink primrose"
@@ -604,13 +588,15 @@ def test_a_missing_flower_is_named(flowers, capsys):
 # ------------------------------------------------------------ the k-NN probe
 
 def slow_knn(memory, memory_labels, query, query_labels, k, temperature):
-    """Each of the k most similar images in memory votes exp(similarity / temperature) for its class."""
+    """Each of the k most similar images in memory votes exp(similarity / temperature) for its
+    class."""
     hits = 0
     for x, label in zip(query, query_labels.tolist()):
         similarity = [float(x @ m / (x.norm() * m.norm())) for m in memory]
         votes = {}
         for i in sorted(range(len(memory)), key=lambda i: -similarity[i])[:k]:
-            votes[int(memory_labels[i])] = votes.get(int(memory_labels[i]), 0) + math.exp(similarity[i] / temperature)
+            votes[int(memory_labels[i])] = votes.get(int(memory_labels[i]), 0) + math.exp(
+                similarity[i] / temperature)
         hits += max(votes, key=votes.get) == label
     return 100 * hits / len(query)
 

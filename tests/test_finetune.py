@@ -43,11 +43,14 @@ def slow_metrics(logits, labels):
                 mean_class=100 * sum(recalls) / len(recalls))
 
 
+# 4 images of 20 classes: most classes have none
 @pytest.mark.parametrize("images, classes", [(50, 10), (200, 7), (30, 5), (30, 3), (4, 20), (1, 2)])
-def test_metrics_are_those_of_a_slow_loop(images, classes):  # 4 images of 20 classes: most classes have none
+def test_metrics_are_those_of_a_slow_loop(images, classes):
     labels = torch.randint(classes, (images,))
-    logits = torch.randn(images, classes) + nn.functional.one_hot(labels, classes)  # better than chance
-    assert finetune.metrics(logits, labels)[0] == pytest.approx(slow_metrics(logits, labels), rel=1e-6)
+    # better than chance
+    logits = torch.randn(images, classes) + nn.functional.one_hot(labels, classes)
+    assert finetune.metrics(logits, labels)[0] == pytest.approx(
+        slow_metrics(logits, labels), rel=1e-6)
 
 
 def test_mean_class_accuracy_counts_every_class_that_has_images_once():
@@ -102,28 +105,34 @@ def test_average_precision_and_top1_against_slow_loops():
     assert top1 == pytest.approx(100 * sum(right).item() / 60)
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 def test_eval_repeats_the_accuracy_of_the_run_and_writes_nothing(here, capsys):
-    result = new_finetune("--freeze", "--lr", "0.001")  # hardly trained: an accuracy between chance and perfect
+    # hardly trained: an accuracy between chance and perfect
+    result = new_finetune("--freeze", "--lr", "0.001")
     capsys.readouterr()
     before = files(here)
-    again = finetune.main(["--data", "pictures", "--root", "root", "--ckpt", "finetune.pt", "--eval", "--device", "cpu",
-                           "--precision", "float32"])
+    again = finetune.main(["--data", "pictures", "--root", "root", "--ckpt", "finetune.pt",
+                           "--eval", "--device", "cpu", "--precision", "float32"])
     assert again["test_top1"] == result["test_top1"]
     assert f"{result['test_top1']:.2f} %" in capsys.readouterr().out
     assert files(here) == before
 
 
 @pytest.mark.parametrize("flags, images", [
-    ([], 36), (["--labels-per-class", "0"], 36), (["--labels-per-class", "2"], 6), (["--fraction", "0.5"], 15),
+    ([], 36),
+    (["--labels-per-class", "0"], 36),
+    (["--labels-per-class", "2"], 6),
+    (["--fraction", "0.5"], 15),
     (["--fraction", "0.01"], 3)])
 def test_finetune_trains_on_as_many_labelled_images_as_asked_for(here, monkeypatch, flags, images):
     seen = []
     train = finetune.train
-    monkeypatch.setattr(finetune, "train", lambda trial: (seen.append(len(trial.data)), train(trial)))
+    monkeypatch.setattr(
+        finetune, "train", lambda trial: (seen.append(len(trial.data)), train(trial)))
     new_finetune(*flags)
-    assert seen == [images]  # 3 classes of 12; a fifth of each (2) is held out where there is a choice to make
+    # 3 classes of 12; a fifth of each (2) is held out where there is a choice to make
+    assert seen == [images]
 
 
 @pytest.mark.parametrize("coin_flags, flags, said", [
@@ -135,7 +144,8 @@ def test_finetune_trains_on_as_many_labelled_images_as_asked_for(here, monkeypat
     ("--labels-per-class 3", "--labels-per-class 3 --search 1", ""),
     ("--labels-per-class 0", "--labels-per-class 0 --search 1", "learnt from val"),
     ("--labels-per-class 0", "--labels-per-class 0", "")])
-def test_fine_tuning_says_where_an_earlier_stage_has_seen_labels_that_it_should_not(here, capsys, coin_flags, flags, said):
+def test_fine_tuning_says_where_an_earlier_stage_has_seen_labels_that_it_should_not(
+        here, capsys, coin_flags, flags, said):
     from_scratch("coin", "--epochs", "2", "--alpha", "0.5", *coin_flags.split())
     capsys.readouterr()
     finetune.main([*SMALL, "--ckpt", "coin.pt", *flags.split()])
@@ -143,11 +153,12 @@ def test_fine_tuning_says_where_an_earlier_stage_has_seen_labels_that_it_should_
     assert ("has learnt from" in printed) == bool(said) and said in printed
 
 
-# --------------------------------------------------------------------------------------------------------- search
+# ------------------------------------------------------------------------------------------- search
 
 @pytest.fixture
 def unequal(here):
-    """pictures/ with a test split of 15 images, so that the length of a split tells which one it is."""
+    """pictures/ with a test split of 15 images, so that the length of a split tells which one it
+    is."""
     for path in sorted((here / "pictures" / "test").rglob("*.png")):
         if int(path.stem) >= 5:
             path.unlink()
@@ -165,8 +176,10 @@ def test_search_and_seeds_give_mean_and_deviation_over_the_final_runs(unequal, s
 
 
 @pytest.mark.parametrize("better", [min, max])
-def test_search_chooses_by_validation_and_looks_at_test_once_a_final_run(unequal, monkeypatch, better):
-    """The figure, which shows the test split when all is decided, is not drawn here (see no_figures)."""
+def test_search_chooses_by_validation_and_looks_at_test_once_a_final_run(
+        unequal, monkeypatch, better):
+    """The figure, which shows the test split when all is decided, is not drawn here (see
+    no_figures)."""
     looks, rates = [], []
 
     def evaluate(backbone, head, store, args):

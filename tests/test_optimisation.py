@@ -24,7 +24,8 @@ def slow_lars(w, gradients, lr, momentum, decay, eta, adapt):
     return w
 
 
-@pytest.mark.parametrize("start", ["random", "zero"])  # a zero weight has no norm to adapt to: its trust ratio is 1
+# a zero weight has no norm to adapt to: its trust ratio is 1
+@pytest.mark.parametrize("start", ["random", "zero"])
 @pytest.mark.parametrize("adapt", [True, False])
 @pytest.mark.parametrize("decay", [0, 0.1])
 def test_lars_follows_its_equation_parameter_by_parameter(start, adapt, decay):
@@ -32,13 +33,15 @@ def test_lars_follows_its_equation_parameter_by_parameter(start, adapt, decay):
     starts = [make(shape, dtype=torch.float64) for shape in ((3, 4), (2, 3, 2), (5,))]
     params = [nn.Parameter(w.clone()) for w in starts]
     gradients = [[torch.randn_like(w) for w in starts] for _ in range(4)]
-    optimizer = common.LARS([dict(params=params, adapt=adapt)], lr=0.5, momentum=0.8, weight_decay=decay, eta=0.01)
+    optimizer = common.LARS(
+        [dict(params=params, adapt=adapt)], lr=0.5, momentum=0.8, weight_decay=decay, eta=0.01)
     for step in gradients:
         for param, gradient in zip(params, step):
             param.grad = gradient.clone()
         optimizer.step()
     for i, param in enumerate(params):
-        expected = slow_lars(starts[i], [step[i] for step in gradients], 0.5, 0.8, decay, 0.01, adapt)
+        expected = slow_lars(
+            starts[i], [step[i] for step in gradients], 0.5, 0.8, decay, 0.01, adapt)
         torch.testing.assert_close(param.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -58,10 +61,13 @@ def test_lars_leaves_a_parameter_without_a_gradient_alone():
 
 @pytest.mark.parametrize("name", common.OPTIMIZERS)
 def test_only_weights_are_decayed_and_adapted_and_frozen_ones_are_left_out(name):
-    frozen, trained = nn.Linear(4, 4).requires_grad_(False), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    weights, others = common.make_optimizer(name, [frozen, trained], lr=0.1, weight_decay=0.3).param_groups
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    trained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    weights, others = common.make_optimizer(
+        name, [frozen, trained], lr=0.1, weight_decay=0.3).param_groups
     assert [p is trained[0].weight for p in weights["params"]] == [True]
-    assert {id(p) for p in others["params"]} == {id(p) for p in (trained[0].bias, trained[1].weight, trained[1].bias)}
+    assert {id(p) for p in others["params"]} == {
+        id(p) for p in (trained[0].bias, trained[1].weight, trained[1].bias)}
     assert (weights["weight_decay"], others["weight_decay"]) == (0.3, 0)
     assert name != "lars" or (weights["adapt"], others["adapt"]) == (True, False)
 
@@ -102,7 +108,7 @@ def test_the_learning_rate_is_set_in_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [3, 3]
 
 
-# ---------------------------------------------------------------------------------------------- moving averages
+# ---------------------------------------------------------------------------------- moving averages
 
 @pytest.mark.parametrize("decay", [0, 0.25, 0.99, 1])
 def test_update_average_moves_every_parameter_towards_the_models_and_no_statistic(decay):
@@ -123,7 +129,7 @@ def test_update_average_leaves_no_graph():
     assert all(p.is_leaf and p.requires_grad for p in average.parameters())
 
 
-# ------------------------------------------------------------------------------------------- gradient caching
+# --------------------------------------------------------------------------------- gradient caching
 
 def toy(width=6):
     return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 4)).double()
@@ -142,7 +148,8 @@ def test_chunked_backward_gives_the_gradient_of_the_whole_batch(chunk):
     value = common.chunked_backward(model, embed, loss, x, chunk)
     found = [p.grad.clone() for p in model.parameters()]
     half = len(noise) // 2
-    assert torch.equal(torch.cat(noise[:half]), torch.cat(noise[half:]))  # the same views in both passes
+    # the same views in both passes
+    assert torch.equal(torch.cat(noise[:half]), torch.cat(noise[half:]))
     views = torch.cat(noise[:half])
     whole = loss(torch.stack([model(view) for view in views.unbind(1)], 1))
     expected = torch.autograd.grad(whole, list(model.parameters()))
@@ -162,7 +169,8 @@ def test_chunked_backward_adds_to_gradients_and_moves_batchnorm_once():
 
 
 def saved_bytes(model, call):
-    """The most bytes beside the weights that autograd held at once for backward passes during a call."""
+    """The most bytes beside the weights that autograd held at once for backward passes during a
+    call."""
     held, most, weights = 0, 0, {p.data_ptr() for p in model.parameters()}
 
     class Kept:
@@ -185,8 +193,10 @@ def test_memory_grows_with_the_chunk_and_not_with_the_batch():
     model = common.build_backbone("resnet10", True)
     loss = lambda z: simclr.nt_xent(z, z.roll(1, 1), 0.3)
     pictures = lambda batch: torch.randn(batch, 3, 16, 16)
-    peak = {(batch, chunk): saved_bytes(model, lambda: common.chunked_backward(model, model, loss, pictures(batch), chunk))
-            for batch, chunk in ((16, 8), (64, 8), (64, 32))}
+    peak = {
+        (batch, chunk): saved_bytes(
+            model, lambda: common.chunked_backward(model, model, loss, pictures(batch), chunk))
+        for batch, chunk in ((16, 8), (64, 8), (64, 32))}
     assert peak[64, 8] < 1.1 * peak[16, 8]  # the loss itself keeps its 64 x 64 similarities
     assert peak[64, 32] > 3 * peak[64, 8]
     whole = saved_bytes(model, lambda: loss(model(pictures(64))).backward())

@@ -40,9 +40,11 @@ def test_every_command_has_flags_that_the_script_knows(command, tmp_path, monkey
 @pytest.mark.parametrize("name", READMES)
 def test_every_figure_and_folder_that_is_shown_is_there(name):
     text = (ROOT / name).read_text()
-    for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):  # links and figures: from the README's folder
+    # links and figures: from the README's folder
+    for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert ((ROOT / name).parent / path).exists(), path
-    named = re.findall(r"`(tests/[\w./-]+)`", text) + re.findall(r"python (tests/[\w./-]+\.py)", text)
+    named = re.findall(r"`(tests/[\w./-]+)`", text) + re.findall(
+        r"python (tests/[\w./-]+\.py)", text)
     for path in named:                                            # named in the text: from the root
         assert (ROOT / path).exists(), path
 
@@ -73,7 +75,8 @@ def test_both_commands_make_and_enter_the_environment():
     assert tests == setup + "python -m pytest -q tests"
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="copies what git lists")
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or not shutil.which("git"), reason="copies what git lists")
 def test_the_gate_runs_the_readme_s_own_test_command():
     gate = subprocess.run([ROOT / ".ci/run", "--dry-run"], capture_output=True, text=True)
     assert gate.returncode == 0, gate.stderr

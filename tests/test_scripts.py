@@ -1,4 +1,5 @@
-"""The scripts as a student runs them: through their command lines, one after the other, on small data."""
+"""The scripts as a student runs them: through their command lines, one after the other, on small
+data."""
 import os
 import re
 import subprocess
@@ -14,31 +15,36 @@ import common
 import finetune
 from conftest import FINE_TUNING, ROOT, SCRIPTS, draw_nothing, files, json_lines, write_folder
 
-SHARED_FLAGS = ["--data", "--root", "--image-size", "--arch", "--ckpt", "--out", "--epochs", "--batch-size", "--lr",
-                "--weight-decay", "--seed", "--device", "--resume"]
+SHARED_FLAGS = ["--data", "--root", "--image-size", "--arch", "--ckpt", "--out", "--epochs",
+                "--batch-size", "--lr", "--weight-decay", "--seed", "--device", "--resume"]
 SMALL = ["--image-size", "16", "--batch-size", "8", "--device", "cpu", "--precision", "float32"]
-SHORT = {"simclr": ["--epochs", "1", "--arch", "resnet10"],
-         "byol": ["--epochs", "1", "--arch", "resnet10"],
-         "coin": ["--epochs", "2", "--alpha", "0.5"],
-         "bissl": ["--alternations", "1", "--lower-steps", "2", "--upper-steps", "2", "--head-epochs", "1",
-                   "--pretext-batch-size", "8"],
-         "finetune": ["--epochs", "1"],
-         "core_tuning": ["--epochs", "1"],
-         "bi_tuning": ["--epochs", "1", "--keys", "4"]}
-START = {"coin": "simclr.pt", "bissl": "simclr.pt", "finetune": "bissl.pt", "core_tuning": "coin.pt", "bi_tuning": "coin.pt"}
+SHORT = {
+    "simclr": ["--epochs", "1", "--arch", "resnet10"],
+    "byol": ["--epochs", "1", "--arch", "resnet10"],
+    "coin": ["--epochs", "2", "--alpha", "0.5"],
+    "bissl": ["--alternations", "1", "--lower-steps", "2", "--upper-steps", "2",
+              "--head-epochs", "1", "--pretext-batch-size", "8"],
+    "finetune": ["--epochs", "1"],
+    "core_tuning": ["--epochs", "1"],
+    "bi_tuning": ["--epochs", "1", "--keys", "4"]}
+START = {"coin": "simclr.pt", "bissl": "simclr.pt", "finetune": "bissl.pt",
+         "core_tuning": "coin.pt", "bi_tuning": "coin.pt"}
 FEW_PETALS = {"unlabeled": 32, "train": 60, "val": 30, "test": 30}
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    """Figures take longer than these runs: only the real commands of the fixture `starts` draw them."""
+    """Figures take longer than these runs: only the real commands of the fixture `starts` draw
+    them."""
     draw_nothing(monkeypatch)
 
 
 def short(script, *more, ckpt="", data="pictures"):
-    """The short command line; what comes later in `more` replaces what it has. Without ckpt: the script's START."""
+    """The short command line; what comes later in `more` replaces what it has. Without ckpt: the
+    script's START."""
     start = START.get(script) if ckpt == "" else ckpt
-    return [*SMALL, "--data", data, "--root", "root", *SHORT[script], *(["--ckpt", start] if start else []), *more]
+    return [*SMALL, "--data", data, "--root", "root", *SHORT[script],
+            *(["--ckpt", start] if start else []), *more]
 
 
 def run(script, *more, **named):
@@ -49,22 +55,26 @@ def from_scratch(script, *more):
     return run(script, "--arch", "resnet10", *more, ckpt=None)
 
 
-# ------------------------------------------------------------------------------------------------- whole chains
+# ------------------------------------------------------------------------------------- whole chains
 
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory):
-    """What the seven real commands write, one stage after the other, and torchvision.pt, to start from."""
+    """What the seven real commands write, one stage after the other, and torchvision.pt, to start
+    from."""
     place = tmp_path_factory.mktemp("starts")
     write_folder(place / "pictures")
     for together in (["simclr", "byol"], ["coin", "bissl"], FINE_TUNING):
-        runs = [subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *short(script)], cwd=place, text=True,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                for script in together]
+        runs = [
+            subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *short(script)],
+                             cwd=place, text=True, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            for script in together]
         for run in runs:
             errors = run.communicate()[1]
             assert run.returncode == 0, errors
     written = {name for name in files(place) if not name.startswith(("root/", "pictures/"))}
-    assert written == {f"{script}.{ending}" for script in SCRIPTS for ending in ("pt", "jsonl", "png")}
+    assert written == {
+        f"{script}.{ending}" for script in SCRIPTS for ending in ("pt", "jsonl", "png")}
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18().state_dict(), place / "torchvision.pt")
     return place
@@ -81,7 +91,8 @@ FEW_LABELS = ("--labels-per-class", "3")
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """A folder with the checkpoints START.pt and START-MIDDLE.pt that lead to the last stage, all on few petals."""
+    """A folder with the checkpoints START.pt and START-MIDDLE.pt that lead to the last stage, all
+    on few petals."""
     place = tmp_path_factory.mktemp("stages")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -99,20 +110,25 @@ def stages(tmp_path_factory):
 @pytest.mark.parametrize("tuning", FINE_TUNING)
 @pytest.mark.parametrize("middle", ["", "-coin", "-bissl"])
 @pytest.mark.parametrize("start", ["scratch", "simclr", "byol"])
-def test_every_chain_of_stages_ends_with_a_test_accuracy_that_eval_repeats(stages, monkeypatch, start, middle, tuning):
+def test_every_chain_of_stages_ends_with_a_test_accuracy_that_eval_repeats(
+        stages, monkeypatch, start, middle, tuning):
     monkeypatch.chdir(stages)
     monkeypatch.setattr(common, "PETAL_SPLITS", FEW_PETALS)
-    result = run(tuning, *FEW_LABELS, data="petals", ckpt=None if start + middle == "scratch" else f"{start}{middle}.pt")
+    result = run(tuning, *FEW_LABELS, data="petals",
+                 ckpt=None if start + middle == "scratch" else f"{start}{middle}.pt")
     assert 0 <= result["test_top1"] <= 100
     assert common.load_checkpoint(f"{tuning}.pt")["classes"][0] == "3 round"
-    again = finetune.main(["--ckpt", f"{tuning}.pt", "--eval", "--device", "cpu", "--precision", "float32"])
+    again = finetune.main(
+        ["--ckpt", f"{tuning}.pt", "--eval", "--device", "cpu", "--precision", "float32"])
     assert again["test_top1"] == result["test_top1"]
 
 
-# ------------------------------------------------------------------------------------------------ what is written
+# ---------------------------------------------------------------------------------- what is written
 
-@pytest.mark.parametrize("script, unit", [("simclr", "epoch"), ("byol", "epoch"), ("bissl", "alternation")])
-def test_the_log_holds_one_line_an_epoch_and_main_returns_the_last(starts, monkeypatch, script, unit):
+@pytest.mark.parametrize(
+    "script, unit", [("simclr", "epoch"), ("byol", "epoch"), ("bissl", "alternation")])
+def test_the_log_holds_one_line_an_epoch_and_main_returns_the_last(
+        starts, monkeypatch, script, unit):
     monkeypatch.chdir(starts)
     count = {"bissl": "--alternations"}.get(script, "--epochs")
     result = run(script, count, "3", "--out", "three")
@@ -137,45 +153,52 @@ def test_the_figure_is_a_readable_picture_with_something_in_it(starts, script):
         assert len(np.unique(np.asarray(image.convert("L")))) > 10
 
 
-# ----------------------------------------------------------------------------------------------------------- help
+# --------------------------------------------------------------------------------------------- help
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_the_shared_flags_in_the_common_order_and_every_default(script, capsys):
     with pytest.raises(SystemExit) as stop:
         SCRIPTS[script].main(["--help"])
     assert not stop.value.code
-    entries = re.split(r"^  (?=--)", capsys.readouterr().out, flags=re.M)[1:]  # one text for each flag
+    # one text for each flag
+    entries = re.split(r"^  (?=--)", capsys.readouterr().out, flags=re.M)[1:]
     flags = [entry.split()[0] for entry in entries]
-    shared = [flag for flag in SHARED_FLAGS if (flag, script) != ("--epochs", "bissl")]  # bissl counts alternations
+    # bissl counts alternations
+    shared = [flag for flag in SHARED_FLAGS if (flag, script) != ("--epochs", "bissl")]
     assert [flag for flag in flags if flag in shared] == shared
     for flag, entry in zip(flags, entries):
         takes_a_value = not re.match(r"--[\w-]+(  |\n|$)", entry)
         assert not takes_a_value or "(default: " in " ".join(entry.split()), flag
 
 
-# ------------------------------------------------------------------------------------------------ starting points
+# ---------------------------------------------------------------------------------- starting points
 
 @pytest.mark.parametrize("start", [*SCRIPTS, "torchvision"])
-def test_freeze_starts_from_the_checkpoint_and_changes_no_bit_of_the_backbone(starts, monkeypatch, start):
+def test_freeze_starts_from_the_checkpoint_and_changes_no_bit_of_the_backbone(
+        starts, monkeypatch, start):
     monkeypatch.chdir(starts)
     run("finetune", "--ckpt", f"{start}.pt", "--freeze", "--epochs", "2", "--out", "frozen")
-    before, after = (common.load_checkpoint(name)["backbone"] for name in (f"{start}.pt", "frozen.pt"))
+    before, after = (
+        common.load_checkpoint(name)["backbone"] for name in (f"{start}.pt", "frozen.pt"))
     assert all(torch.equal(after[key], before[key]) for key in after)
     assert after.keys() == {key for key in before if not key.startswith("fc.")}
 
 
-@pytest.mark.parametrize("tuning, start", [*[("finetune", start) for start in ("simclr", "byol", "coin", "bissl", "torchvision")],
-                                           ("core_tuning", "torchvision"), ("bi_tuning", "torchvision")])
+@pytest.mark.parametrize("tuning, start", [
+    *[("finetune", start) for start in ("simclr", "byol", "coin", "bissl", "torchvision")],
+    ("core_tuning", "torchvision"), ("bi_tuning", "torchvision")])
 def test_fine_tuning_trains_the_backbone_whatever_it_comes_from(starts, monkeypatch, tuning, start):
     monkeypatch.chdir(starts)
     result = run(tuning, "--ckpt", f"{start}.pt", "--out", "tuned")
-    before, after = (common.load_checkpoint(name)["backbone"] for name in (f"{start}.pt", "tuned.pt"))
+    before, after = (
+        common.load_checkpoint(name)["backbone"] for name in (f"{start}.pt", "tuned.pt"))
     changed = {key: not torch.equal(after[key], before[key]) for key in after}
     assert changed["conv1.weight"] and changed["layer4.0.conv2.weight"]
     assert "test_top1" in result
 
 
-def test_bissl_says_that_a_foreign_checkpoint_has_no_pretext_head_and_goes_on(starts, monkeypatch, capsys):
+def test_bissl_says_that_a_foreign_checkpoint_has_no_pretext_head_and_goes_on(
+        starts, monkeypatch, capsys):
     monkeypatch.chdir(starts)
     torch.save(common.load_checkpoint("simclr.pt")["backbone"], "foreign.pt")
     run("bissl", "--ckpt", "foreign.pt", "--out", "from_foreign")
@@ -185,7 +208,7 @@ def test_bissl_says_that_a_foreign_checkpoint_has_no_pretext_head_and_goes_on(st
     assert "no pretext head" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------- learning
+# ----------------------------------------------------------------------------------------- learning
 
 @pytest.mark.parametrize("script", FINE_TUNING)
 def test_fine_tuning_learns_easy_classes_in_a_few_epochs(here, script):
