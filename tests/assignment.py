@@ -2,9 +2,11 @@
 back.
 
     python tests/assignment.py list
-    python tests/assignment.py strip simclr.nt_xent bissl.inverse_hvp --out handout     `all` for every function
-    python tests/assignment.py grade submissions/ada submissions/bob simclr.nt_xent     without names: every function
+    python tests/assignment.py strip simclr.nt_xent bissl.inverse_hvp --out handout
+    python tests/assignment.py grade submissions/ada submissions/bob simclr.nt_xent
     python tests/assignment.py grade submissions/* --json
+
+`strip all` takes every function out; `grade` without names grades every one.
 
 What is graded. Only the named functions are taken from a submission (by name, from simclr.py and
 its siblings), with helpers, imports and constants that their file defines under names that are new.
@@ -22,7 +24,8 @@ refused there, by an audit hook of Python, and a refusal costs the points even i
 swallows it. What it prints is thrown away. This is against accidents and curiosity, not against
 malice: the process has your rights, so that a function can still read your files, fill the memory,
 call C code that no hook sees, forge its own record, or look up the answer in this repository. Read
-what has full points, and grade strangers' code in a container. """
+what has full points, and grade strangers' code in a container.
+"""
 import argparse
 import ast
 import contextlib
@@ -53,49 +56,55 @@ FUNCTIONS = {
     "byol.byol_loss": (1, "test_byol.py", "byol_loss"),
     "byol.symmetric_loss": (1, "test_byol.py", "each_view_predicts or match_the_other_view"),
     "byol.Model.forward": (2, "test_byol.py",
-                           "networks_are_composed or no_gradient_flows or of_its_own_forward"),
+        "networks_are_composed or no_gradient_flows or of_its_own_forward"),
     "byol.decay": (1, "test_byol.py", "test_decay"),
     "coin.supcon": (3, "test_coin.py",
-                    "test_supcon_is or test_supcon_has or test_supcon_of or test_supcon_does or "
-                    "test_supcon_keeps or test_supcon_without_any"),
+        "test_supcon_is or test_supcon_has or test_supcon_of or test_supcon_does or "
+        "test_supcon_keeps or test_supcon_without_any"),
     "core_tuning.hardest": (2, "test_core_tuning.py",
-                            "hardest_pairs or one_image_a_class or batch_of_one_class"),
-    "core_tuning.hard_pairs": (
-        3, "test_core_tuning.py",
+        "hardest_pairs or one_image_a_class or batch_of_one_class"),
+    "core_tuning.hard_pairs": (3, "test_core_tuning.py",
         "mixtures_keep or hard_positive_lies or second_image_of_its_class or "
-        "without_another_class or semi_hard or shares_of_the_hard or extreme_alphas or flow_through"),
+        "without_another_class or semi_hard or shares_of_the_hard or extreme_alphas or "
+        "flow_through"),
     "core_tuning.positive_pairs": (2, "test_core_tuning.py",
-                                   "test_positives or beyond_the_sixtieth"),
+        "test_positives or beyond_the_sixtieth"),
     "core_tuning.focal_contrastive": (3, "test_core_tuning.py",
-                                      "focal_contrastive or without_positives or certain_costs"),
+        "focal_contrastive or without_positives or certain_costs"),
     "bi_tuning.ClassQueue.enqueue": (4, "test_bi_tuning.py",
-                                     "test_a_ring or oldest_key or random_start or narrower_type"),
+        "test_a_ring or oldest_key or random_start or narrower_type"),
     "bi_tuning.share_with_class": (3, "test_bi_tuning.py", "a_contrastive_loss"),
     "bi_tuning.contrastive_cross_entropy": (2, "test_bi_tuning.py", "a_contrastive_loss and cce"),
     "bi_tuning.categorical_contrastive": (2, "test_bi_tuning.py",
-                                          "a_contrastive_loss and ccl or same_categorical"),
-    "bissl.conjugate_gradient": (
-        3, "test_bissl.py",
+        "a_contrastive_loss and ccl or same_categorical"),
+    "bissl.conjugate_gradient": (3, "test_bissl.py",
         "(test_conjugate_gradients or one_step_goes or no_step_gives or zero_right_hand or "
-        "further_steps_stay or solves_in_a_row or empty_list_of_directions or tolerance_is_kept or "
-        "each_step_reaches or same_right_hand or indefinite_matrix or stops_where) and not layerwise"),
+        "further_steps_stay or solves_in_a_row or empty_list_of_directions or tolerance_is_kept "
+        "or each_step_reaches or same_right_hand or indefinite_matrix or stops_where) and not "
+        "layerwise"),
     "bissl.inverse_hvp": (2, "test_bissl.py",
-                          "inverse_hvp or handed_in or loss_is_linear or implicit_gradient_is"),
-    "finetune.metrics": (
-        2, "test_finetune.py",
+        "inverse_hvp or handed_in or loss_is_linear or implicit_gradient_is"),
+    "finetune.metrics": (2, "test_finetune.py",
         "metrics_are or mean_class_accuracy or confusion_matrix or average_precision"),
     "common.update_average": (1, "test_optimisation.py test_byol.py",
-                              "update_average or update_target")}
+        "update_average or update_target"),
+}
+# what pytest and torch.testing say of numbers that differ, and how a student is told
+COMPARISONS = [
+    (r"Expected (\S+) but got (\S+?)\.? ", "expected {0}, got {1}"),
+    (r"Obtained: (\S+) Expected: (.+)$", "expected {1}, got {0}"),
+    (r"Greatest absolute difference: (\S+) .*?up to (\S+) allowed",
+     "differs by up to {0}, allowed are {1}")]
 NOT_HANDED_OUT = "tests/planted/", "tests/test_assignment.py"  # they show answers
 NOT_OURS = {"data", "runs", "__pycache__", ".git", ".venv", ".pytest_cache"}
-QUIET = ["-s", "-W", "ignore", "--rootdir", str(ROOT), *(f"-pno:{plugin}" for plugin in (
-    "terminal", "cacheprovider", "faulthandler", "unraisableexception", "threadexception",
-    "logging"))]
+QUIET = ["-s", "-W", "ignore", "--rootdir", str(ROOT), "-pno:terminal", "-pno:cacheprovider",
+         "-pno:faulthandler", "-pno:unraisableexception", "-pno:threadexception", "-pno:logging"]
 CONNECTS = {"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo",
             "socket.gethostbyname", "socket.bind"}
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
           "os.forkpty"}
 WRITES = {"open", "os.remove", "os.rename"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def fail(message):
@@ -123,14 +132,12 @@ def find(tree, name):
     """The definition of module.function or module.Class.method, the last one if there are several,
     or None."""
     *classes, function = name.split(".")[1:]
-    for wanted, kind in [(owner, ast.ClassDef) for owner in classes] + [
-        (function, ast.FunctionDef)]:
-        tree = next(
-            (node for node in reversed(tree.body)
-             if isinstance(node, kind) and node.name == wanted),
-            None)
-        if tree is None:
+    path = [(owner, ast.ClassDef) for owner in classes] + [(function, ast.FunctionDef)]
+    for wanted, kind in path:
+        found = [node for node in tree.body if isinstance(node, kind) and node.name == wanted]
+        if not found:
             return None
+        tree = found[-1]
     return tree
 
 
@@ -170,8 +177,9 @@ def without_body(code, name):
 
 def files():
     """What git tracks, or without git what lies here; without data, runs and answers."""
-    listed = (subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
-              if (ROOT / ".git").exists() else None)
+    listed = None
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
     if listed and listed.returncode == 0:
         names = os.fsdecode(listed.stdout).split("\0")
     else:
@@ -179,11 +187,10 @@ def files():
         for folder, folders, here in os.walk(ROOT):
             folders[:] = [each for each in folders if each not in NOT_OURS]
             names += [(Path(folder) / each).relative_to(ROOT).as_posix() for each in here]
-        # runs write there
-        names = [
-            name for name in names if "/" in name or not name.endswith((".pt", ".jsonl", ".png"))]
-    return [
-        name for name in names if (ROOT / name).is_file() and not name.startswith(NOT_HANDED_OUT)]
+        written = (".pt", ".jsonl", ".png")  # by runs, beside the scripts
+        names = [name for name in names if "/" in name or not name.endswith(written)]
+    names = [name for name in names if not name.startswith(NOT_HANDED_OUT)]
+    return [name for name in names if (ROOT / name).is_file()]
 
 
 def strip(names, out):
@@ -196,8 +203,8 @@ def strip(names, out):
     for name in names:
         path = out / file_of(name)
         path.write_text(without_body(path.read_text(encoding="utf-8"), name), encoding="utf-8")
-    print(
-        f"{out}: {len(names)} functions to write, {sum(FUNCTIONS[name][0] for name in names)} points")
+    points = sum(FUNCTIONS[name][0] for name in names)
+    print(f"{out}: {len(names)} functions to write, {points} points")
 
 
 # -------------------------------------------------------------------------- in a process of its own
@@ -211,10 +218,11 @@ def words(text, most=200):
 def case_of(item):
     """A test's name and arguments as a sentence."""
     arguments = getattr(item, "callspec", None)
-    shown = (", ".join(f"{key} {words(value, 60)}" for key, value in arguments.params.items())
-             if arguments else "")
-    return item.originalname.removeprefix("test_").replace("_", " ") + (
-        f" ({shown})" if shown else "")
+    sentence = item.originalname.removeprefix("test_").replace("_", " ")
+    if not arguments:
+        return sentence
+    shown = ", ".join(f"{key} {words(value, 60)}" for key, value in arguments.params.items())
+    return f"{sentence} ({shown})"
 
 
 def reason(error, path):
@@ -228,19 +236,15 @@ def reason(error, path):
     frames = traceback.extract_tb(error.__traceback__)
     at = [frame.lineno for frame in frames if frame.filename == path]
     where = f" (line {at[-1]} of {Path(path).name})" if at else ""
-    if found := re.search(r"Expected (\S+) but got (\S+?)\.? ", text):
-        return words(f"expected {found[1]}, got {found[2]}")
-    if found := re.search(r"Obtained: (\S+) Expected: (.+)$", text):
-        return words(f"expected {found[2]}, got {found[1]}")
-    if found := re.search(r"Greatest absolute difference: (\S+) .*?up to (\S+) allowed", text):
-        return words(f"differs by up to {found[1]}, allowed are {found[2]}")
-    # the line tells more than the values do
-    if isinstance(error, AssertionError) and text.startswith(("assert ", "assert(")):
+    for pattern, sentence in COMPARISONS:
+        found = re.search(pattern, text)
+        if found:
+            return words(sentence.format(*found.groups()))
+    if not isinstance(error, AssertionError) or not text:
+        return words(f"{type(error).__name__}: {text}") + where
+    if text.startswith(("assert ", "assert(")):  # the line tells more than the values do
         return words(f"does not hold: {(frames[-1].line or text).removeprefix('assert ')}") + where
-    return (
-        words(text if isinstance(error, AssertionError) and text
-              else f"{type(error).__name__}: {text}")
-        + where)
+    return words(text) + where
 
 
 class Recorder:
@@ -280,11 +284,11 @@ def guard(folder, report):
             what = "starts another process"
         elif event in WRITES:
             flags = args[2] if event == "open" else os.O_WRONLY
-            if (isinstance(args[0], (str, bytes)) and isinstance(flags, int)
-                and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            is_path = isinstance(args[0], (str, bytes))
+            if is_path and isinstance(flags, int) and flags & WRITING:
                 place = os.path.realpath(os.fsdecode(args[0]))
-                what = (None if place.startswith(folder) or place == os.devnull
-                        else f"writes to {words(place, 60)}")
+                if not place.startswith(folder) and place != os.devnull:
+                    what = f"writes to {words(place, 60)}"
         if what:
             report(refused=what)
             raise PermissionError(f"refused: the submission {what}")
@@ -301,8 +305,8 @@ def prepare():
         try:
             importlib.import_module(name.split(".")[0])
         except (Exception, SystemExit) as error:
-            fail(
-                f"this repository's own {file_of(name)} cannot be imported: {type(error).__name__}: {words(error)}")
+            fail(f"this repository's own {file_of(name)} cannot be imported: "
+                 f"{type(error).__name__}: {words(error)}")
     every = dict.fromkeys(file for _, files, _ in FUNCTIONS.values() for file in files.split())
     if pytest.main(["--collect-only", *QUIET, *(str(TESTS / file) for file in every)]):
         fail("the tests of this repository cannot be collected: see `python -m pytest tests`")
@@ -421,9 +425,8 @@ def show(sheet):
     print(f"{sheet['submission']}: {sheet['points']} of {sheet['of']} points")
     for name, found in sheet["functions"].items():
         why = f"  {found['why']}" if found["why"] else ""
-        print(
-            f"  {found['points']}/{found['of']}  {name:<36} {found['passed']:>3} of {found['cases']:>3} cases{why}",
-            flush=True)
+        print(f"  {found['points']}/{found['of']}  {name:<36} "
+              f"{found['passed']:>3} of {found['cases']:>3} cases{why}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -461,8 +464,8 @@ def main(argv=None):
     if args.command == "list":
         for name, (points, tests, expression) in FUNCTIONS.items():
             where = " ".join(f"tests/{file}" for file in tests.split())
-            print(
-                f'{name:<36} {file_of(name):<15} {points} points   python -m pytest -q {where} -k "{expression}"')
+            print(f"{name:<36} {file_of(name):<15} {points} points   "
+                  f'python -m pytest -q {where} -k "{expression}"')
     elif args.command == "strip":
         strip(known_names(args.names), args.out)
     else:

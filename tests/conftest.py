@@ -89,8 +89,9 @@ def error_line(capsys, function, *args, **named):
     message = capsys.readouterr().err
     assert stop.value.code == 2
     assert message.startswith("error: ") and message.endswith("\n"), message
-    assert len(message.splitlines()) == 1, message
-    return message
+    lines = message.splitlines()
+    assert len(lines) == 1, message
+    return lines[0]
 
 
 def files(place):

@@ -24,7 +24,8 @@ USUAL = {
               "--upper-steps", "1", "--head-epochs", "1", "--pretext-batch-size", "8"],
     "finetune": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
     "core_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
-    "bi_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"]}
+    "bi_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+}
 
 
 class RunsCode:
@@ -72,10 +73,10 @@ def place(tmp_path_factory):
     torch.save({"note": "no weights", "fc.weight": torch.zeros(2, 2)}, place / "headonly.pt")
     backbone = common.load_checkpoint(place / "simclr.pt")["backbone"]
     torch.save(backbone, place / "foreign.pt")
-    torch.save(
-        {**backbone, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}, place / "misshapen.pt")
-    torch.save({key: value for key, value in backbone.items() if key != "layer3.0.bn1.weight"},
-               place / "missing.pt")
+    misshapen = {**backbone, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}
+    torch.save(misshapen, place / "misshapen.pt")
+    del backbone["layer3.0.bn1.weight"]
+    torch.save(backbone, place / "missing.pt")
     for ending in ("pt", "jsonl", "png"):
         (place / f"out.{ending}").write_text("of an older run")
     return place
@@ -290,8 +291,8 @@ def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(
 
     monkeypatch.setattr(common, "set_learning_rate", diverge_after_the_first_checkpoint)
     with pytest.raises(SystemExit) as stop:
-        SCRIPTS[script].main([*USUAL[script], count, "6" if script == "coin" else "3",
-                              "--out", str(tmp_path / "out")])
+        number = "6" if script == "coin" else "3"
+        SCRIPTS[script].main([*USUAL[script], count, number, "--out", str(tmp_path / "out")])
     message = capsys.readouterr().err
     assert stop.value.code == 2
     assert "try a lower" in message and message.count("\n") == 1
@@ -312,14 +313,15 @@ def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(
 def test_pictures_of_any_mode_can_be_trained_on(tmp_path, monkeypatch, mode, ending):
     monkeypatch.chdir(tmp_path)
     draw_nothing(monkeypatch)
-    for path in sorted(
-        write_folder(tmp_path / "pictures", classes=("a", "b"), per_class=4).rglob("*.png")):
+    folder = write_folder(tmp_path / "pictures", classes=("a", "b"), per_class=4)
+    for path in sorted(folder.rglob("*.png")):
         with Image.open(path) as picture:
             if mode == "I;16":
                 picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+            elif mode in ("F", "LA"):
+                picture = picture.convert("L").convert(mode)
             else:
-                picture = (picture.convert("L").convert(mode) if mode in ("F", "LA")
-                           else picture.convert(mode))
+                picture = picture.convert(mode)
         path.unlink()
         picture.save(path.with_suffix(f".{ending}"))
         assert Image.open(path.with_suffix(f".{ending}")).mode == mode

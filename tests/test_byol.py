@@ -22,8 +22,8 @@ def slow_byol_loss(p, z):
     total = 0
     for a, b in zip(p.double(), z.double()):
         inner = sum(s * t for s, t in zip(a, b))
-        total = (
-            total + 2 - 2 * inner / (sum(s * s for s in a).sqrt() * sum(t * t for t in b).sqrt()))
+        lengths = sum(s * s for s in a).sqrt() * sum(t * t for t in b).sqrt()
+        total = total + 2 - 2 * inner / lengths
     return total / len(p)
 
 
@@ -70,8 +70,8 @@ def test_byol_loss_keeps_the_dtype_unless_it_is_half(dtype, expected):
 def test_each_view_predicts_the_target_of_the_other():
     (p1, p2), (z1, z2) = random_pair(5, 4), random_pair(5, 4)
     expected = slow_byol_loss(p1, z2) + slow_byol_loss(p2, z1)
-    torch.testing.assert_close(
-        byol.symmetric_loss(torch.cat([p1, p2]), torch.cat([z1, z2])), expected, rtol=0, atol=1e-12)
+    loss = byol.symmetric_loss(torch.cat([p1, p2]), torch.cat([z1, z2]))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
     assert abs(expected - slow_byol_loss(p1, z1) - slow_byol_loss(p2, z2)) > 0.1
 
 
@@ -133,8 +133,8 @@ def same(one, other):
 
 
 def test_the_target_starts_as_a_copy_of_backbone_and_projector_in_memory_of_its_own():
-    model = byol.make_model(
-        common.build_backbone("resnet10", small_stem=True), Namespace(hidden=6, dim=5))
+    backbone = common.build_backbone("resnet10", small_stem=True)
+    model = byol.make_model(backbone, Namespace(hidden=6, dim=5))
     parts = model.backbone, model.head.projector
     for part, average in zip(parts, model.head.target, strict=True):
         assert part.state_dict().keys() == average.state_dict().keys()
@@ -191,17 +191,18 @@ def test_the_target_takes_batchnorm_statistics_of_its_own_forward_passes():
         model(x)
     torch.testing.assert_close(model.head.target[0][1].running_mean, expected)
     assert not torch.allclose(model.backbone[1].running_mean, expected)
-    assert [
-        int(count) for name, count in model.named_buffers() if name.endswith("num_batches_tracked")] == [3] * 5
+    counts = [int(buffer) for name, buffer in model.named_buffers()
+              if name.endswith("num_batches_tracked")]
+    assert counts == [3] * 5
 
 
 @pytest.mark.parametrize("name", common.OPTIMIZERS)
 def test_the_optimizer_holds_everything_but_the_target(name):
     model = small_model()
-    held = [p for group in common.make_optimizer(name, [model], 0.1, 0.1).param_groups
-            for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {*online(model),
-                                                         *model.head.predictor.parameters()}
+    groups = common.make_optimizer(name, [model], 0.1, 0.1).param_groups
+    held = [p for group in groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {*online(model), *model.head.predictor.parameters()}
 
 
 # -------------------------------------------------------------------------------------------- views
@@ -242,8 +243,8 @@ def test_blur_is_for_each_view_on_its_own(flags, blurred):
     x, pair = views(blur=flags)
     torch.testing.assert_close(pair[1 - blurred], x, rtol=0, atol=1e-5)
     smoother = roughness(pair[blurred]) / roughness(x)
-    # a few draw a sigma that hardly blurs
-    assert (smoother < 1 + 1e-5).all() and smoother.mean() < 0.7
+    assert (smoother < 1 + 1e-5).all()
+    assert smoother.mean() < 0.7  # a few draw a sigma that hardly blurs
 
 
 @pytest.mark.parametrize(
@@ -299,8 +300,8 @@ def watch(patch):
 def part(state, *prefixes, buffers=None):
     """The tensors under the prefixes: all of them, or the buffers alone, or the parameters
     alone."""
-    is_buffer = lambda key: (
-        key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked"))
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    is_buffer = lambda key: key.rpartition(".")[2] in names
     return [value for prefix in prefixes for key, value in state.items()
             if key.startswith(prefix) and buffers in (None, is_buffer(key))]
 
@@ -346,8 +347,8 @@ def updates(events):
 
 
 def test_the_target_is_updated_once_a_step(pretrained):
-    assert [event.kind for event in pretrained.events] == [*["forward", "update", "updated"] * 2,
-                                                           "saved"] * 2
+    kinds = [*["forward", "update", "updated"] * 2, "saved"]
+    assert [event.kind for event in pretrained.events] == kinds * 2
 
 
 @pytest.mark.parametrize("run", ["pretrained", "aligned"])
@@ -355,8 +356,8 @@ def test_the_target_is_updated_after_the_optimizers_step(run, request):
     steps = updates(request.getfixturevalue(run).events)
     assert len(steps) == 4
     for forward, before, after, following in steps:
-        assert not same(
-            part(forward.state, *ONLINE, buffers=False), part(before.state, *ONLINE, buffers=False))
+        weights = part(forward.state, *ONLINE, buffers=False)
+        assert not same(weights, part(before.state, *ONLINE, buffers=False))
         assert same(part(after.state, *ONLINE), part(following.state, *ONLINE))
 
 
@@ -369,8 +370,8 @@ def test_the_target_moves_in_every_training_step_by_the_decay_of_that_step(run, 
         assert not same(old, new)
         for average, a, b in zip(new, old, theta, strict=True):
             torch.testing.assert_close(average, before.tau * a + (1 - before.tau) * b)
-        assert same(
-            part(before.state, *TARGET, buffers=True), part(after.state, *TARGET, buffers=True))
+        statistics = part(before.state, *TARGET, buffers=True)
+        assert same(statistics, part(after.state, *TARGET, buffers=True))
 
 
 def test_the_log_holds_the_spread_of_the_normalised_projections(pretrained):
@@ -391,8 +392,7 @@ def test_bissl_goes_on_with_byol(aligned):
     assert aligned.ckpt["config"]["pretext_config"]["decay"] == 0.9
     assert math.isfinite(aligned.last["residual"])
     saved = aligned.events[-1].state
-    # the target is in the checkpoint
-    assert same(aligned.ckpt["head"].values(), part(saved, "head."))
+    assert same(aligned.ckpt["head"].values(), part(saved, "head."))  # with the target
 
 
 def test_bissl_starts_from_the_target_of_the_checkpoint(pretrained, aligned):
@@ -414,11 +414,8 @@ def test_each_lower_step_is_one_forward_pass_a_view_to_every_statistic_and_the_h
     counts = lambda event: {
         int(value) for key, value in event.state.items() if key.endswith("num_batches_tracked")}
     assert counts(aligned.events[0]) == {8}  # byol.py's four steps
-    assert [counts(event) for event in aligned.events if event.kind == "updated"] == [
-        {10},
-        {12},
-        {14},
-        {16}]
+    updated = [counts(event) for event in aligned.events if event.kind == "updated"]
+    assert updated == [{10}, {12}, {14}, {16}]
     assert counts(aligned.events[-1]) == {16}
 
 
@@ -440,12 +437,10 @@ def slow_hessian_product(model, views, vector, step=1e-5):
     def gradient(sign):
         moved = {name: (param + sign * step * v).detach().requires_grad_()
                  for (name, param), v in zip(model.backbone.named_parameters(), vector)}
-        p1, p2 = (
-            model.head.predictor(
-                model.head.projector(torch.func.functional_call(model.backbone, moved, view)))
-            for view in views)
-        return torch.autograd.grad(
-            slow_byol_loss(p1, z2) + slow_byol_loss(p2, z1), tuple(moved.values()))
+        features = [torch.func.functional_call(model.backbone, moved, view) for view in views]
+        p1, p2 = (model.head.predictor(model.head.projector(f)) for f in features)
+        loss = slow_byol_loss(p1, z2) + slow_byol_loss(p2, z1)
+        return torch.autograd.grad(loss, tuple(moved.values()))
 
     return [(above - below) / (2 * step) for above, below in zip(gradient(1), gradient(-1))]
 
@@ -467,8 +462,8 @@ def test_the_hessian_treats_the_target_as_a_constant(moved, monkeypatch):
     vector = tuple(torch.randn_like(param) for param in theta)
 
     loss = byol.loss(model, pair, Namespace(precision="float32"))
-    product = bissl.damped_hessian(
-        torch.autograd.grad(loss, theta, create_graph=True), theta, damping)(vector)
+    gradient = torch.autograd.grad(loss, theta, create_graph=True)
+    product = bissl.damped_hessian(gradient, theta, damping)(vector)
     for ours, v, Hv in zip(product, vector, slow_hessian_product(model, pair, vector), strict=True):
         assert Hv.norm() > 1e-3
         torch.testing.assert_close(ours, v + Hv / damping, rtol=0, atol=1e-7)

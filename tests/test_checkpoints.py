@@ -81,12 +81,9 @@ def test_saving_leaves_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-@pytest.mark.parametrize(
-    "error, ending",
-    [
-        (OSError(28, "No space left on device"), SystemExit),
-        (KeyboardInterrupt(), KeyboardInterrupt)],
-    ids=["full disk", "Ctrl-C"])
+@pytest.mark.parametrize("error, ending", [
+    pytest.param(OSError(28, "No space left on device"), SystemExit, id="full disk"),
+    pytest.param(KeyboardInterrupt(), KeyboardInterrupt, id="Ctrl-C")])
 def test_an_error_while_saving_leaves_the_old_file_as_it_was(tmp_path, monkeypatch, error, ending):
     def half(contents, file, *args, **kwargs):
         (file if hasattr(file, "write") else open(file, "wb")).write(b"half of it")
@@ -119,8 +116,8 @@ def test_torchvisions_resnet18_loads_our_backbone_as_it_is(tmp_path):
     backbone = common.build_backbone("resnet18", small_stem=False).eval()
     write(tmp_path / "a.pt", backbone=backbone, arch="resnet18", image_size=64)
     theirs = torchvision.models.resnet18().eval()
-    problems = theirs.load_state_dict(
-        torch.load(tmp_path / "a.pt", weights_only=True)["backbone"], strict=False)
+    state = torch.load(tmp_path / "a.pt", weights_only=True)["backbone"]
+    problems = theirs.load_state_dict(state, strict=False)
     assert problems.missing_keys == ["fc.weight", "fc.bias"] and problems.unexpected_keys == []
     theirs.fc = nn.Identity()
     x = torch.rand(2, 3, 64, 64)
@@ -139,8 +136,11 @@ def random_resnet18():
 
 def prefixed(**states):
     """One state dict of several; __ in a name stands for the dot."""
-    return {f"{name}.{key}".replace("__", "."): value for name, state in states.items()
-            for key, value in state.items()}
+    merged = {}
+    for name, state in states.items():
+        for key, value in state.items():
+            merged[f"{name}.{key}".replace("__", ".")] = value
+    return merged
 
 
 def without_fc(state):
@@ -157,15 +157,13 @@ HEAD = {"0.weight": torch.rand(4, 4), "0.bias": torch.rand(4)}
 STYLES = {  # from the trained ResNet and one of the same kind that follows it as a moving average
     "torchvision": lambda model, other: model.state_dict(),
     "timm": lambda model, other: {"arch": "resnet18", "epoch": 3, "state_dict": model.state_dict()},
-    "a classifier of another name": lambda model, other: {**without_fc(model.state_dict()),
-                                                          "classifier.weight": HEAD["0.weight"]},
+    "a classifier of another name": lambda model, other: {
+        **without_fc(model.state_dict()), "classifier.weight": HEAD["0.weight"]},
     "MoCo v2": lambda model, other: {
-        "epoch": 200,
-        "arch": "resnet18",
-        "optimizer": {"state": {}},
-        "state_dict": {
+        "epoch": 200, "arch": "resnet18", "optimizer": {"state": {}}, "state_dict": {
             **prefixed(module__encoder_q=model.state_dict(), module__encoder_k=other.state_dict()),
-            "module.queue": torch.rand(4, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}},
+            "module.queue": torch.rand(4, 8),
+            "module.queue_ptr": torch.zeros(1, dtype=torch.long)}},
     "MoCo v3": lambda model, other: {"epoch": 300, "state_dict": prefixed(
         module__base_encoder=model.state_dict(), module__momentum_encoder=other.state_dict(),
         module__predictor=HEAD)},
@@ -179,16 +177,17 @@ STYLES = {  # from the trained ResNet and one of the same kind that follows it a
         backbone_momentum=sequential(other))},
     "Sequential alone": lambda model, other: sequential(model),
     "VISSL": lambda model, other: {"phase_idx": 3, "classy_state_dict": {"base_model": {"model": {
-        "trunk": prefixed(_feature_blocks=without_fc(model.state_dict())),
-        "heads": HEAD}}}},
+        "trunk": prefixed(_feature_blocks=without_fc(model.state_dict())), "heads": HEAD}}}},
     "VISSL, flat": lambda model, other: prefixed(
-        classy_state_dict__base_model__model__trunk___feature_blocks=without_fc(model.state_dict())),
+        classy_state_dict__base_model__model__trunk___feature_blocks=without_fc(
+            model.state_dict())),
     "BYOL": lambda model, other: prefixed(
         online_network__encoder=model.state_dict(), online_network__projector=HEAD,
         target_network__encoder=other.state_dict(), target_network__projector=HEAD),
     "BYOL in two dicts": lambda model, other: {
         "online_network_state_dict": prefixed(encoder=sequential(model), projetion__net=HEAD),
-        "target_network_state_dict": prefixed(encoder=sequential(other), projetion__net=HEAD)}}
+        "target_network_state_dict": prefixed(encoder=sequential(other), projetion__net=HEAD)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +207,8 @@ def test_a_file_of_before_batchnorm_counted_its_batches_loads(tmp_path, resnets)
              if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "old.pt")
     backbone, _ = common.start_backbone(settings(tmp_path / "old.pt", "resnet18"))
-    assert torch.equal(
-        backbone.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    name = "layer4.1.conv2.weight"
+    assert torch.equal(backbone.state_dict()[name], state[name])
 
 
 @pytest.mark.parametrize("arch, with_fc", [
@@ -255,14 +254,14 @@ def test_a_missing_or_misshapen_key_is_named(tmp_path, capsys, resnets, name, ar
 @pytest.mark.parametrize("arch", ["resnet10", "resnet34", "resnet50"])
 def test_another_arch_than_the_files_is_bad_input(tmp_path, capsys, resnets, arch):
     torch.save(resnets[0].state_dict(), tmp_path / "foreign.pt")
-    assert arch in error_line(
-        capsys, common.start_backbone, settings(tmp_path / "foreign.pt", arch))
+    args = settings(tmp_path / "foreign.pt", arch)
+    assert arch in error_line(capsys, common.start_backbone, args)
 
 
 def test_another_arch_than_our_own_files_is_bad_input(tmp_path, capsys):
     write(tmp_path / "a.pt")
-    assert "resnet18" in error_line(
-        capsys, common.start_backbone, settings(tmp_path / "a.pt", "resnet18"))
+    args = settings(tmp_path / "a.pt", "resnet18")
+    assert "resnet18" in error_line(capsys, common.start_backbone, args)
 
 
 def saved(content):
@@ -272,8 +271,8 @@ def saved(content):
     return file.getvalue()
 
 
-OURS = dict(
-    method="simclr", arch="resnet10", image_size=32, head=None, classes=None, config={}, resume=None)
+OURS = dict(method="simclr", arch="resnet10", image_size=32, head=None, classes=None, config={},
+            resume=None)
 
 
 class RunsCode:
@@ -325,8 +324,10 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, capsys, r
     assert not list(recwarn)  # a warning would be a second line on stderr
 
 
-@pytest.mark.parametrize("name", ["a folder", "a missing file", "a file in a missing folder"])
+@pytest.mark.parametrize("name", [
+    pytest.param("", id="a folder"),
+    pytest.param("no.pt", id="a missing file"),
+    pytest.param("no/no.pt", id="a file in a missing folder")])
 def test_a_path_without_a_file_is_refused_in_one_line(tmp_path, capsys, name):
-    path = {"a folder": tmp_path, "a missing file": tmp_path / "no.pt"}.get(
-        name, tmp_path / "no" / "no.pt")
+    path = tmp_path / name
     assert str(path) in error_line(capsys, common.load_checkpoint, path)

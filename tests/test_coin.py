@@ -17,7 +17,7 @@ SMALL = ["--root", "root", "--image-size", "16", "--device", "cpu", "--precision
 USUAL = ["--data", "pictures", *SMALL, "--batch-size", "8"]
 NEW = [*USUAL, "--arch", "resnet10"]
 AFTER_COIN = ["--data", "pictures", *SMALL]  # what is left of the budget comes from the checkpoint
-# to the run that makes coin.pt
+# flags of the run that makes coin.pt
 GIVEN = dict(lr=0.02, weight_decay=0.001, crop=0.4, eta=0.25, temperature=0.6)
 IMAGES = 21  # of 3 classes of 7: batches of at most 8 are three of 7
 
@@ -52,8 +52,8 @@ def losses(path):
 # ------------------------------------------------------------------------------------------- SupCon
 
 def slow_supcon(z, y, temperature):
-    """-1/|A| sum_{i in A} 1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / sum_{a != i}
-    exp(z_i.z_a / tau) )"""
+    """-1/|A| sum_{i in A} 1/|P(i)| sum_{p in P(i)} log p_ip,
+    p_ip = exp(z_i.z_p / tau) / sum_{a != i} exp(z_i.z_a / tau)"""
     z, y = z.double(), y.tolist()
     similarity = lambda i, k: float(z[i] @ z[k] / (z[i].norm() * z[k].norm()))
     terms = []
@@ -75,8 +75,8 @@ def embeddings(count, dim=5, dtype=torch.float64):
     [9, 0, 3, 3, 0, 0, 0, 9, 3, 7, 0, 1]])
 def test_supcon_is_the_mean_of_the_equation_over_the_anchors_with_a_positive(labels, temperature):
     z, y = embeddings(len(labels)), torch.tensor(labels)
-    assert coin.supcon(z, y, temperature).item() == pytest.approx(
-        slow_supcon(z, y, temperature), abs=1e-12)
+    expected = slow_supcon(z, y, temperature)
+    assert coin.supcon(z, y, temperature).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_supcon_has_the_right_derivative():
@@ -90,23 +90,23 @@ def test_supcon_has_the_right_derivative():
     (torch.float64, torch.float64),
     (torch.bfloat16, torch.float32)])
 def test_supcon_keeps_the_dtype_but_for_half_types(dtype, expected):
-    assert (
-        coin.supcon(embeddings(4, dtype=dtype), torch.tensor([0, 0, 1, 1]), 0.3).dtype == expected)
+    loss = coin.supcon(embeddings(4, dtype=dtype), torch.tensor([0, 0, 1, 1]), 0.3)
+    assert loss.dtype == expected
 
 
 @pytest.mark.parametrize("labels", [[0, 0], [0, 1, 1, 0, 1], [0, 0, 0, 1, 2, 3, 4, 5]])
 def test_supcon_of_equal_embeddings_is_log_of_the_number_of_candidates(labels):
     z = torch.rand(len(labels), 1, dtype=torch.float64).add(0.1) * embeddings(1)
-    assert coin.supcon(z, torch.tensor(labels), 0.1).item() == pytest.approx(
-        math.log(len(labels) - 1), abs=1e-12)
+    loss = coin.supcon(z, torch.tensor(labels), 0.1).item()
+    assert loss == pytest.approx(math.log(len(labels) - 1), abs=1e-12)
 
 
 @pytest.mark.parametrize("classes, size, temperature", [(2, 2, 0.3), (3, 4, 0.1), (5, 2, 1.0)])
 def test_supcon_of_classes_that_are_orthogonal_points_has_a_closed_form(classes, size, temperature):
     y = torch.arange(classes).repeat(size)
     expected = math.log(size - 1 + size * (classes - 1) * math.exp(-1 / temperature))
-    assert coin.supcon(
-        torch.eye(classes, dtype=torch.float64)[y], y, temperature).item() == pytest.approx(expected, abs=1e-12)
+    z = torch.eye(classes, dtype=torch.float64)[y]
+    assert coin.supcon(z, y, temperature).item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 6])
@@ -135,8 +135,8 @@ def test_supcon_does_not_depend_on_the_length_of_an_embedding():
 # exp(1 / 0.005) is more than float32 can hold
 def test_supcon_does_not_overflow_in_float32_at_a_low_temperature():
     z, y = embeddings(8), torch.arange(8) % 3
-    assert coin.supcon(z.float(), y, 0.005).item() == pytest.approx(
-        coin.supcon(z, y, 0.005).item(), rel=1e-4)
+    expected = coin.supcon(z, y, 0.005).item()
+    assert coin.supcon(z.float(), y, 0.005).item() == pytest.approx(expected, rel=1e-4)
 
 
 # -------------------------------------------------------------------------------------------- S_Dbw
@@ -152,8 +152,8 @@ def slow_s_dbw(x, y):
     scat = sum(spread) / len(classes) / norm_of_sigma(x)
     total = 0
     for i, j in itertools.permutations(classes, 2):
-        density = lambda u: int(
-            ((torch.cat([points[i], points[j]]) - u).norm(dim=1) <= stdev).sum())
+        both = torch.cat([points[i], points[j]])
+        density = lambda u: int(((both - u).norm(dim=1) <= stdev).sum())
         between = density((v[i] + v[j]) / 2)
         total += between / max(density(v[i]), density(v[j])) if between else 0
     return scat + total / (len(classes) * (len(classes) - 1))
@@ -163,8 +163,8 @@ def clusters(sizes, dim=3, distance=2.0, labels=None):
     """Normal clusters of these sizes around normal centres `distance` apart or so, in a random
     order."""
     y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes))]
-    x = distance * torch.randn(len(sizes), dim, dtype=torch.float64)[y] + torch.randn(
-        len(y), dim, dtype=torch.float64)
+    centre = distance * torch.randn(len(sizes), dim, dtype=torch.float64)
+    x = centre[y] + torch.randn(len(y), dim, dtype=torch.float64)
     return x, y if labels is None else torch.tensor(labels)[y]
 
 
@@ -213,8 +213,8 @@ def test_s_dbw_of_classes_that_are_points_is_zero():
 def test_s_dbw_counts_no_density_where_neither_the_middle_nor_the_means_have_points_around_them():
     ring = torch.tensor([[1., 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)  # stdev is 0.59
     x, y = torch.cat([ring, ring + torch.tensor([10, 0])]), torch.arange(2).repeat_interleave(4)
-    # Scat alone
-    assert coin.s_dbw(x, y) == pytest.approx(math.sqrt(0.5) / math.hypot(25.5, 0.5), rel=1e-9)
+    scat = math.sqrt(0.5) / math.hypot(25.5, 0.5)
+    assert coin.s_dbw(x, y) == pytest.approx(scat, rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -225,7 +225,9 @@ def labels_of(sizes, names=None):
 
 
 @pytest.mark.parametrize("sizes, batch_size, per_class, classes, each", [
-    ([20] * 10, 32, 4, 8, 4), ([5, 50, 3, 30, 1, 44], 8, 2, 4, 2), ([16] * 16, 16, 16, 2, 8),
+    ([20] * 10, 32, 4, 8, 4),
+    ([5, 50, 3, 30, 1, 44], 8, 2, 4, 2),
+    ([16] * 16, 16, 16, 2, 8),
     # three classes are too few for a batch of eight: each gives more
     ([9, 9, 30], 32, 4, 3, 10),
     ([30, 30, 3], 8, 2, 3, 2),
@@ -418,9 +420,9 @@ def settings(script, *flags):
 @pytest.mark.parametrize("script", FINE_TUNING)
 def test_the_three_finetuners_go_on_where_coin_ended(inside, script):
     args = settings(script, "--ckpt", "coin.pt")
-    assert (
-        args.epochs, args.cosine_start, args.lr, args.weight_decay, args.crop,
-        args.batch_size) == (3, pytest.approx(0.4), GIVEN["lr"], GIVEN["weight_decay"], GIVEN["crop"], 8)
+    assert (args.epochs, args.cosine_start, args.batch_size) == (3, pytest.approx(0.4), 8)
+    for name in ("lr", "weight_decay", "crop"):
+        assert getattr(args, name) == GIVEN[name]
 
 
 def test_finetune_takes_eta_and_temperature_and_the_others_keep_their_own_temperature(inside):
@@ -429,8 +431,8 @@ def test_finetune_takes_eta_and_temperature_and_the_others_keep_their_own_temper
     for script in ("core_tuning", "bi_tuning"):
         args = settings(script, "--ckpt", "coin.pt")
         assert args.temperature == settings(script).temperature != GIVEN["temperature"]
-    assert (settings("core_tuning", "--ckpt", "coin.pt").eta == settings("core_tuning").eta
-            != GIVEN["eta"])
+    eta = settings("core_tuning", "--ckpt", "coin.pt").eta
+    assert eta == settings("core_tuning").eta != GIVEN["eta"]
 
 
 @pytest.mark.parametrize("flag, value", [
@@ -444,8 +446,8 @@ def test_finetune_takes_eta_and_temperature_and_the_others_keep_their_own_temper
     ("eta", 3.0),
     ("temperature", 0.05)])
 def test_a_flag_wins_over_what_coin_left_and_leaves_the_rest_alone(inside, flag, value):
-    usual, args = (vars(settings("finetune", "--ckpt", "coin.pt", *more))
-                   for more in ([], [f"--{flag}", str(value)]))
+    usual = vars(settings("finetune", "--ckpt", "coin.pt"))
+    args = vars(settings("finetune", "--ckpt", "coin.pt", f"--{flag}", str(value)))
     name = flag.replace("-", "_")
     assert args[name] == value != usual[name]
     assert {**usual, name: value} == args
@@ -457,8 +459,8 @@ def test_a_flag_wins_over_what_coin_left_and_leaves_the_rest_alone(inside, flag,
 def test_other_data_or_another_checkpoint_begin_a_budget_of_their_own(inside, script, flags):
     args = settings(script, *flags)
     own_eta = dict(finetune=0.0, core_tuning=1.0).get(script)
-    assert (args.epochs, args.cosine_start, args.lr, getattr(args, "eta", None)) == (
-        60, 0, 0.01, own_eta)
+    assert (args.epochs, args.cosine_start, args.lr) == (60, 0, 0.01)
+    assert getattr(args, "eta", None) == own_eta
 
 
 def test_what_was_finetuned_after_coin_leaves_no_budget(inside):
@@ -469,7 +471,7 @@ def test_what_was_finetuned_after_coin_leaves_no_budget(inside):
 
 # ----------------------------------------------------------------------- cross-entropy + eta SupCon
 
-# the loss of the weights that it starts from
+# so that the logged loss is that of the weights that a run starts from
 ONE_STEP = ["--epochs", "1", "--batch-size", "64", "--cosine-start", "0"]
 
 
@@ -512,12 +514,12 @@ def test_supcon_goes_on_with_the_projector_of_coin(inside):
     ckpt = common.load_checkpoint("coin.pt")
     projector = coin.start_projector(256, ckpt)
     assert projector[2].weight.shape == (12, 256)
-    assert all(
-        torch.equal(value, ckpt["projector"][key]) for key, value in projector.state_dict().items())
+    for key, value in projector.state_dict().items():
+        assert torch.equal(value, ckpt["projector"][key])
     finetune.main(
         [*AFTER_COIN, "--ckpt", "coin.pt", "--lr", "1e-9", "--epochs", "1", "--out", "tuned"])
-    torch.testing.assert_close(
-        common.load_checkpoint("tuned.pt")["projector"], dict(ckpt["projector"]), rtol=0, atol=1e-6)
+    tuned = common.load_checkpoint("tuned.pt")["projector"]
+    torch.testing.assert_close(tuned, dict(ckpt["projector"]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("start", [["--ckpt", "simclr.pt"], ["--arch", "resnet10"]])

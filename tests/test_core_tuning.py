@@ -131,8 +131,8 @@ def test_a_hard_positive_lies_between_the_hardest_pair_where_its_label_says(alph
     for i in range(20):
         share = y_pos[i, y[i]]
         assert 0 <= share <= 1
-        torch.testing.assert_close(
-            y_pos[i], share * one_hot(y[i], 4) + (1 - share) * one_hot(y[hn[i]], 4))
+        label = share * one_hot(y[i], 4) + (1 - share) * one_hot(y[hn[i]], 4)
+        torch.testing.assert_close(y_pos[i], label)
         torch.testing.assert_close(f_pos[i], share * f[hp[i]] + (1 - share) * f[hn[i]])
 
 
@@ -170,8 +170,8 @@ def test_semi_hard_negatives_lie_near_the_images_of_a_permutation_with_labels_mi
     assert sorted(partners) == list(range(24)) != list(partners)
     assert all(0.8 - 1e-9 <= share <= 1 + 1e-9 for share in shares)
     share = torch.tensor(shares, dtype=torch.float64)[:, None]
-    torch.testing.assert_close(
-        y_neg, (1 - share) * one_hot(y, 4) + share * one_hot(y[list(partners)], 4))
+    expected = (1 - share) * one_hot(y, 4) + share * one_hot(y[list(partners)], 4)
+    torch.testing.assert_close(y_neg, expected)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 1.0, 20.0])
@@ -206,8 +206,8 @@ def test_gradients_flow_through_the_mixtures(batch, classes):
         return [core_tuning.hard_pairs(f, y, classes, 1.0)[i] for i in (0, 2)]
 
     assert torch.autograd.gradcheck(mixtures, f.requires_grad_())
-    assert all(
-        torch.autograd.grad(mixed.sum(), f, retain_graph=True)[0].any() for mixed in mixtures(f))
+    for mixed in mixtures(f):
+        assert torch.autograd.grad(mixed.sum(), f, retain_graph=True)[0].any()
 
 
 # ---------------------------------------------------------------------------------------- positives
@@ -256,8 +256,8 @@ def test_classes_beyond_the_sixtieth_are_told_apart():
 # --------------------------------------------------------------------------- focal contrastive loss
 
 def slow_focal(z, positives, temperature):
-    """Equation 5: mean over anchors with positives of -1/|P_i| sum_{j in P_i} (1 - p_ij) log
-    p_ij."""
+    """Equation 5, mean over the anchors with positives:
+    -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij."""
     z, n, anchors = [v / v.norm() for v in z], len(z), []
     similarity = [[float(a @ b) for b in z] for a in z]
     for i in range(n):
@@ -271,22 +271,25 @@ def slow_focal(z, positives, temperature):
 
 def random_graph(n, share=0.3):
     """Some rows have no positive, none has itself."""
-    return ((torch.rand(n, n) < share) & ~torch.eye(n, dtype=torch.bool)
-            & (torch.arange(n) % 3 > 0)[:, None])
+    graph = (torch.rand(n, n) < share) & (torch.arange(n) % 3 > 0)[:, None]
+    return graph.fill_diagonal_(False)
 
 
 def random_z(n, dim=4):
     return torch.randn(n, dim, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "n, share, temperature",
-    [(9, 0.3, 0.07), (9, 0.3, 1.0), (12, 0.9, 0.5), (6, 0.1, 0.2), (2, 1, 0.5)])
+@pytest.mark.parametrize("n, share, temperature", [
+    (9, 0.3, 0.07),
+    (9, 0.3, 1.0),
+    (12, 0.9, 0.5),
+    (6, 0.1, 0.2),
+    (2, 1, 0.5)])
 def test_focal_contrastive_is_the_equation_anchor_by_anchor(n, share, temperature):
     z, positives = random_z(n), random_graph(n, share)
     expected = slow_focal(z, positives, temperature)
-    assert core_tuning.focal_contrastive(z, positives, temperature).item() == pytest.approx(
-        expected, abs=1e-12)
+    loss = core_tuning.focal_contrastive(z, positives, temperature)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_focal_contrastive_of_the_labels_of_mixtures_is_the_equation():
@@ -298,8 +301,8 @@ def test_focal_contrastive_of_the_labels_of_mixtures_is_the_equation():
 
 def test_focal_contrastive_has_the_right_derivative():
     positives = random_graph(6)
-    assert torch.autograd.gradcheck(
-        lambda z: core_tuning.focal_contrastive(z, positives, 0.3), random_z(6).requires_grad_())
+    loss = lambda z: core_tuning.focal_contrastive(z, positives, 0.3)
+    assert torch.autograd.gradcheck(loss, random_z(6).requires_grad_())
 
 
 @pytest.mark.parametrize("n", [3, 4, 15])
@@ -317,8 +320,8 @@ def test_an_anchor_without_positives_does_not_count():
     positives[4, 5] = True
     both = core_tuning.focal_contrastive(z, positives, 0.5).item()
     positives[2, 5] = False
-    assert both == pytest.approx(
-        (loss + core_tuning.focal_contrastive(z, positives, 0.5).item()) / 2, abs=1e-12)
+    other = core_tuning.focal_contrastive(z, positives, 0.5).item()
+    assert both == pytest.approx((loss + other) / 2, abs=1e-12)
 
 
 def test_without_any_positive_focal_contrastive_is_zero_and_so_is_its_gradient():
@@ -364,16 +367,16 @@ def test_the_checkpoint_holds_backbone_classifier_without_bias_and_projector(fin
 def test_finetune_eval_repeats_the_accuracy_of_the_run(finished, monkeypatch):
     place, result = finished
     monkeypatch.chdir(place)
-    assert (finetune.main([*SMALL, "--eval", "--ckpt", "core_tuning.pt"])["test_top1"]
-            == result["test_top1"])
+    again = finetune.main([*SMALL, "--eval", "--ckpt", "core_tuning.pt"])
+    assert again["test_top1"] == result["test_top1"]
 
 
 def soft_cross_entropy(logits, labels):
     """Mean over rows of -sum_c label_c log softmax_c."""
     total = 0
     for row, label in zip(logits.tolist(), labels.tolist()):
-        total -= sum(
-            share * (value - math.log(sum(map(math.exp, row)))) for share, value in zip(label, row))
+        log_sum = math.log(sum(map(math.exp, row)))
+        total -= sum(share * (value - log_sum) for share, value in zip(label, row))
     return total / len(logits)
 
 
@@ -405,10 +408,13 @@ def test_the_loss_of_a_step_is_that_of_images_and_mixtures_together(
 def test_the_backbone_runs_once_a_step(here, monkeypatch):
     calls, build = [], common.build_backbone
 
+    def note_call(module, x, f):
+        if module.training:
+            calls.append(len(f))
+
     def counted(*args):
         backbone = build(*args)
-        backbone.register_forward_hook(
-            lambda module, x, f: calls.append(len(f)) if module.training else None)
+        backbone.register_forward_hook(note_call)
         return backbone
 
     monkeypatch.setattr(common, "build_backbone", counted)
@@ -445,13 +451,17 @@ def test_the_panel_shows_each_anchor_above_its_hardest_positive_and_negative(fin
     backbone = common.start_backbone(args)[0]
     shown, pairs, hardest = [], [], core_tuning.hardest
     monkeypatch.setattr(common, "show_images", lambda axes, x, columns: shown.append((x, columns)))
-    monkeypatch.setattr(
-        core_tuning, "hardest", lambda f, y: pairs.append((f, hardest(f, y))) or pairs[-1][1])
+
+    def listen(f, y):
+        pairs.append((f, hardest(f, y)))
+        return pairs[-1][1]
+
+    monkeypatch.setattr(core_tuning, "hardest", listen)
     core_tuning.show_hard_pairs(common.plt.figure().gca(), args, backbone)
     common.plt.close("all")
     (x, columns), (f, (hp, hn)) = shown[0], pairs[0]
     backbone.eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            backbone(x), f[torch.cat([torch.arange(8), hp[:8], hn[:8]])], rtol=1e-4, atol=1e-4)
+        expected = f[torch.cat([torch.arange(8), hp[:8], hn[:8]])]
+        torch.testing.assert_close(backbone(x), expected, rtol=1e-4, atol=1e-4)
     assert columns == 8

@@ -595,14 +595,17 @@ def slow_knn(memory, memory_labels, query, query_labels, k, temperature):
         similarity = [float(x @ m / (x.norm() * m.norm())) for m in memory]
         votes = {}
         for i in sorted(range(len(memory)), key=lambda i: -similarity[i])[:k]:
-            votes[int(memory_labels[i])] = votes.get(int(memory_labels[i]), 0) + math.exp(
-                similarity[i] / temperature)
+            voted = int(memory_labels[i])
+            votes[voted] = votes.get(voted, 0) + math.exp(similarity[i] / temperature)
         hits += max(votes, key=votes.get) == label
     return 100 * hits / len(query)
 
 
 @pytest.mark.parametrize("memory, query, k, temperature", [
-    (40, 60, 1, 0.1), (40, 60, 5, 0.1), (40, 60, 20, 0.1), (40, 60, 20, 10.0),
+    (40, 60, 1, 0.1),
+    (40, 60, 5, 0.1),
+    (40, 60, 20, 0.1),
+    (40, 60, 20, 10.0),
     (6, 30, 20, 0.1),      # more neighbours asked for than there are
     (5, 1100, 3, 0.1)])    # more queries than are compared at once
 def test_knn_accuracy_is_that_of_a_slow_loop(memory, query, k, temperature):

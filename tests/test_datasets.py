@@ -241,20 +241,19 @@ def imagenet(root, count):
     return ["tench, Tinca tinca", "goldfish, Carassius auratus"]
 
 
-# how it is written, images a class and split, number of images in train, val and test, the metric
-# that is printed first
+CIFAR10 = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
+           "test_batch"]
+# How it is written, images a class and split, number of images in train, val and test, the metric
+# that is printed first.
 LAYOUTS = {
     "flowers": (flowers, 5, (10, 10, 10), "mean_class"),
     "food": (food, 5, (8, 2, 10), "top1"),
     "cifar10": (
-        cifar("cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
-              "batches.meta", "labels", "label_names"),
-        5,
-        (8, 2, 10),
-        "top1"),
+        cifar("cifar-10-batches-py", CIFAR10, "batches.meta", "labels", "label_names"),
+        5, (8, 2, 10), "top1"),
     "cifar100": (
-        cifar("cifar-100-python", ["train", "test"], "meta", "fine_labels", "fine_label_names"), 5,
-        (8, 2, 10), "top1"),
+        cifar("cifar-100-python", ["train", "test"], "meta", "fine_labels", "fine_label_names"),
+        5, (8, 2, 10), "top1"),
     "cub200": (cub200, 5, (8, 2, 10), "top1"),
     "sun397": (sun397, 5, (12, 3, 15), "top1"),
     "cars": (cars, 5, (8, 2, 10), "top1"),
@@ -264,7 +263,8 @@ LAYOUTS = {
     "pets": (pets, 5, (8, 2, 10), "mean_class"),
     "caltech101": (caltech101, 4, (48, 12, 8), "mean_class"),
     "stl10": (stl10, 5, (8, 2, 10), "top1"),
-    "imagenet": (imagenet, 5, (8, 2, 10), "top1")}
+    "imagenet": (imagenet, 5, (8, 2, 10), "top1"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -24,17 +24,17 @@ from conftest import ROOT, SCRIPTS, json_lines, write_folder
 PLAIN = "--device cpu --precision float32 --image-size 12 --batch-size 8 --root root"
 VIEWS = "--jitter 0 0 0 0 --probe-every 1"
 FEW = "--labels-per-class 4 --epochs 2 --lr 0.03"  # 40 images: 5 whole batches
+BILEVEL = ("--labels-per-class 4 --lower-steps 3 --upper-steps 2 --head-epochs 1 "
+           "--pretext-batch-size 16")
 RUNS = {
     "simclr": f"{VIEWS} --arch resnet10 --epochs 2 --optimizer sgd --lr 0.05",
-    # CHUNK images of a process: 4 of all
+    # CHUNK becomes 4 / processes
     "chunked": f"{VIEWS} --arch resnet10 --epochs 2 --optimizer sgd --lr 0.05 --chunk CHUNK",
     "byol": f"{VIEWS} --arch resnet10 --epochs 2 --solarise 0 0",
     "coin": f"--ckpt simclr.pt {FEW} --alpha 0.5",
     "balanced": f"--ckpt simclr.pt {FEW} --alpha 0.5 --balanced 2",
-    "bissl": "--ckpt simclr.pt --labels-per-class 4 --alternations 2 --lower-steps 3 --upper-steps 2 --head-epochs 1 "
-    "--pretext-batch-size 16 --hessian-batch 8 --damping 10",
-    "byol_bissl": "--ckpt byol.pt --labels-per-class 4 --alternations 1 --lower-steps 3 --upper-steps 2 --head-epochs 1 "
-    "--pretext-batch-size 16 --damping 0.1",
+    "bissl": f"--ckpt simclr.pt {BILEVEL} --alternations 2 --hessian-batch 8 --damping 10",
+    "byol_bissl": f"--ckpt byol.pt {BILEVEL} --alternations 1 --damping 0.1",
     "finetune": f"--ckpt coin.pt {FEW} --eta 0.3",
     "core_tuning": f"--ckpt simclr.pt {FEW}",
     "bi_tuning": f"--ckpt simclr.pt {FEW} --keys 3",
@@ -109,16 +109,18 @@ def losses():
     present = torch.randint(-1, 2, (12, 5))
     mine, label, found = common.own_rows(x), common.own_rows(y), {}
     project = lambda x: torch.tanh(x @ weight.T)
+    alone = common.own_rows(torch.arange(12))
     for name, loss in (
-        ("nt_xent", lambda: simclr.nt_xent(project(mine), project(mine + 0.3), 0.2)),
-        ("supcon", lambda: coin.supcon(project(mine), label, 0.2)),
-        ("several labels", lambda: common.task_loss(project(mine), common.own_rows(present))),
-        ("no positive", lambda: coin.supcon(project(mine), common.own_rows(torch.arange(12)), 0.2))):
+            ("nt_xent", lambda: simclr.nt_xent(project(mine), project(mine + 0.3), 0.2)),
+            ("supcon", lambda: coin.supcon(project(mine), label, 0.2)),
+            ("several labels", lambda: common.task_loss(project(mine), common.own_rows(present))),
+            ("no positive", lambda: coin.supcon(project(mine), alone, 0.2))):
         value = loss()
         gradient = torch.autograd.grad(value, [weight], create_graph=True)
         product = bissl.damped_hessian(gradient, [weight], 2.0)(direction)
-        found[name] = [common.all_sum(value.detach()) / common.world(),
-                       *common.process_means([g.detach() for g in gradient]), *product]
+        mean = common.all_sum(value.detach()) / common.world()
+        means = common.process_means([g.detach() for g in gradient])
+        found[name] = [mean, *means, *product]
     found["rows"] = [common.gather(mine)]
     return found
 
@@ -140,8 +142,9 @@ def assert_close(one, other, what):
 def states(path):
     """Every tensor of a checkpoint that training has made."""
     ckpt = torch.load(path, weights_only=True)
-    found = {(part, key): value for part in ("backbone", "head", "projector")
-             for key, value in (ckpt[part] or {}).items()}
+    found = {}
+    for part in ("backbone", "head", "projector"):
+        found.update({(part, key): value for key, value in (ckpt[part] or {}).items()})
     for part in ("upper_backbone", "upper_head", "key", "queue_h", "queue_z"):
         found.update({(part, key): value for key, value in ckpt["resume"].get(part, {}).items()})
     return found
@@ -171,8 +174,8 @@ def test_two_processes_log_what_one_logs(folders, name):
 def test_loss_gradient_and_hessian_vector_product_of_two_processes(folders, name):
     one = torch.load(folders[1] / "losses0.pt")[name]
     for number in range(2):  # every process holds the same
-        for value, other in zip(
-            one, torch.load(folders[2] / f"losses{number}.pt")[name], strict=True):
+        two = torch.load(folders[2] / f"losses{number}.pt")[name]
+        for value, other in zip(one, two, strict=True):
             assert value.abs().max() > 0 or name == "no positive"
             assert_close(value, other, name)
 
@@ -197,7 +200,8 @@ def place(tmp_path_factory):
     return place
 
 
-SMALL = "--data pictures --root root --device cpu --precision float32 --image-size 16 --batch-size 12 --arch resnet10".split()
+SMALL = ["--data", "pictures", "--root", "root", "--device", "cpu", "--precision", "float32",
+         "--image-size", "16", "--batch-size", "12", "--arch", "resnet10"]
 
 
 def torchrun(place, processes, *argv):
@@ -205,11 +209,7 @@ def torchrun(place, processes, *argv):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
          f"--master-port={port()}", str(ROOT / argv[0]), *SMALL, *argv[1:]],
-        cwd=place,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True)
+        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def port():
@@ -244,20 +244,17 @@ def test_a_lost_process_stops_the_others_and_another_number_goes_on(place):
     assert time.monotonic() - killed < 20 and run.returncode != 0
     assert not list(place.glob("*.tmp"))
     epochs = len((place / "run.jsonl").read_text().splitlines())
-    assert (
-        len(common.load_checkpoint(place / "run.pt")["resume"]["history"]) in (epochs, epochs - 1)
-        and epochs < 400)
+    saved = len(common.load_checkpoint(place / "run.pt")["resume"]["history"])
+    assert saved in (epochs, epochs - 1) and epochs < 400
 
-    # a shorter way to the end than 400 epochs
     ckpt = torch.load(place / "run.pt", weights_only=True)
-    ckpt["config"]["epochs"] = 1 + len(ckpt["resume"]["history"])
+    ckpt["config"]["epochs"] = saved + 1  # a shorter way to the end than 400 epochs
     torch.save(ckpt, place / "run.pt")
-    run = torchrun(
-        place, 3, "simclr.py", "--epochs", str(ckpt["config"]["epochs"]), "--out", "run", "--resume")
+    run = torchrun(place, 3, "simclr.py", "--epochs", str(saved + 1), "--out", "run", "--resume")
     said, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     assert said.count("epoch ") == 1  # one process prints
-    assert len((place / "run.jsonl").read_text().splitlines()) == ckpt["config"]["epochs"]
+    assert len((place / "run.jsonl").read_text().splitlines()) == saved + 1
     assert (place / "run.png").exists()
 
 

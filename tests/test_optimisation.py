@@ -10,7 +10,7 @@ import common
 import simclr
 
 
-# ------------------------------------------------------------------------------------ optimisers
+# --------------------------------------------------------------------------------------- optimisers
 
 def slow_lars(w, gradients, lr, momentum, decay, eta, adapt):
     """The docstring of common.LARS, one step for each of the gradients."""
@@ -40,8 +40,8 @@ def test_lars_follows_its_equation_parameter_by_parameter(start, adapt, decay):
             param.grad = gradient.clone()
         optimizer.step()
     for i, param in enumerate(params):
-        expected = slow_lars(
-            starts[i], [step[i] for step in gradients], 0.5, 0.8, decay, 0.01, adapt)
+        own = [step[i] for step in gradients]
+        expected = slow_lars(starts[i], own, 0.5, 0.8, decay, 0.01, adapt)
         torch.testing.assert_close(param.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -63,11 +63,10 @@ def test_lars_leaves_a_parameter_without_a_gradient_alone():
 def test_only_weights_are_decayed_and_adapted_and_frozen_ones_are_left_out(name):
     frozen = nn.Linear(4, 4).requires_grad_(False)
     trained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    weights, others = common.make_optimizer(
-        name, [frozen, trained], lr=0.1, weight_decay=0.3).param_groups
+    optimizer = common.make_optimizer(name, [frozen, trained], lr=0.1, weight_decay=0.3)
+    weights, others = optimizer.param_groups
     assert [p is trained[0].weight for p in weights["params"]] == [True]
-    assert {id(p) for p in others["params"]} == {
-        id(p) for p in (trained[0].bias, trained[1].weight, trained[1].bias)}
+    assert set(others["params"]) == {trained[0].bias, trained[1].weight, trained[1].bias}
     assert (weights["weight_decay"], others["weight_decay"]) == (0.3, 0)
     assert name != "lars" or (weights["adapt"], others["adapt"]) == (True, False)
 
@@ -82,8 +81,16 @@ def schedule(peak, steps, warmup):
 
 
 @pytest.mark.parametrize("step, warmup, expected", [
-    (0, 0, 1), (25, 0, 0.5 + 0.5 ** 1.5), (50, 0, 0.5), (100, 0, 0),        # cosine over all steps
-    (0, 20, 1 / 20), (9, 20, 1 / 2), (19, 20, 1), (20, 20, 1), (60, 20, 0.5), (100, 20, 0)])
+    (0, 0, 1),      # without warm-up, a cosine over all steps
+    (25, 0, 0.5 + 0.5 ** 1.5),
+    (50, 0, 0.5),
+    (100, 0, 0),
+    (0, 20, 1 / 20),
+    (9, 20, 1 / 2),
+    (19, 20, 1),
+    (20, 20, 1),
+    (60, 20, 0.5),
+    (100, 20, 0)])
 def test_the_learning_rate_has_its_closed_form(step, warmup, expected):
     assert schedule(4.0, 100, warmup)[step] == pytest.approx(4 * expected, abs=1e-12)
 
@@ -148,9 +155,8 @@ def test_chunked_backward_gives_the_gradient_of_the_whole_batch(chunk):
     value = common.chunked_backward(model, embed, loss, x, chunk)
     found = [p.grad.clone() for p in model.parameters()]
     half = len(noise) // 2
-    # the same views in both passes
-    assert torch.equal(torch.cat(noise[:half]), torch.cat(noise[half:]))
     views = torch.cat(noise[:half])
+    assert torch.equal(views, torch.cat(noise[half:]))  # the same in both passes
     whole = loss(torch.stack([model(view) for view in views.unbind(1)], 1))
     expected = torch.autograd.grad(whole, list(model.parameters()))
     assert value.item() == pytest.approx(whole.item(), abs=1e-12)
@@ -193,10 +199,10 @@ def test_memory_grows_with_the_chunk_and_not_with_the_batch():
     model = common.build_backbone("resnet10", True)
     loss = lambda z: simclr.nt_xent(z, z.roll(1, 1), 0.3)
     pictures = lambda batch: torch.randn(batch, 3, 16, 16)
-    peak = {
-        (batch, chunk): saved_bytes(
-            model, lambda: common.chunked_backward(model, model, loss, pictures(batch), chunk))
-        for batch, chunk in ((16, 8), (64, 8), (64, 32))}
+    peak = {}
+    for batch, chunk in ((16, 8), (64, 8), (64, 32)):
+        step = lambda: common.chunked_backward(model, model, loss, pictures(batch), chunk)
+        peak[batch, chunk] = saved_bytes(model, step)
     assert peak[64, 8] < 1.1 * peak[16, 8]  # the loss itself keeps its 64 x 64 similarities
     assert peak[64, 32] > 3 * peak[64, 8]
     whole = saved_bytes(model, lambda: loss(model(pictures(64))).backward())

@@ -40,12 +40,12 @@ def test_every_command_has_flags_that_the_script_knows(command, tmp_path, monkey
 @pytest.mark.parametrize("name", READMES)
 def test_every_figure_and_folder_that_is_shown_is_there(name):
     text = (ROOT / name).read_text()
-    # links and figures: from the README's folder
-    for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+    linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)  # from the README's folder
+    for path in linked:
         assert ((ROOT / name).parent / path).exists(), path
-    named = re.findall(r"`(tests/[\w./-]+)`", text) + re.findall(
-        r"python (tests/[\w./-]+\.py)", text)
-    for path in named:                                            # named in the text: from the root
+    named = re.findall(r"`(tests/[\w./-]+)`", text)             # from the root
+    named += re.findall(r"python (tests/[\w./-]+\.py)", text)
+    for path in named:
         assert (ROOT / path).exists(), path
 
 

@@ -12,23 +12,21 @@ import torch
 import common
 from conftest import SCRIPTS, draw_nothing, write_folder
 
+BILEVEL = ["--lower-steps", "2", "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
+           "--pretext-batch-size", "8"]
 RUNS = {
     "simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
     "byol": ["byol", "--arch", "resnet10", "--epochs", "3"],
     "coin": ["coin", "--ckpt", "start.pt", "--epochs", "4", "--alpha", "0.75", "--balanced", "3"],
-    "bissl": ["bissl", "--ckpt", "start.pt", "--alternations", "3", "--lower-steps", "2",
-              "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
-              "--pretext-batch-size", "8"],
-    "byol_bissl": ["bissl", "--ckpt", "byol.pt", "--alternations", "2", "--lower-steps", "2",
-                   "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
-                   "--pretext-batch-size", "8"],
+    "bissl": ["bissl", "--ckpt", "start.pt", "--alternations", "3", *BILEVEL],
+    "byol_bissl": ["bissl", "--ckpt", "byol.pt", "--alternations", "2", *BILEVEL],
     "finetune": ["finetune", "--ckpt", "start.pt", "--epochs", "3", "--eta", "0.1"],
     "core_tuning": ["core_tuning", "--ckpt", "start.pt", "--epochs", "3"],
     "bi_tuning": ["bi_tuning", "--ckpt", "start.pt", "--epochs", "3", "--keys", "5",
                   "--random-queue"],
-    "search": ["finetune", "--ckpt", "start.pt", "--epochs", "2", "--search", "2", "--seeds", "2"]}
-LONG = {script: ["--alternations", "3"] if script == "bissl" else ["--epochs", "4"]
-        for script in SCRIPTS}
+    "search": ["finetune", "--ckpt", "start.pt", "--epochs", "2", "--search", "2", "--seeds", "2"],
+}
+LONG = dict.fromkeys(SCRIPTS, ["--epochs", "4"]) | {"bissl": ["--alternations", "3"]}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +61,7 @@ def run(name, out, *more):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    """Runs `name` once, on the first call: what main() returned. Its files are called
-    whole_NAME."""
+    """Runs `name` once, on the first call: what main() returned. Its files are whole_NAME."""
     results = {}
 
     def make(name):
@@ -151,7 +148,7 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_end(name):
             run(name, f"killed_{name}", *LONG[name])
         finally:
             os._exit(1)
-    # it appears with the first finished epoch
+    # The log appears with the first finished epoch.
     while os.waitpid(process, os.WNOHANG) == (0, 0) and not os.path.exists(log):
         time.sleep(0.01)
     os.kill(process, signal.SIGKILL)
@@ -173,9 +170,9 @@ def test_resuming_a_finished_run_returns_its_metrics_and_changes_nothing(uninter
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_ctrl_c_prints_the_command_that_goes_on(uninterrupted, monkeypatch, capsys, name):
     result = uninterrupted(name)
-    with (stop_at_save(monkeypatch, 2, "after", KeyboardInterrupt),
-          pytest.raises(SystemExit) as stop):
-        run(name, f"ctrl_c_{name}")
+    with stop_at_save(monkeypatch, 2, "after", KeyboardInterrupt):
+        with pytest.raises(SystemExit) as stop:
+            run(name, f"ctrl_c_{name}")
     assert stop.value.code == 130
     assert len(common.load_checkpoint(f"ctrl_c_{name}.pt")["resume"]["history"]) == 2
     printed = capsys.readouterr().err.split("Go on with: ")[1]

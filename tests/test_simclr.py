@@ -8,15 +8,15 @@ import simclr
 
 
 def slow_nt_xent(z1, z2, temperature):
-    """SimCLR, equation 1: mean over i of -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) ), j
-    the partner of i."""
+    """SimCLR, equation 1: the mean over i, with j the partner of i, of
+    -log( exp(s_ij / tau) / sum_{k != i} exp(s_ik / tau) )."""
     z, batch = [*z1, *z2], len(z1)
     similarity = lambda i, k: float(z[i] @ z[k] / (z[i].norm() * z[k].norm()))
     total = 0
     for i in range(2 * batch):
         partner = i + batch if i < batch else i - batch
-        denominator = sum(
-            math.exp(similarity(i, k) / temperature) for k in range(2 * batch) if k != i)
+        others = [k for k in range(2 * batch) if k != i]
+        denominator = sum(math.exp(similarity(i, k) / temperature) for k in others)
         total -= math.log(math.exp(similarity(i, partner) / temperature) / denominator)
     return total / (2 * batch)
 
@@ -25,12 +25,15 @@ def random_views(batch, dim, dtype=torch.float64):
     return torch.randn(batch, dim, dtype=dtype), torch.randn(batch, dim, dtype=dtype)
 
 
-@pytest.mark.parametrize(
-    "batch, dim, temperature", [(1, 3, 0.5), (2, 2, 1.0), (5, 4, 0.2), (8, 16, 0.05)])
+@pytest.mark.parametrize("batch, dim, temperature", [
+    (1, 3, 0.5),
+    (2, 2, 1.0),
+    (5, 4, 0.2),
+    (8, 16, 0.05)])
 def test_nt_xent_is_the_mean_of_the_equation_over_all_views(batch, dim, temperature):
     z1, z2 = random_views(batch, dim)
-    assert simclr.nt_xent(z1, z2, temperature).item() == pytest.approx(
-        slow_nt_xent(z1, z2, temperature), abs=1e-12)
+    expected = slow_nt_xent(z1, z2, temperature)
+    assert simclr.nt_xent(z1, z2, temperature).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_nt_xent_has_the_right_first_and_second_derivative():  # bissl.py differentiates it twice
@@ -62,8 +65,8 @@ def test_nt_xent_of_one_image_is_zero_because_the_partner_is_the_only_candidate(
 def test_nt_xent_does_not_depend_on_the_length_of_an_embedding():
     z1, z2 = random_views(4, 3)
     lengths = torch.tensor([[1e-3], [1], [7], [1e4]], dtype=torch.float64)
-    torch.testing.assert_close(
-        simclr.nt_xent(lengths * z1, z2, 0.2), simclr.nt_xent(z1, z2, 0.2), rtol=0, atol=1e-12)
+    expected = simclr.nt_xent(z1, z2, 0.2)
+    torch.testing.assert_close(simclr.nt_xent(lengths * z1, z2, 0.2), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
