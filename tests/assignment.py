@@ -1,24 +1,30 @@
-"""Assignments: hand out a copy of this repository without some functions, and grade what comes back.
+"""Assignments: hand out a copy of this repository without some functions, and grade what comes
+back.
 
     python tests/assignment.py list
-    python tests/assignment.py strip simclr.nt_xent bissl.inverse_hvp --out handout     `all` for every function
-    python tests/assignment.py grade submissions/ada submissions/bob simclr.nt_xent     without names: every function
+    python tests/assignment.py strip simclr.nt_xent bissl.inverse_hvp --out handout
+    python tests/assignment.py grade submissions/ada submissions/bob simclr.nt_xent
     python tests/assignment.py grade submissions/* --json
 
-What is graded. Only the named functions are taken from a submission (by name, from simclr.py and its siblings), with helpers,
-imports and constants that their file defines under names that are new. Each is put into this repository's own module, with
-every other function and all tests from here: a wrong conjugate_gradient costs inverse_hvp nothing, and tests that a student
-edited are never read. The rest of a submitted file is not run, but it has to be Python.
+`strip all` takes every function out; `grade` without names grades every one.
 
-Points. A function has all of its points or none, because its cases do not weigh the same: one that always returns 0 passes
-some. How many cases passed, and the first that failed, stand beside the points.
+What is graded. Only the named functions are taken from a submission (by name, from simclr.py and
+its siblings), with helpers, imports and constants that their file defines under names that are new.
+Each is put into this repository's own module, with every other function and all tests from here: a
+wrong conjugate_gradient costs inverse_hvp nothing, and tests that a student edited are never read.
+The rest of a submitted file is not run, but it has to be Python.
 
-Safety. Each function's tests run in a process of their own, which is killed after --limit seconds with all that it started.
-Connections, other processes and writing outside of a temporary folder are refused there, by an audit hook of Python, and a
-refusal costs the points even if the function swallows it. What it prints is thrown away. This is against accidents and
-curiosity, not against malice: the process has your rights, so that a function can still read your files, fill the memory,
-call C code that no hook sees, forge its own record, or look up the answer in this repository. Read what has full points,
-and grade strangers' code in a container.
+Points. A function has all of its points or none, because its cases do not weigh the same: one that
+always returns 0 passes some. How many cases passed, and the first that failed, stand beside the
+points.
+
+Safety. Each function's tests run in a process of their own, which is killed after --limit seconds
+with all that it started. Connections, other processes and writing outside of a temporary folder are
+refused there, by an audit hook of Python, and a refusal costs the points even if the function
+swallows it. What it prints is thrown away. This is against accidents and curiosity, not against
+malice: the process has your rights, so that a function can still read your files, fill the memory,
+call C code that no hook sees, forge its own record, or look up the answer in this repository. Read
+what has full points, and grade strangers' code in a container.
 """
 import argparse
 import ast
@@ -46,40 +52,59 @@ ROOT = TESTS.parent
 
 # function: points, and the tests that say whether it is right, as `pytest FILES -k EXPRESSION`
 FUNCTIONS = {
-    "simclr.nt_xent": (3, "test_losses.py", "nt_xent"),
+    "simclr.nt_xent": (3, "test_simclr.py", "nt_xent"),
     "byol.byol_loss": (1, "test_byol.py", "byol_loss"),
     "byol.symmetric_loss": (1, "test_byol.py", "each_view_predicts or match_the_other_view"),
-    "byol.Model.forward": (2, "test_byol.py", "networks_are_composed or no_gradient_flows or of_its_own_forward"),
+    "byol.Model.forward": (2, "test_byol.py",
+        "networks_are_composed or no_gradient_flows or of_its_own_forward"),
     "byol.decay": (1, "test_byol.py", "test_decay"),
-    "coin.supcon": (3, "test_coin.py", "test_supcon_is or test_supcon_has or test_supcon_of or test_supcon_does or "
-                                       "test_supcon_keeps or test_supcon_without_any"),
-    "core_tuning.hardest": (2, "test_core_tuning.py", "hardest_pairs or one_image_a_class or batch_of_one_class"),
-    "core_tuning.hard_pairs": (3, "test_core_tuning.py", "mixtures_keep or hard_positive_lies or second_image_of_its_class or "
-                               "without_another_class or semi_hard or shares_of_the_hard or extreme_alphas or flow_through"),
-    "core_tuning.positive_pairs": (2, "test_core_tuning.py", "test_positives or beyond_the_sixtieth"),
-    "core_tuning.focal_contrastive": (3, "test_core_tuning.py", "focal_contrastive or without_positives or certain_costs"),
-    "bi_tuning.ClassQueue.enqueue": (4, "test_bi_tuning.py", "test_a_ring or oldest_key or random_start or narrower_type"),
+    "coin.supcon": (3, "test_coin.py",
+        "test_supcon_is or test_supcon_has or test_supcon_of or test_supcon_does or "
+        "test_supcon_keeps or test_supcon_without_any"),
+    "core_tuning.hardest": (2, "test_core_tuning.py",
+        "hardest_pairs or one_image_a_class or batch_of_one_class"),
+    "core_tuning.hard_pairs": (3, "test_core_tuning.py",
+        "mixtures_keep or hard_positive_lies or second_image_of_its_class or "
+        "without_another_class or semi_hard or shares_of_the_hard or extreme_alphas or "
+        "flow_through"),
+    "core_tuning.positive_pairs": (2, "test_core_tuning.py",
+        "test_positives or beyond_the_sixtieth"),
+    "core_tuning.focal_contrastive": (3, "test_core_tuning.py",
+        "focal_contrastive or without_positives or certain_costs"),
+    "bi_tuning.ClassQueue.enqueue": (4, "test_bi_tuning.py",
+        "test_a_ring or oldest_key or random_start or narrower_type"),
     "bi_tuning.share_with_class": (3, "test_bi_tuning.py", "a_contrastive_loss"),
     "bi_tuning.contrastive_cross_entropy": (2, "test_bi_tuning.py", "a_contrastive_loss and cce"),
-    "bi_tuning.categorical_contrastive": (2, "test_bi_tuning.py", "a_contrastive_loss and ccl or same_categorical"),
-    "bissl.conjugate_gradient": (
-        3, "test_bissl.py",
+    "bi_tuning.categorical_contrastive": (2, "test_bi_tuning.py",
+        "a_contrastive_loss and ccl or same_categorical"),
+    "bissl.conjugate_gradient": (3, "test_bissl.py",
         "(test_conjugate_gradients or one_step_goes or no_step_gives or zero_right_hand or "
-        "further_steps_stay or solves_in_a_row or empty_list_of_directions or tolerance_is_kept or "
-        "each_step_reaches or same_right_hand or indefinite_matrix or stops_where) and not layerwise"),
+        "further_steps_stay or solves_in_a_row or empty_list_of_directions or tolerance_is_kept "
+        "or each_step_reaches or same_right_hand or indefinite_matrix or stops_where) and not "
+        "layerwise"),
     "bissl.inverse_hvp": (2, "test_bissl.py",
-                          "inverse_hvp or handed_in or loss_is_linear or implicit_gradient_is"),
-    "finetune.metrics": (2, "test_losses.py test_datasets.py", "metrics_are or mean_class_accuracy or confusion_matrix or "
-                                                               "average_precision"),
-    "common.update_average": (1, "test_losses.py test_byol.py", "update_average or update_target"),
+        "inverse_hvp or handed_in or loss_is_linear or implicit_gradient_is"),
+    "finetune.metrics": (2, "test_finetune.py",
+        "metrics_are or mean_class_accuracy or confusion_matrix or average_precision"),
+    "common.update_average": (1, "test_optimisation.py test_byol.py",
+        "update_average or update_target"),
 }
+# what pytest and torch.testing say of numbers that differ, and how a student is told
+COMPARISONS = [
+    (r"Expected (\S+) but got (\S+?)\.? ", "expected {0}, got {1}"),
+    (r"Obtained: (\S+) Expected: (.+)$", "expected {1}, got {0}"),
+    (r"Greatest absolute difference: (\S+) .*?up to (\S+) allowed",
+     "differs by up to {0}, allowed are {1}")]
 NOT_HANDED_OUT = "tests/planted/", "tests/test_assignment.py"  # they show answers
 NOT_OURS = {"data", "runs", "__pycache__", ".git", ".venv", ".pytest_cache"}
-QUIET = ["-s", "-W", "ignore", "--rootdir", str(ROOT), *(f"-pno:{plugin}" for plugin in (
-    "terminal", "cacheprovider", "faulthandler", "unraisableexception", "threadexception", "logging"))]
-CONNECTS = {"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind"}
-STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty"}
+QUIET = ["-s", "-W", "ignore", "--rootdir", str(ROOT), "-pno:terminal", "-pno:cacheprovider",
+         "-pno:faulthandler", "-pno:unraisableexception", "-pno:threadexception", "-pno:logging"]
+CONNECTS = {"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo",
+            "socket.gethostbyname", "socket.bind"}
+STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
+          "os.forkpty"}
 WRITES = {"open", "os.remove", "os.rename"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def fail(message):
@@ -91,7 +116,7 @@ def file_of(name):
     return f"{name.split('.')[0]}.py"
 
 
-# ----------------------------------------------------------------------------------------------------- source code
+# -------------------------------------------------------------------------------------- source code
 
 def parse(code):
     """The syntax tree; SyntaxError or ValueError for what is not Python."""
@@ -104,17 +129,21 @@ def parse(code):
 
 
 def find(tree, name):
-    """The definition of module.function or module.Class.method, the last one if there are several, or None."""
+    """The definition of module.function or module.Class.method, the last one if there are several,
+    or None."""
     *classes, function = name.split(".")[1:]
-    for wanted, kind in [(owner, ast.ClassDef) for owner in classes] + [(function, ast.FunctionDef)]:
-        tree = next((node for node in reversed(tree.body) if isinstance(node, kind) and node.name == wanted), None)
-        if tree is None:
+    path = [(owner, ast.ClassDef) for owner in classes] + [(function, ast.FunctionDef)]
+    for wanted, kind in path:
+        found = [node for node in tree.body if isinstance(node, kind) and node.name == wanted]
+        if not found:
             return None
+        tree = found[-1]
     return tree
 
 
 def new_names(tree, name):
-    """Definitions, imports and assignments at the top level under names that this repository's module does not have."""
+    """Definitions, imports and assignments at the top level under names that this repository's
+    module does not have."""
     module, new = importlib.import_module(name.split(".")[0]), []
     for node in tree.body:
         names = []
@@ -129,10 +158,11 @@ def new_names(tree, name):
     return new
 
 
-# ----------------------------------------------------------------------------------------------------------- strip
+# -------------------------------------------------------------------------------------------- strip
 
 def without_body(code, name):
-    """The code with the function's signature and docstring only, then `raise NotImplementedError`."""
+    """The code with the function's signature and docstring only, then `raise
+    NotImplementedError`."""
     node, lines = find(parse(code), name), code.splitlines()
     first, end = node.body[0], node.end_lineno
     while end < len(lines) and re.match(r"\s+#", lines[end]):  # comments that close the body
@@ -147,7 +177,9 @@ def without_body(code, name):
 
 def files():
     """What git tracks, or without git what lies here; without data, runs and answers."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True) if (ROOT / ".git").exists() else None
+    listed = None
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
     if listed and listed.returncode == 0:
         names = os.fsdecode(listed.stdout).split("\0")
     else:
@@ -155,8 +187,10 @@ def files():
         for folder, folders, here in os.walk(ROOT):
             folders[:] = [each for each in folders if each not in NOT_OURS]
             names += [(Path(folder) / each).relative_to(ROOT).as_posix() for each in here]
-        names = [name for name in names if "/" in name or not name.endswith((".pt", ".jsonl", ".png"))]  # runs write there
-    return [name for name in names if (ROOT / name).is_file() and not name.startswith(NOT_HANDED_OUT)]
+        written = (".pt", ".jsonl", ".png")  # by runs, beside the scripts
+        names = [name for name in names if "/" in name or not name.endswith(written)]
+    names = [name for name in names if not name.startswith(NOT_HANDED_OUT)]
+    return [name for name in names if (ROOT / name).is_file()]
 
 
 def strip(names, out):
@@ -169,10 +203,11 @@ def strip(names, out):
     for name in names:
         path = out / file_of(name)
         path.write_text(without_body(path.read_text(encoding="utf-8"), name), encoding="utf-8")
-    print(f"{out}: {len(names)} functions to write, {sum(FUNCTIONS[name][0] for name in names)} points")
+    points = sum(FUNCTIONS[name][0] for name in names)
+    print(f"{out}: {len(names)} functions to write, {points} points")
 
 
-# ------------------------------------------------------------------------------------------ in a process of its own
+# -------------------------------------------------------------------------- in a process of its own
 
 def words(text, most=200):
     """One line of printable characters."""
@@ -183,8 +218,11 @@ def words(text, most=200):
 def case_of(item):
     """A test's name and arguments as a sentence."""
     arguments = getattr(item, "callspec", None)
-    shown = ", ".join(f"{key} {words(value, 60)}" for key, value in arguments.params.items()) if arguments else ""
-    return item.originalname.removeprefix("test_").replace("_", " ") + (f" ({shown})" if shown else "")
+    sentence = item.originalname.removeprefix("test_").replace("_", " ")
+    if not arguments:
+        return sentence
+    shown = ", ".join(f"{key} {words(value, 60)}" for key, value in arguments.params.items())
+    return f"{sentence} ({shown})"
 
 
 def reason(error, path):
@@ -198,15 +236,15 @@ def reason(error, path):
     frames = traceback.extract_tb(error.__traceback__)
     at = [frame.lineno for frame in frames if frame.filename == path]
     where = f" (line {at[-1]} of {Path(path).name})" if at else ""
-    if found := re.search(r"Expected (\S+) but got (\S+?)\.? ", text):
-        return words(f"expected {found[1]}, got {found[2]}")
-    if found := re.search(r"Obtained: (\S+) Expected: (.+)$", text):
-        return words(f"expected {found[2]}, got {found[1]}")
-    if found := re.search(r"Greatest absolute difference: (\S+) .*?up to (\S+) allowed", text):
-        return words(f"differs by up to {found[1]}, allowed are {found[2]}")
-    if isinstance(error, AssertionError) and text.startswith(("assert ", "assert(")):  # the line tells more than the values do
+    for pattern, sentence in COMPARISONS:
+        found = re.search(pattern, text)
+        if found:
+            return words(sentence.format(*found.groups()))
+    if not isinstance(error, AssertionError) or not text:
+        return words(f"{type(error).__name__}: {text}") + where
+    if text.startswith(("assert ", "assert(")):  # the line tells more than the values do
         return words(f"does not hold: {(frames[-1].line or text).removeprefix('assert ')}") + where
-    return words(text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}") + where
+    return words(text) + where
 
 
 class Recorder:
@@ -229,11 +267,13 @@ class Recorder:
         elif call.when == "teardown" and item.nodeid not in self.failed:
             self.report(passed=1)
         outcome = "failed" if call.excinfo is not None else "passed"
-        return pytest.TestReport(item.nodeid, item.location, {}, outcome, None, call.when)  # pytest's own formats a traceback
+        # pytest's own formats a traceback
+        return pytest.TestReport(item.nodeid, item.location, {}, outcome, None, call.when)
 
 
 def guard(folder, report):
-    """From here on this process opens no connection, starts no process, and writes in the folder alone."""
+    """From here on this process opens no connection, starts no process, and writes in the folder
+    alone."""
     folder = os.path.realpath(folder) + os.sep
 
     def hook(event, args):
@@ -244,9 +284,11 @@ def guard(folder, report):
             what = "starts another process"
         elif event in WRITES:
             flags = args[2] if event == "open" else os.O_WRONLY
-            if isinstance(args[0], (str, bytes)) and isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            is_path = isinstance(args[0], (str, bytes))
+            if is_path and isinstance(flags, int) and flags & WRITING:
                 place = os.path.realpath(os.fsdecode(args[0]))
-                what = None if place.startswith(folder) or place == os.devnull else f"writes to {words(place, 60)}"
+                if not place.startswith(folder) and place != os.devnull:
+                    what = f"writes to {words(place, 60)}"
         if what:
             report(refused=what)
             raise PermissionError(f"refused: the submission {what}")
@@ -256,13 +298,15 @@ def guard(folder, report):
 @functools.cache
 def prepare():
     """Import the trusted modules and tests, once; the processes that are forked later have them."""
-    os.environ.update(CUDA_VISIBLE_DEVICES="", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTEST_ADDOPTS="")
+    os.environ.update(
+        CUDA_VISIBLE_DEVICES="", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTEST_ADDOPTS="")
     sys.path[:0] = [str(ROOT), str(TESTS)]
     for name in FUNCTIONS:
         try:
             importlib.import_module(name.split(".")[0])
         except (Exception, SystemExit) as error:
-            fail(f"this repository's own {file_of(name)} cannot be imported: {type(error).__name__}: {words(error)}")
+            fail(f"this repository's own {file_of(name)} cannot be imported: "
+                 f"{type(error).__name__}: {words(error)}")
     every = dict.fromkeys(file for _, files, _ in FUNCTIONS.values() for file in files.split())
     if pytest.main(["--collect-only", *QUIET, *(str(TESTS / file) for file in every)]):
         fail("the tests of this repository cannot be collected: see `python -m pytest tests`")
@@ -281,7 +325,8 @@ def plant(name, tree, path):
 
 
 def examine(name, code, path, folder):
-    """Run the tests of one function of a submission; what happens is written to folder/record, a JSON object a line."""
+    """Run the tests of one function of a submission; what happens is written to folder/record, a
+    JSON object a line."""
     if hasattr(os, "setsid"):
         os.setsid()
     os.chdir(folder)
@@ -305,7 +350,7 @@ def examine(name, code, path, folder):
         report(ended=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- grade
+# -------------------------------------------------------------------------------------------- grade
 
 def judge(name, code, path, limit):
     """examine() in a process with a time limit: {points, of, cases, passed, why}."""
@@ -314,7 +359,8 @@ def judge(name, code, path, limit):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         child = process(target=examine, args=(name, code, path, folder))
         child.start()
-        child.join(limit if fork else limit + 60)  # a spawned one has to import torch and the tests first
+        # a spawned one has to import torch and the tests first
+        child.join(limit if fork else limit + 60)
         late = child.is_alive()
         with contextlib.suppress(OSError, AttributeError):
             os.killpg(child.pid, signal.SIGKILL)  # and whatever it started
@@ -326,7 +372,8 @@ def judge(name, code, path, limit):
             lines = []
     happened = {}
     for line in lines:
-        with contextlib.suppress(ValueError, AttributeError):  # a line cut off by the end of the process
+        # a line cut off by the end of the process
+        with contextlib.suppress(ValueError, AttributeError):
             for key, value in json.loads(line).items():
                 happened.setdefault(key, []).append(value)
     cases, passed = (happened.get("cases") or [0])[0], len(happened.get("passed", []))
@@ -343,11 +390,13 @@ def judge(name, code, path, limit):
         why = f"the process ended{now}"
     else:
         why = None if cases else "no test of this repository is about it"
-    return dict(points=0 if why else FUNCTIONS[name][0], of=FUNCTIONS[name][0], cases=cases, passed=passed, why=why)
+    return dict(points=0 if why else FUNCTIONS[name][0], of=FUNCTIONS[name][0], cases=cases,
+                passed=passed, why=why)
 
 
 def grade(submission, names, limit, known):
-    """{function: {points, of, cases, passed, why}}; `known` remembers what was found out about the same source before."""
+    """{function: {points, of, cases, passed, why}}; `known` remembers what was found out about the
+    same source before."""
     result = {}
     for name in names:
         path, why = submission / file_of(name), None
@@ -376,10 +425,11 @@ def show(sheet):
     print(f"{sheet['submission']}: {sheet['points']} of {sheet['of']} points")
     for name, found in sheet["functions"].items():
         why = f"  {found['why']}" if found["why"] else ""
-        print(f"  {found['points']}/{found['of']}  {name:<36} {found['passed']:>3} of {found['cases']:>3} cases{why}", flush=True)
+        print(f"  {found['points']}/{found['of']}  {name:<36} "
+              f"{found['passed']:>3} of {found['cases']:>3} cases{why}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- main
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -398,20 +448,24 @@ def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     commands.add_parser("list", help="the functions that can be set, with points and tests")
-    stripped = commands.add_parser("strip", help="write a copy of the repository without some functions")
+    stripped = commands.add_parser(
+        "strip", help="write a copy of the repository without some functions")
     stripped.add_argument("names", nargs="+", help="functions, or `all`")
-    stripped.add_argument("--out", type=Path, required=True, help="a folder that is not there yet, or empty")
+    stripped.add_argument(
+        "--out", type=Path, required=True, help="a folder that is not there yet, or empty")
     graded = commands.add_parser("grade", help="grade submissions")
     graded.add_argument("what", nargs="+", metavar="DIR or NAME",
                         help="folders with simclr.py and so on, and functions (without: all)")
     graded.add_argument("--json", action="store_true", help="print JSON")
-    graded.add_argument("--limit", type=float, default=60, help="seconds for the tests of one function (default: 60)")
+    graded.add_argument("--limit", type=float, default=60,
+                        help="seconds for the tests of one function (default: 60)")
     args = parser.parse_args(argv)
 
     if args.command == "list":
         for name, (points, tests, expression) in FUNCTIONS.items():
             where = " ".join(f"tests/{file}" for file in tests.split())
-            print(f'{name:<36} {file_of(name):<15} {points} points   python -m pytest -q {where} -k "{expression}"')
+            print(f"{name:<36} {file_of(name):<15} {points} points   "
+                  f'python -m pytest -q {where} -k "{expression}"')
     elif args.command == "strip":
         strip(known_names(args.names), args.out)
     else:
@@ -426,7 +480,8 @@ def main(argv=None):
         sheets, known = [], {}
         for folder in folders:
             result = grade(Path(folder), names, args.limit, known)
-            sheets.append(dict(submission=folder, points=sum(each["points"] for each in result.values()),
+            sheets.append(dict(submission=folder,
+                               points=sum(each["points"] for each in result.values()),
                                of=sum(each["of"] for each in result.values()), functions=result))
             if not args.json:
                 show(sheets[-1])

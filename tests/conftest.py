@@ -1,5 +1,8 @@
-"""Puts the repository's root on the path, and makes small image folders for the tests."""
+"""What several test files need: the repository's root on the path, the scripts by name, small image
+folders, and what a run wrote or said."""
+import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,20 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Models this small lose time with more threads, which wait for each other; and the order in which numbers are added, so the
-# last bit of a resumed run, depends on how many there are.
+import bi_tuning
+import bissl
+import byol
+import coin
+import core_tuning
+import finetune
+import simclr
+
+SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
+           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
+FINE_TUNING = ("finetune", "core_tuning", "bi_tuning")
+
+# Models this small lose time with more threads, which wait for each other; and the order in which
+# numbers are added, so the last bit of a resumed run, depends on how many there are.
 torch.set_num_threads(1)
 
 
@@ -22,7 +37,8 @@ def write_folder(root, classes=("a", "b", "c"), per_class=12, side=20, splits=("
         for i, name in enumerate(classes):
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for k in range(per_class):
-                pixels = (rng.integers(0, 120, (side, side, 3)) + [(60 * i) % 130, (90 * i) % 130, 40]).astype(np.uint8)
+                noise = rng.integers(0, 120, (side, side, 3))
+                pixels = (noise + [(60 * i) % 130, (90 * i) % 130, 40]).astype(np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{k}.png")
     return root
 
@@ -32,6 +48,14 @@ def folder(tmp_path):
     return write_folder(tmp_path / "pictures")
 
 
+@pytest.fixture
+def here(folder, monkeypatch):
+    """The current folder, empty but for pictures/: 36 to train on and 36 to test on, of 3
+    classes."""
+    monkeypatch.chdir(folder.parent)
+    return folder.parent
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -39,6 +63,46 @@ def seeded():
 
 @pytest.fixture
 def any_copy(monkeypatch):
-    """torchvision takes small copies of its data sets for whole ones: what exists has the right checksum."""
+    """torchvision takes small copies of its data sets for whole ones: what exists has the right
+    checksum."""
     for name in ("cifar", "stl10", "flowers102"):
-        monkeypatch.setattr(f"torchvision.datasets.{name}.check_integrity", lambda path, md5=None: Path(path).exists())
+        monkeypatch.setattr(f"torchvision.datasets.{name}.check_integrity",
+                            lambda path, md5=None: Path(path).exists())
+
+
+def draw_nothing(patch):
+    """For runs that are shorter than the drawing of their figures."""
+    for script in SCRIPTS.values():
+        patch.setattr(script, "draw", lambda *ignored: None, raising=False)
+
+
+def options(data, root, image_size=16, **more):
+    """The flags that reading data takes."""
+    return Namespace(data=str(data), root=str(root), image_size=image_size, device="cpu", **more)
+
+
+def error_line(capsys, function, *args, **named):
+    """The one line on stderr with which function ends the program, as bad input does."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **named)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.startswith("error: ") and message.endswith("\n"), message
+    lines = message.splitlines()
+    assert len(lines) == 1, message
+    return lines[0]
+
+
+def files(place):
+    """The bytes of each file below a folder, by its path from there."""
+    found = {}
+    for path in place.rglob("*"):
+        if path.is_file():
+            found[path.relative_to(place).as_posix()] = path.read_bytes()
+    return found
+
+
+def json_lines(path):
+    """What OUT.jsonl holds: a dict for each line."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,4 +1,5 @@
-"""Assignments: what is handed out, and that grading finds each planted fault, in its own function alone."""
+"""Assignments: what is handed out, and that grading finds each planted fault, in its own function
+alone."""
 import ast
 import json
 import re
@@ -16,7 +17,8 @@ PLANTED = sorted((TESTS / "planted").glob("*.patch"))
 
 
 def patched(patch, code):
-    """The code with the patch's old lines replaced by its new ones; where they stand does not matter."""
+    """The code with the patch's old lines replaced by its new ones; where they stand does not
+    matter."""
     lines = patch.read_text().splitlines()[4:]  # what it is about, two file names, @@
     old = "".join(line[1:] + "\n" for line in lines if line[:1] != "+")
     new = "".join(line[1:] + "\n" for line in lines if line[:1] != "-")
@@ -42,12 +44,14 @@ def sources(folder):
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.py")}
 
 
-# ------------------------------------------------------------------------------------------------- list and strip
+# ----------------------------------------------------------------------------------- list and strip
 
 def test_list_names_every_function_with_its_file_and_points(capsys):
     lines = main(capsys, "list").splitlines()
-    assert [line.split()[:3] for line in lines] == [[name, file_of(name), str(FUNCTIONS[name][0])] for name in FUNCTIONS]
-    assert SAME_ROOT == ROOT and all(find(parse((ROOT / file_of(name)).read_text()), name) for name in FUNCTIONS)
+    assert [line.split()[:3] for line in lines] == [
+        [name, file_of(name), str(FUNCTIONS[name][0])] for name in FUNCTIONS]
+    assert SAME_ROOT == ROOT
+    assert all(find(parse((ROOT / file_of(name)).read_text()), name) for name in FUNCTIONS)
 
 
 def test_strip_takes_the_named_bodies_and_nothing_else(tmp_path, capsys):
@@ -56,17 +60,21 @@ def test_strip_takes_the_named_bodies_and_nothing_else(tmp_path, capsys):
     was, now = sources(ROOT), sources(tmp_path / "out")
     changed = {file for file in now if now[file] != was[file]}
     assert changed == {"simclr.py", "byol.py", "bissl.py"}
-    assert {"common.py", "tests/test_losses.py", "tests/assignment.py"} <= now.keys()
-    assert "tests/test_assignment.py" not in now and not (tmp_path / "out/tests/planted").exists()  # answers
+    assert {"common.py", "tests/test_simclr.py", "tests/assignment.py"} <= now.keys()
+    assert "tests/test_assignment.py" not in now  # it shows answers, as the planted faults do
+    assert not (tmp_path / "out/tests/planted").exists()
     assert (tmp_path / "out/README.md").exists() and not (tmp_path / "out/.git").exists()
     for name in names:
         old, new = (find(parse(files[file_of(name)]), name) for files in (was, now))
-        assert ast.unparse(old.args) == ast.unparse(new.args) and ast.get_docstring(old) == ast.get_docstring(new)
+        assert ast.unparse(old.args) == ast.unparse(new.args)
+        assert ast.get_docstring(old) == ast.get_docstring(new)
         assert ast.unparse(new.body[-1]) == "raise NotImplementedError" and len(new.body) <= 2
-        head, tail = was[file_of(name)].splitlines()[:old.lineno], was[file_of(name)].splitlines()[old.end_lineno:]
+        head = was[file_of(name)].splitlines()[:old.lineno]
+        tail = was[file_of(name)].splitlines()[old.end_lineno:]
         lines = now[file_of(name)].splitlines()
         assert lines[:new.lineno] == head and lines[new.end_lineno:] == tail
-    assert "# k != i" not in now["simclr.py"].split('"""', 2)[2]  # the comments of a body go with it
+    # the comments of a body go with it
+    assert "# k != i" not in now["simclr.py"].split('"""', 2)[2]
 
 
 def test_a_body_is_cut_out_with_its_comments():
@@ -74,7 +82,8 @@ def test_a_body_is_cut_out_with_its_comments():
     code = head + "        # opens\n        return x  # in it\n        # closes\n" + tail
     cut = head + "        raise NotImplementedError\n" + tail
     for docstring in "", '        """Says.\n\n        More."""\n':
-        assert assignment.without_body(code.format(docstring), "module.A.f") == cut.format(docstring)
+        stripped = assignment.without_body(code.format(docstring), "module.A.f")
+        assert stripped == cut.format(docstring)
 
 
 def test_strip_and_grade_refuse_in_one_line(tmp_path, capsys):
@@ -82,41 +91,52 @@ def test_strip_and_grade_refuse_in_one_line(tmp_path, capsys):
     (tmp_path / "full" / "mine.txt").touch()
     assert "simclr.nothing" in refused(capsys, "strip", "simclr.nothing", "--out", tmp_path / "new")
     assert "not an empty folder" in refused(capsys, "strip", "all", "--out", tmp_path / "full")
-    assert "not an empty folder" in refused(capsys, "strip", "all", "--out", tmp_path / "full" / "mine.txt")
+    file = tmp_path / "full" / "mine.txt"
+    assert "not an empty folder" in refused(capsys, "strip", "all", "--out", file)
     assert "--out" in refused(capsys, "strip", "all")
     assert "nowhere" in refused(capsys, "grade", tmp_path / "nowhere")
     assert "no folder" in refused(capsys, "grade", "simclr.nt_xent")
     assert list(tmp_path.rglob("*")) == [tmp_path / "full", tmp_path / "full" / "mine.txt"]
 
 
-# ---------------------------------------------------------------------------------------------------------- grade
+# -------------------------------------------------------------------------------------------- grade
 
 RIGHT = """
     p, z = F.normalize(common.upcast(p), dim=1), F.normalize(common.upcast(z), dim=1)
     return (2 - 2 * (p * z).sum(1)).mean()
 """
-ODD = {  # what a submission's byol.py has before byol_loss's right answer or instead of it, and what grading says of it
-    "hangs": ("def byol_loss(p, z):\n    while True: pass", "did not end within 4 s in the case: byol loss is the mean"),
-    "connects": ("def byol_loss(p, z):\n    import socket\n    try: socket.create_connection(('127.0.0.1', 9), 1)\n"
-                 "    except OSError: pass" + RIGHT, "opens a network connection, which is refused"),
-    "starts": ("import os\ndef byol_loss(p, z):\n    try: os.system('true')\n    except OSError: pass" + RIGHT,
+DEF = "def byol_loss(p, z):\n"
+SWALLOWED = "    except OSError: pass" + RIGHT
+# What a submission's byol.py has before byol_loss's right answer or instead of it, and what grading
+# says of it.
+ODD = {
+    "hangs": (DEF + "    while True: pass",
+              "did not end within 4 s in the case: byol loss is the mean"),
+    "connects": (DEF + "    import socket\n"
+                 "    try: socket.create_connection(('127.0.0.1', 9), 1)\n" + SWALLOWED,
+                 "opens a network connection, which is refused"),
+    "starts": ("import os\n" + DEF + "    try: os.system('true')\n" + SWALLOWED,
                "starts another process, which is refused"),
-    "writes": ("def byol_loss(p, z):\n    try: open('VICTIM', 'a').write('rubbish')\n    except OSError: pass" + RIGHT,
-               "writes to"),
-    "rubbish": ("import os, sys\ndef byol_loss(p, z):\n    print('}{\\n' * 1000)\n    os.write(1, b'\\xff\\x00')\n"
-                "    sys.stderr.write('Traceback')\n    raise ValueError('\\x1b[31m\\n\\n[' * 99)", "ValueError: [31m [ "),
-    "dies": ("def byol_loss(p, z):\n    import os\n    os._exit(0)", "the process ended in the case: byol loss is the mean"),
-    "exits": ("def byol_loss(p, z):\n    raise SystemExit(0)", "SystemExit: 0 (line 2 of byol.py)"),
-    "skips": ("def byol_loss(p, z):\n    import pytest\n    pytest.skip('passed')", "Skipped: passed"),
-    "none": ("def byol_loss(p, z):\n    pass", "byol loss is the mean of the equation (batch 1, dim 3): "),
+    "writes": (DEF + "    try: open('VICTIM', 'a').write('rubbish')\n" + SWALLOWED, "writes to"),
+    "rubbish": ("import os, sys\n" + DEF + "    print('}{\\n' * 1000)\n"
+                "    os.write(1, b'\\xff\\x00')\n"
+                "    sys.stderr.write('Traceback')\n"
+                "    raise ValueError('\\x1b[31m\\n\\n[' * 99)", "ValueError: [31m [ "),
+    "dies": (DEF + "    import os\n    os._exit(0)",
+             "the process ended in the case: byol loss is the mean"),
+    "exits": (DEF + "    raise SystemExit(0)", "SystemExit: 0 (line 2 of byol.py)"),
+    "skips": (DEF + "    import pytest\n    pytest.skip('passed')", "Skipped: passed"),
+    "none": (DEF + "    pass", "byol loss is the mean of the equation (batch 1, dim 3): "),
     "arguments": ("def byol_loss(p): pass", "TypeError"),
-    "unwritten": ("def byol_loss(p, z):\n    raise NotImplementedError", "(batch 1, dim 3): not written yet"),
+    "unwritten": (DEF + "    raise NotImplementedError", "(batch 1, dim 3): not written yet"),
     "elsewhere": ("def other(p, z): pass", "byol.py has no function byol_loss"),
-    "module": ("import no_such_module\ndef byol_loss(p, z):" + RIGHT, "cannot be loaded: ModuleNotFoundError: No module named"),
-    "syntax": ("def byol_loss(p, z):\n    return (", "byol.py is not Python: '(' was never closed in line 2"),
+    "module": ("import no_such_module\n" + DEF + RIGHT[1:],
+               "cannot be loaded: ModuleNotFoundError: No module named"),
+    "syntax": (DEF + "    return (", "byol.py is not Python: '(' was never closed in line 2"),
     "binary": ("\0def byol_loss(p, z): pass", "byol.py is not Python"),
-    "helped": ("import math as maths\nTWO = maths.sqrt(4)\ndef inner(p, z): return (p * z).sum(1)\ndef byol_loss(p, z):"
-               + RIGHT.replace("2 * (p * z).sum(1)", "TWO * inner(p, z)"), None),
+    "helped": ("import math as maths\nTWO = maths.sqrt(4)\n"
+               "def inner(p, z): return (p * z).sum(1)\n" + DEF
+               + RIGHT[1:].replace("2 * (p * z).sum(1)", "TWO * inner(p, z)"), None),
 }
 WHOLE = {"module", "syntax", "binary"}  # these cost every function of the file
 
@@ -138,29 +158,34 @@ def sheets(tmp_path_factory):
     (place / "missing").mkdir()
     for name, (odd, _) in ODD.items():
         (place / name).mkdir()
-        (place / name / "byol.py").write_text(f"{odd.replace('VICTIM', str(place / 'victim'))}\n\n\n{decay}\n")
-    whole = ["grade", str(ROOT), str(place / "stripped"), *(str(place / patch.stem) for patch in PLANTED), "--json"]
-    some = ["grade", *(str(place / name) for name in [*ODD, "missing"] if name != "hangs"), "byol.byol_loss", "byol.decay",
-            "--json"]
+        (place / name / "byol.py").write_text(
+            f"{odd.replace('VICTIM', str(place / 'victim'))}\n\n\n{decay}\n")
+    whole = ["grade", str(ROOT), str(place / "stripped"),
+             *(str(place / patch.stem) for patch in PLANTED), "--json"]
+    some = ["grade", *(str(place / name) for name in [*ODD, "missing"] if name != "hangs"),
+            "byol.byol_loss", "byol.decay", "--json"]
     late = ["grade", str(place / "hangs"), "byol.byol_loss", "--json", "--limit", "4"]
     shown = ["grade", str(place / "stripped"), str(ROOT), "byol.decay"]
-    calls = "import assignment, json, sys\nfor argv in json.loads(sys.argv[1]): assignment.main(argv)"
-    run = subprocess.run([sys.executable, "-c", calls, json.dumps([whole, some, late, shown])], cwd=TESTS,
-                         capture_output=True, text=True)
+    calls = ("import assignment, json, sys\n"
+             "for argv in json.loads(sys.argv[1]): assignment.main(argv)")
+    run = subprocess.run([sys.executable, "-c", calls, json.dumps([whole, some, late, shown])],
+                         cwd=TESTS, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
     decode, rest, result = json.JSONDecoder().raw_decode, run.stdout, {}
     for _ in range(3):
         found, end = decode(rest)
         rest = rest[end:].lstrip()
-        result |= {Path(sheet["submission"]).relative_to(place).name if sheet["submission"] != str(ROOT) else "untouched": sheet
-                   for sheet in found}
+        for sheet in found:
+            name = Path(sheet["submission"]).name
+            result["untouched" if sheet["submission"] == str(ROOT) else name] = sheet
     assert (place / "victim").read_text() == "untouched"
     return result | {"shown": rest.replace(str(place), "PLACE").replace(str(ROOT), "ROOT")}
 
 
 def test_the_untouched_repository_has_all_points_and_the_stripped_one_none(sheets):
     full, none = sheets["untouched"], sheets["stripped"]
-    assert full["points"] == full["of"] == sum(points for points, _, _ in FUNCTIONS.values()) and none["points"] == 0
+    assert full["points"] == full["of"] == sum(points for points, _, _ in FUNCTIONS.values())
+    assert none["points"] == 0
     assert list(full["functions"]) == list(none["functions"]) == list(FUNCTIONS)
     for name in FUNCTIONS:
         right, wrong = full["functions"][name], none["functions"][name]
@@ -173,10 +198,12 @@ def test_a_planted_fault_costs_its_own_function_and_no_other(sheets, patch):
     name = patch.stem.split("-")[0]
     assert patch.read_text().startswith(f"# {name}: ")
     functions = sheets[patch.stem]["functions"]
-    assert [each for each in functions if functions[each]["points"] < functions[each]["of"]] == [name]
+    lost = [each for each in functions if functions[each]["points"] < functions[each]["of"]]
+    assert lost == [name]
     assert functions[name]["points"] == 0 and functions[name]["passed"] < functions[name]["cases"]
     assert sheets[patch.stem]["points"] == sheets["untouched"]["points"] - FUNCTIONS[name][0]
-    assert re.fullmatch(r"[\w ,.():\[\]'-]+: (?!\w*Error).{5,200}", functions[name]["why"])  # wrong, not unable to run
+    # wrong, not unable to run
+    assert re.fullmatch(r"[\w ,.():\[\]'-]+: (?!\w*Error).{5,200}", functions[name]["why"])
 
 
 def test_every_function_has_a_planted_fault():
@@ -187,17 +214,21 @@ def test_every_function_has_a_planted_fault():
 def test_odd_submissions_cost_what_they_affect_and_are_told_in_a_sentence(sheets, name):
     loss, *others = sheets[name]["functions"].values()
     said = ODD[name][1]
-    assert loss["points"] == (said is None) and all(other["points"] == (name not in WHOLE) for other in others)
+    assert loss["points"] == (said is None)
+    assert all(other["points"] == (name not in WHOLE) for other in others)
     assert (loss["why"] is None) if said is None else said in loss["why"]
     assert "\n" not in (loss["why"] or "") and "Traceback" not in (loss["why"] or "")
 
 
 def test_a_missing_file_is_told(sheets):
-    assert {each["why"] for each in sheets["missing"]["functions"].values()} == {"cannot read byol.py: No such file or directory"}
+    assert {each["why"] for each in sheets["missing"]["functions"].values()} == {
+        "cannot read byol.py: No such file or directory"}
 
 
 def test_without_json_a_line_a_function_is_printed(sheets):
     first, second, third, fourth = sheets["shown"].splitlines()
     assert (first, third) == ("PLACE/stripped: 0 of 1 points", "ROOT: 1 of 1 points")
-    assert re.fullmatch(r"  0/1  byol.decay +0 of +\d+ cases  decay is the formula .* \(.*\): not written yet", second)
+    assert re.fullmatch(
+        r"  0/1  byol.decay +0 of +\d+ cases  decay is the formula .* \(.*\): not written yet",
+        second)
     assert re.fullmatch(r"  1/1  byol.decay +(\d+) of +\1 cases", fourth)

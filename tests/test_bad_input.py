@@ -1,5 +1,4 @@
 """Bad input ends with one line that says what to change and exit code 2, and no file is touched."""
-import json
 import os
 import pickle
 import shutil
@@ -11,28 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-import bi_tuning
-import bissl
-import byol
-import coin
 import common
-import core_tuning
 import finetune
-import simclr
-from conftest import ROOT, write_folder
+from conftest import ROOT, SCRIPTS, draw_nothing, error_line, files, json_lines, write_folder
 
-SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
-           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
-SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--device", "cpu",
-         "--precision", "float32", "--out", "out"]
-USUAL = {"simclr": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
-         "byol": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
-         "coin": [*SMALL, "--arch", "resnet10", "--epochs", "2", "--alpha", "0.5"],
-         "bissl": [*SMALL, "--ckpt", "simclr.pt", "--alternations", "1", "--lower-steps", "1", "--upper-steps", "1",
-                   "--head-epochs", "1", "--pretext-batch-size", "8"],
-         "finetune": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
-         "core_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
-         "bi_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"]}
+SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8",
+         "--device", "cpu", "--precision", "float32", "--out", "out"]
+USUAL = {
+    "simclr": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+    "byol": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+    "coin": [*SMALL, "--arch", "resnet10", "--epochs", "2", "--alpha", "0.5"],
+    "bissl": [*SMALL, "--ckpt", "simclr.pt", "--alternations", "1", "--lower-steps", "1",
+              "--upper-steps", "1", "--head-epochs", "1", "--pretext-batch-size", "8"],
+    "finetune": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+    "core_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+    "bi_tuning": [*SMALL, "--arch", "resnet10", "--epochs", "1"],
+}
 
 
 class RunsCode:
@@ -44,7 +37,8 @@ class RunsCode:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with everything that the rows below name, and an older out.pt, out.jsonl and out.png."""
+    """A folder with everything that the rows below name, and an older out.pt, out.jsonl and
+    out.png."""
     place = tmp_path_factory.mktemp("bad")
     for name in ("pictures", "hollow", "broken", "all_broken", "no_test"):
         write_folder(place / name)
@@ -79,15 +73,13 @@ def place(tmp_path_factory):
     torch.save({"note": "no weights", "fc.weight": torch.zeros(2, 2)}, place / "headonly.pt")
     backbone = common.load_checkpoint(place / "simclr.pt")["backbone"]
     torch.save(backbone, place / "foreign.pt")
-    torch.save({**backbone, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}, place / "misshapen.pt")
-    torch.save({key: value for key, value in backbone.items() if key != "layer3.0.bn1.weight"}, place / "missing.pt")
+    misshapen = {**backbone, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}
+    torch.save(misshapen, place / "misshapen.pt")
+    del backbone["layer3.0.bn1.weight"]
+    torch.save(backbone, place / "missing.pt")
     for ending in ("pt", "jsonl", "png"):
         (place / f"out.{ending}").write_text("of an older run")
     return place
-
-
-def files(place):
-    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 # script, flags that replace the usual ones, what the message has to name
@@ -247,44 +239,50 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("script, flags, named", ROWS, ids=[f"{script} {flags}" for script, flags, _ in ROWS])
-def test_one_line_says_what_is_wrong_and_no_file_changes(place, monkeypatch, capsys, script, flags, named):
+@pytest.mark.parametrize(
+    "script, flags, named", ROWS, ids=[f"{script} {flags}" for script, flags, _ in ROWS])
+def test_one_line_says_what_is_wrong_and_no_file_changes(
+        place, monkeypatch, capsys, script, flags, named):
     if flags == "--device cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     monkeypatch.chdir(place)
     before = files(place)
-    with pytest.raises(SystemExit) as stop:
-        SCRIPTS[script].main([*USUAL[script], *flags.split()])
-    message = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message.startswith("error: ") and message.count("\n") == 1
-    assert named in message
+    assert named in error_line(capsys, SCRIPTS[script].main, [*USUAL[script], *flags.split()])
     after = files(place)
     assert all(after.get(path) == content for path, content in before.items())
     assert not (place / "pwned").exists()
 
 
 @pytest.mark.parametrize("script", ["coin", "finetune", "core_tuning", "bi_tuning"])
-def test_a_class_with_one_image_and_batches_of_one_class_are_trained_on(place, tmp_path, monkeypatch, script):
+def test_a_class_with_one_image_and_batches_of_one_class_are_trained_on(
+        place, tmp_path, monkeypatch, script):
     monkeypatch.chdir(place)
     more = ["--eta", "0.1"] if script == "finetune" else []
-    result = SCRIPTS[script].main([*USUAL[script], "--data", "lonely", "--batch-size", "4", "--out", str(tmp_path / "out"), *more])
+    result = SCRIPTS[script].main([*USUAL[script], "--data", "lonely", "--batch-size", "4",
+                                   "--out", str(tmp_path / "out"), *more])
     assert all(value == value for value in result.values() if value is not None)
     ckpt = common.load_checkpoint(tmp_path / "out.pt")
     assert all(value.isfinite().all() for value in ckpt["backbone"].values())
 
 
 def test_a_real_command_with_bad_input_prints_one_line_without_a_traceback(place):
-    done = subprocess.run([sys.executable, str(ROOT / "finetune.py"), *USUAL["finetune"], "--data", "all_broken"],
-                          cwd=place, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "finetune.py"), *USUAL["finetune"], "--data", "all_broken"],
+        cwd=place, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script, count", [
-    ("simclr", "--epochs"), ("byol", "--epochs"), ("coin", "--epochs"), ("bissl", "--alternations"), ("finetune", "--epochs"),
-    ("core_tuning", "--epochs"), ("bi_tuning", "--epochs")])
-def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(place, tmp_path, monkeypatch, capsys, script, count):
+    ("simclr", "--epochs"),
+    ("byol", "--epochs"),
+    ("coin", "--epochs"),
+    ("bissl", "--alternations"),
+    ("finetune", "--epochs"),
+    ("core_tuning", "--epochs"),
+    ("bi_tuning", "--epochs")])
+def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(
+        place, tmp_path, monkeypatch, capsys, script, count):
     monkeypatch.chdir(place)
     real, checkpoint = common.set_learning_rate, tmp_path / "out.pt"
 
@@ -293,7 +291,8 @@ def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(place, tmp_path, m
 
     monkeypatch.setattr(common, "set_learning_rate", diverge_after_the_first_checkpoint)
     with pytest.raises(SystemExit) as stop:
-        SCRIPTS[script].main([*USUAL[script], count, "6" if script == "coin" else "3", "--out", str(tmp_path / "out")])
+        number = "6" if script == "coin" else "3"
+        SCRIPTS[script].main([*USUAL[script], count, number, "--out", str(tmp_path / "out")])
     message = capsys.readouterr().err
     assert stop.value.code == 2
     assert "try a lower" in message and message.count("\n") == 1
@@ -303,19 +302,28 @@ def test_a_run_that_diverges_keeps_the_last_finite_checkpoint(place, tmp_path, m
 
 
 @pytest.mark.parametrize("mode, ending", [
-    ("L", "png"), ("1", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "png"), ("I;16", "png"), ("CMYK", "jpg"),
+    ("L", "png"),
+    ("1", "png"),
+    ("LA", "png"),
+    ("P", "png"),
+    ("RGBA", "png"),
+    ("I;16", "png"),
+    ("CMYK", "jpg"),
     ("F", "tiff")])
 def test_pictures_of_any_mode_can_be_trained_on(tmp_path, monkeypatch, mode, ending):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(finetune, "draw", lambda *ignored: None)
-    for path in sorted(write_folder(tmp_path / "pictures", classes=("a", "b"), per_class=4).rglob("*.png")):
+    draw_nothing(monkeypatch)
+    folder = write_folder(tmp_path / "pictures", classes=("a", "b"), per_class=4)
+    for path in sorted(folder.rglob("*.png")):
         with Image.open(path) as picture:
             if mode == "I;16":
                 picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+            elif mode in ("F", "LA"):
+                picture = picture.convert("L").convert(mode)
             else:
-                picture = picture.convert("L").convert(mode) if mode in ("F", "LA") else picture.convert(mode)
+                picture = picture.convert(mode)
         path.unlink()
         picture.save(path.with_suffix(f".{ending}"))
         assert Image.open(path.with_suffix(f".{ending}")).mode == mode
     assert 0 <= finetune.main(USUAL["finetune"])["test_top1"] <= 100
-    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["epoch"] == 1
+    assert json_lines(tmp_path / "out.jsonl")[0]["epoch"] == 1

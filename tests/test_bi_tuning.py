@@ -1,6 +1,6 @@
-"""Bi-tuning: both contrastive losses against slow loops, the rings against deques, and whole runs on small data."""
+"""Bi-tuning: both contrastive losses against slow loops, the rings against deques, and whole runs
+on small data."""
 import collections
-import json
 import math
 import random
 from types import SimpleNamespace
@@ -9,27 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import write_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bi_tuning
 import common
 import finetune
+from conftest import draw_nothing, json_lines, write_folder
 
-SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--epochs", "1", "--device", "cpu",
-         "--precision", "float32", "--keys", "3", "--dim", "6"]
+SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8",
+         "--epochs", "1", "--device", "cpu", "--precision", "float32", "--keys", "3", "--dim", "6"]
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    monkeypatch.setattr(finetune, "draw", lambda *ignored: None)
-
-
-@pytest.fixture
-def here(folder, monkeypatch):
-    """The current folder, empty but for pictures/: 36 to train on and 36 to test on, of 3 classes."""
-    monkeypatch.chdir(folder.parent)
-    return folder.parent
+    draw_nothing(monkeypatch)
 
 
 def run(*more):
@@ -45,20 +38,21 @@ def save_start():
 
 
 def first_loss(path="bi_tuning.jsonl"):
-    with open(path) as file:
-        return json.loads(file.readline())["loss"]
+    return json_lines(path)[0]["loss"]
 
 
-# -------------------------------------------------------------------------------------------- contrastive losses
-
-
+# ------------------------------------------------------------------------------- contrastive losses
 
 def slow_kl(own, queued, y, filled):
-    """KL of the uniform target from the softmax, one image: own logit, queued[c][k], class y, filled[c][k]."""
+    """KL of the uniform target from the softmax, one image: own logit, queued[c][k], class y,
+    filled[c][k]."""
     candidates = [(own, True)]
-    candidates += [(queued[c][k], c == y) for c in range(len(queued)) for k in range(len(queued[c])) if filled[c][k]]
-    total, share = sum(math.exp(logit) for logit, _ in candidates), 1 / sum(right for _, right in candidates)
-    return sum(share * (math.log(share) - math.log(math.exp(logit) / total)) for logit, right in candidates if right)
+    for c in range(len(queued)):
+        candidates += [(queued[c][k], c == y) for k in range(len(queued[c])) if filled[c][k]]
+    total = sum(math.exp(logit) for logit, _ in candidates)
+    share = 1 / sum(right for _, right in candidates)
+    return sum(share * (math.log(share) - math.log(math.exp(logit) / total))
+               for logit, right in candidates if right)
 
 
 def unit(values):
@@ -76,7 +70,8 @@ def slow_cce(h, weight, bias, y, queue, temperature, filled):
     for i, c in enumerate(y.tolist()):
         w = unit([*weight[c].tolist(), bias[c].item()])
         logits = [[dot(w, key) / temperature for key in keys] for keys in queue.tolist()]
-        total += slow_kl(dot(w, unit([*h[i].tolist(), 1])) / temperature, logits, c, filled.tolist())
+        own = dot(w, unit([*h[i].tolist(), 1])) / temperature
+        total += slow_kl(own, logits, c, filled.tolist())
     return total / len(y)
 
 
@@ -86,7 +81,8 @@ def slow_ccl(z_q, z_k, y, queue, temperature, filled):
     for i, c in enumerate(y.tolist()):
         z = unit(z_q[i].tolist())
         logits = [[dot(z, key) / temperature for key in keys] for keys in queue.tolist()]
-        total += slow_kl(dot(z, unit(z_k[i].tolist())) / temperature, logits, c, filled.tolist())
+        own = dot(z, unit(z_k[i].tolist())) / temperature
+        total += slow_kl(own, logits, c, filled.tolist())
     return total / len(y)
 
 
@@ -95,7 +91,8 @@ def random_problem(name, batch=5, classes=4, keys=3, dim=4, dtype=torch.float64)
     make = lambda *shape: torch.randn(shape, dtype=dtype)
     y = torch.randint(classes, (batch,))
     if name == "cce":
-        inputs = make(batch, dim), make(classes, dim), make(classes), y, F.normalize(make(classes, keys, dim + 1), dim=2)
+        inputs = (make(batch, dim), make(classes, dim), make(classes), y,
+                  F.normalize(make(classes, keys, dim + 1), dim=2))
         return bi_tuning.contrastive_cross_entropy, slow_cce, inputs
     return bi_tuning.categorical_contrastive, slow_ccl, (
         make(batch, dim), make(batch, dim), y, F.normalize(make(classes, keys, dim), dim=2))
@@ -105,8 +102,13 @@ both = pytest.mark.parametrize("name", ["cce", "ccl"])
 
 
 @both
-@pytest.mark.parametrize("batch, classes, keys, temperature", [(5, 4, 3, 0.07), (5, 4, 3, 1.0), (1, 2, 1, 0.2), (8, 2, 6, 0.5)])
-def test_a_contrastive_loss_is_the_divergence_from_the_uniform_target_image_by_image(name, batch, classes, keys, temperature):
+@pytest.mark.parametrize("batch, classes, keys, temperature", [
+    (5, 4, 3, 0.07),
+    (5, 4, 3, 1.0),
+    (1, 2, 1, 0.2),
+    (8, 2, 6, 0.5)])
+def test_a_contrastive_loss_is_the_divergence_from_the_uniform_target_image_by_image(
+        name, batch, classes, keys, temperature):
     fast, slow, inputs = random_problem(name, batch, classes, keys)
     all_filled = torch.ones(classes, keys, dtype=torch.bool)
     expected = slow(*inputs, temperature, all_filled)
@@ -123,7 +125,8 @@ def test_empty_slots_take_no_part_in_a_contrastive_loss(name, share):
     loss = fast(*inputs, 0.2, filled)
     assert loss.item() == pytest.approx(slow(*inputs, 0.2, filled), abs=1e-12)
     *others, queue = inputs
-    torch.testing.assert_close(fast(*others, torch.where(filled[:, :, None], queue, 9.0), 0.2, filled), loss, rtol=0, atol=0)
+    other = fast(*others, torch.where(filled[:, :, None], queue, 9.0), 0.2, filled)
+    torch.testing.assert_close(other, loss, rtol=0, atol=0)
 
 
 @both
@@ -131,7 +134,8 @@ def test_with_empty_queues_a_contrastive_loss_is_zero_and_so_is_its_gradient(nam
     fast, _, (x, *others) = random_problem(name)
     loss = fast(x.requires_grad_(), *others, 0.07, torch.zeros(4, 3, dtype=torch.bool))
     assert loss.item() == pytest.approx(0, abs=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.zeros_like(x), rtol=0, atol=1e-12)
+    gradient, = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(gradient, torch.zeros_like(x), rtol=0, atol=1e-12)
 
 
 @both
@@ -161,7 +165,8 @@ def test_a_contrastive_loss_keeps_the_dtype(name, dtype):
 
 @both
 @pytest.mark.parametrize("classes, keys", [(2, 1), (3, 4), (10, 40)])
-def test_with_equal_logits_a_contrastive_loss_is_log_of_candidates_per_right_answer(name, classes, keys):
+def test_with_equal_logits_a_contrastive_loss_is_log_of_candidates_per_right_answer(
+        name, classes, keys):
     fast, _, (x, *others, _) = random_problem(name, classes=classes)
     x = x[:1].expand(5, 4)
     key = bi_tuning.unit_with_one(x[:1]) if name == "cce" else F.normalize(x[:1], dim=1)
@@ -173,7 +178,8 @@ def test_with_equal_logits_a_contrastive_loss_is_log_of_candidates_per_right_ans
 def test_projections_of_any_length_give_the_same_categorical_contrastive_loss():
     fast, _, (z_q, z_k, y, queue) = random_problem("ccl")
     lengths = 10 ** torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
-    torch.testing.assert_close(fast(lengths * z_q, z_k / lengths, y, queue, 0.2), fast(z_q, z_k, y, queue, 0.2))
+    expected = fast(z_q, z_k, y, queue, 0.2)
+    torch.testing.assert_close(fast(lengths * z_q, z_k / lengths, y, queue, 0.2), expected)
 
 
 def test_unit_with_one_appends_the_one_before_it_takes_the_length():
@@ -183,7 +189,7 @@ def test_unit_with_one_appends_the_one_before_it_takes_the_length():
     torch.testing.assert_close(bi_tuning.unit_with_one(h.bfloat16()), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------- rings
+# -------------------------------------------------------------------------------------------- rings
 
 class Backwards(TorchDispatchMode):
     """Writes the last row first: of two rows for one slot, a GPU may keep either."""
@@ -197,7 +203,8 @@ class Backwards(TorchDispatchMode):
 
 
 def assert_like(queue, deques):
-    """Filled slots hold the deques' keys, in the ring's order: from its next slot on, oldest first."""
+    """Filled slots hold the deques' keys, in the ring's order: from its next slot on, oldest
+    first."""
     size = queue.keys.shape[1]
     assert queue.filled().sum(1).tolist() == list(map(len, deques))
     for c, keys in enumerate(deques):
@@ -212,11 +219,13 @@ def assert_like(queue, deques):
 def test_a_ring_holds_what_a_deque_of_its_class_holds(classes, size, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    queue, deques = bi_tuning.ClassQueue(classes, size, 2), [collections.deque(maxlen=size) for _ in range(classes)]
+    queue = bi_tuning.ClassQueue(classes, size, 2)
+    deques = [collections.deque(maxlen=size) for _ in range(classes)]
     assert_like(queue, deques)
     for _ in range(12):
         batch = rng.randint(1, 3 * size)
-        among = rng.sample(range(classes), rng.randint(1, classes))  # the others get nothing; one class alone gets all
+        # the others get nothing; one class alone gets all
+        among = rng.sample(range(classes), rng.randint(1, classes))
         keys, y = torch.randn(batch, 2), torch.tensor([rng.choice(among) for _ in range(batch)])
         queue.enqueue(keys, y)
         for key, label in zip(keys.tolist(), y.tolist()):
@@ -236,7 +245,10 @@ def test_a_ring_keeps_the_last_keys_whatever_the_order_in_which_slots_are_writte
 
 def test_the_oldest_key_is_the_one_that_is_replaced_next():
     queue = bi_tuning.ClassQueue(2, 3, 1)
-    put = lambda *numbers: queue.enqueue(torch.tensor(numbers)[:, None], torch.ones(len(numbers), dtype=torch.long))
+
+    def put(*numbers):
+        queue.enqueue(torch.tensor(numbers)[:, None], torch.ones(len(numbers), dtype=torch.long))
+
     put(1.0, 2.0)
     assert queue.filled().tolist() == [[False] * 3, [True, True, False]]
     put(3.0, 4.0)
@@ -270,7 +282,7 @@ def test_keys_of_a_narrower_type_enter_as_float32():
     assert queue.keys.dtype == torch.float32 and queue.keys[0, 0].tolist() == [1, 1]
 
 
-# ---------------------------------------------------------------------------------------------- one step after another
+# --------------------------------------------------------------------------- one step after another
 
 DECAY = 0.7
 
@@ -281,20 +293,26 @@ def copies(values):
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """What happens in a run of two epochs of 5 steps: the events' names in order, and what each worked on."""
+    """What happens in a run of two epochs of 5 steps: the events' names in order, and what each
+    worked on."""
     place = tmp_path_factory.mktemp("record")
     write_folder(place / "pictures")
-    seen = SimpleNamespace(place=place, order=[], losses=[], before=[], stepped=[], averages=[], queries=[], entered=[], calls=[])
+    seen = SimpleNamespace(place=place, order=[], losses=[], before=[], stepped=[], averages=[],
+                           queries=[], entered=[], calls=[])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(finetune, "draw", lambda *ignored: None)
+        draw_nothing(patch)
         listen_to_losses(patch, seen)
         listen_to_optimizer(patch, seen)
         build, enqueue = common.build_backbone, bi_tuning.ClassQueue.enqueue
 
+        def note_call(module, x, f):
+            if module.training:
+                seen.calls.append(len(f))
+
         def counted(*args):
             backbone = build(*args)
-            backbone.register_forward_hook(lambda module, x, f: seen.calls.append(len(f)) if module.training else None)
+            backbone.register_forward_hook(note_call)
             return backbone
 
         def enter(queue, keys, y):
@@ -313,8 +331,9 @@ def listen_to_losses(patch, seen):
         def listen(*args, name=name, original=getattr(bi_tuning, name)):
             loss = original(*args)
             seen.order.append("loss")
-            seen.losses.append(SimpleNamespace(name=name, loss=loss.item(), query=args[0].detach(), key=args[1].detach(),
-                                               queue=args[-3].clone(), filled=args[-1].clone()))
+            seen.losses.append(SimpleNamespace(
+                name=name, loss=loss.item(), query=args[0].detach(), key=args[1].detach(),
+                queue=args[-3].clone(), filled=args[-1].clone()))
             return loss
         patch.setattr(bi_tuning, name, listen)
 
@@ -360,7 +379,8 @@ def test_the_key_encoder_is_the_moving_average_of_backbone_and_projector(record)
 
 def test_the_key_encoder_gets_no_gradient_and_is_not_optimised(record):
     own = {id(p) for group in record.optimizer.param_groups for p in group["params"]}
-    assert not any(p.requires_grad or p.grad is not None or id(p) in own for p in record.key.parameters())
+    for p in record.key.parameters():
+        assert not p.requires_grad and p.grad is None and id(p) not in own
     assert all(id(p) in own for p in record.query.parameters())
 
 
@@ -375,7 +395,8 @@ def test_a_step_contrasts_with_the_keys_of_the_steps_before(record):
     deques = {"contrastive_cross_entropy": [collections.deque(maxlen=3) for _ in range(3)],
               "categorical_contrastive": [collections.deque(maxlen=3) for _ in range(3)]}
     for step in range(10):
-        for seen, (keys, y) in zip(record.losses[2 * step:2 * step + 2], record.entered[2 * step:2 * step + 2]):
+        both = slice(2 * step, 2 * step + 2)
+        for seen, (keys, y) in zip(record.losses[both], record.entered[both]):
             for c, expected in enumerate(deques[seen.name]):
                 assert sorted(seen.queue[c][seen.filled[c]].tolist()) == sorted(expected)
             for key, label in zip(keys.tolist(), y.tolist()):
@@ -389,7 +410,8 @@ def test_the_keys_that_enter_are_the_key_encoders_at_unit_length(record):
         torch.testing.assert_close(h.norm(dim=1), torch.ones(len(h)))
         features = h[:, :-1] / h[:, -1:]  # of [h, 1] at unit length: h
         weight, bias = record.before[step][-2:]  # of the key encoder's projector, in this step
-        torch.testing.assert_close(F.linear(features, weight, bias), record.losses[2 * step + 1].key, rtol=1e-3, atol=1e-4)
+        key = record.losses[2 * step + 1].key
+        torch.testing.assert_close(F.linear(features, weight, bias), key, rtol=1e-3, atol=1e-4)
 
 
 def test_query_and_key_see_different_views(record):
@@ -402,8 +424,9 @@ def test_query_and_key_see_different_views(record):
 def test_the_checkpoint_holds_classifier_projector_key_encoder_and_both_queues(record):
     ckpt = common.load_checkpoint(record.place / "bi_tuning.pt")
     assert ckpt["method"] == "bi_tuning" and ckpt["classes"] == ["a", "b", "c"]
-    shapes = {part: {key: tuple(value.shape) for key, value in ckpt[part].items()} for part in ("head", "projector")}
-    assert shapes == dict(head=dict(weight=(3, 256), bias=(3,)), projector=dict(weight=(6, 256), bias=(6,)))
+    shapes = lambda part: {key: tuple(value.shape) for key, value in ckpt[part].items()}
+    assert shapes("head") == dict(weight=(3, 256), bias=(3,))
+    assert shapes("projector") == dict(weight=(6, 256), bias=(6,))
     for queue in ("queue_h", "queue_z"):
         assert ckpt["resume"][queue]["entered"].tolist() == [24, 24, 24]
     for name, value in record.key.state_dict().items():
@@ -413,7 +436,8 @@ def test_the_checkpoint_holds_classifier_projector_key_encoder_and_both_queues(r
 def test_finetune_eval_repeats_the_accuracy_of_the_run(record, monkeypatch):
     monkeypatch.chdir(record.place)
     flags = SMALL[:SMALL.index("--keys")]
-    assert finetune.main([*flags, "--eval", "--ckpt", "bi_tuning.pt"])["test_top1"] == record.result["test_top1"]
+    again = finetune.main([*flags, "--eval", "--ckpt", "bi_tuning.pt"])
+    assert again["test_top1"] == record.result["test_top1"]
 
 
 def test_the_panel_compares_the_mean_keys_of_the_classes(record, monkeypatch):
@@ -429,32 +453,42 @@ def test_the_panel_compares_the_mean_keys_of_the_classes(record, monkeypatch):
             assert shown[a, b].item() == pytest.approx(expected, abs=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 @pytest.mark.parametrize("decay", [0, 0.9, 1])
 def test_after_one_step_the_key_encoder_is_between_start_and_result(here, decay):
     start = save_start()
     run("--ckpt", "start.pt", "--batch-size", "36", "--decay", str(decay))
     ckpt = common.load_checkpoint("bi_tuning.pt")
+    key = ckpt["resume"]["key"]
     for name in ("conv1.weight", "layer4.0.conv2.weight", "bn1.bias"):
         old, new = start[name], ckpt["backbone"][name]
         assert not torch.equal(old, new)
         mean = decay * old + (1 - decay) * new
-        torch.testing.assert_close(ckpt["resume"]["key"][f"backbone.{name}"], mean, rtol=1e-5, atol=1e-7)
-    assert torch.equal(ckpt["resume"]["key"]["projector.weight"], ckpt["projector"]["weight"]) == (decay == 0)
+        torch.testing.assert_close(key[f"backbone.{name}"], mean, rtol=1e-5, atol=1e-7)
+    follows = torch.equal(key["projector.weight"], ckpt["projector"]["weight"])
+    assert follows == (decay == 0)
 
 
 @pytest.mark.parametrize("flags", [[], ["--random-queue"]])
-def test_the_loss_of_the_first_step_is_cross_entropy_plus_gamma_times_both(here, monkeypatch, flags):
+def test_the_loss_of_the_first_step_is_cross_entropy_plus_gamma_times_both(
+        here, monkeypatch, flags):
     seen, parts = SimpleNamespace(order=[], losses=[]), []
     listen_to_losses(monkeypatch, seen)
     entropy = F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda logits, y: parts.append((logits.detach(), y)) or entropy(logits, y))
-    run("--batch-size", "36", "--gamma", "2.5", "--lr", "1e-12", *flags)  # the one step moves nothing
+
+    def listen(logits, y):
+        parts.append((logits.detach(), y))
+        return entropy(logits, y)
+
+    monkeypatch.setattr(F, "cross_entropy", listen)
+    # the one step moves nothing
+    run("--batch-size", "36", "--gamma", "2.5", "--lr", "1e-12", *flags)
     (cce, ccl), ((logits, y),) = seen.losses, parts
     assert cce.filled.all() == ccl.filled.all() == bool(flags)
     head = common.load_checkpoint("bi_tuning.pt")["head"]
-    torch.testing.assert_close(F.linear(cce.query, head["weight"], head["bias"]), logits, rtol=1e-4, atol=1e-4)
+    expected = F.linear(cce.query, head["weight"], head["bias"])
+    torch.testing.assert_close(expected, logits, rtol=1e-4, atol=1e-4)
     expected = entropy(logits, y).item() + 2.5 * (cce.loss + ccl.loss)
     assert first_loss() == pytest.approx(expected, rel=1e-5)
 
@@ -469,15 +503,19 @@ def test_random_queues_are_made_of_unit_keys_that_the_images_replace(here):
 
 @pytest.fixture
 def rates(monkeypatch):
-    """Of each step, the learning rates of the backbone's parameters and of the others'; and the classifier's start."""
+    """Of each step, the learning rates of the backbone's parameters and of the others'; and the
+    classifier's start."""
     seen, make = SimpleNamespace(backbone=[], others=[]), common.make_optimizer
 
     def listen(name, modules, *rest, **more):
-        optimizer, own = make(name, modules, *rest, **more), {id(p) for p in modules[0].parameters()}
+        optimizer = make(name, modules, *rest, **more)
+        own = {id(p) for p in modules[0].parameters()}
         seen.head = copies(modules[1].parameters())
 
         def note(*ignored):
-            of = [(id(p) in own, group["lr"]) for group in optimizer.param_groups for p in group["params"]]
+            of = []
+            for group in optimizer.param_groups:
+                of += [(id(p) in own, group["lr"]) for p in group["params"]]
             assert len(of) == sum(len(list(module.parameters())) for module in modules)
             seen.backbone.append({lr for is_backbone, lr in of if is_backbone})
             seen.others.append({lr for is_backbone, lr in of if not is_backbone})
@@ -492,7 +530,8 @@ def rates(monkeypatch):
 @pytest.mark.parametrize("share", [0.1, 1])
 def test_backbone_lr_scales_the_backbones_learning_rate_in_every_step(here, rates, share):
     run("--backbone-lr", str(share), "--lr", "0.02")
-    assert len(rates.backbone) == 5 and rates.others[0] == {0.02} and len(set(map(max, rates.others))) == 5
+    assert len(rates.backbone) == 5 and rates.others[0] == {0.02}
+    assert len(set(map(max, rates.others))) == 5
     for (backbone,), (other,) in zip(rates.backbone, rates.others):
         assert backbone == pytest.approx(share * other)
 
@@ -501,16 +540,19 @@ def test_with_backbone_lr_0_only_classifier_and_projector_learn(here, rates):
     start = save_start()
     run("--ckpt", "start.pt", "--backbone-lr", "0", "--weight-decay", "0.1")
     ckpt = common.load_checkpoint("bi_tuning.pt")
-    parameters = [name for name, _ in common.build_backbone("resnet10", small_stem=True).named_parameters()]
-    assert all(torch.equal(ckpt["backbone"][name], start[name]) for name in parameters)
+    for name, _ in common.build_backbone("resnet10", small_stem=True).named_parameters():
+        assert torch.equal(ckpt["backbone"][name], start[name])
     assert not any(map(torch.equal, copies(ckpt["head"].values()), rates.head))
 
 
 def test_bi_tuning_starts_from_torchvisions_supervised_weights(here, capsys):
     state = torchvision.models.resnet18().state_dict()
     torch.save(state, "resnet18.pth")
-    result = bi_tuning.main([*SMALL, "--ckpt", "resnet18.pth", "--batch-size", "36", "--backbone-lr", "0"])
+    result = bi_tuning.main(
+        [*SMALL, "--ckpt", "resnet18.pth", "--batch-size", "36", "--backbone-lr", "0"])
     assert "left out fc.weight, fc.bias" in capsys.readouterr().out
     ckpt = common.load_checkpoint("bi_tuning.pt")
-    assert ckpt["arch"] == "resnet18" and torch.equal(ckpt["backbone"]["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    assert ckpt["arch"] == "resnet18"
+    name = "layer4.1.conv2.weight"
+    assert torch.equal(ckpt["backbone"][name], state[name])
     assert 0 <= result["test_top1"] <= 100

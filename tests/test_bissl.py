@@ -37,16 +37,17 @@ def random_system(shapes=SHAPES):
     return spd(n), torch.randn(n, dtype=torch.float64)
 
 
-def solve(A, b, steps, solver=bissl.conjugate_gradient, shapes=SHAPES):
+def plain(matvec, b, steps):
+    """Looks the function up at each call: grading puts a submission's in its place."""
+    return bissl.conjugate_gradient(matvec, b, steps)
+
+
+def solve(A, b, steps, solver=plain, shapes=SHAPES):
     """A solver's answer as one vector; it has b in pieces of the given shapes."""
     def matvec(v):
         return unflat(A @ flat(v), shapes)
 
     return flat(solver(matvec, unflat(b, shapes), steps))
-
-
-def plain(matvec, b, steps):
-    return bissl.conjugate_gradient(matvec, b, steps)
 
 
 def with_a_list(matvec, b, steps):

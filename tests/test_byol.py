@@ -1,6 +1,6 @@
-"""BYOL: the loss, the target network that is a constant to every derivative, the views, and the pretext task of bissl.py."""
+"""BYOL: the loss, the target network that is a constant to every derivative, the views, and the
+pretext task of bissl.py."""
 import copy
-import json
 import math
 from argparse import Namespace
 
@@ -12,17 +12,18 @@ from torch import nn
 import bissl
 import byol
 import common
-from conftest import write_folder
+from conftest import draw_nothing, json_lines, write_folder
 
 
-# --------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 def slow_byol_loss(p, z):
     """BYOL, equation 2: the mean over i of 2 - 2 <p_i, z_i> / (||p_i|| ||z_i||)."""
     total = 0
     for a, b in zip(p.double(), z.double()):
         inner = sum(s * t for s, t in zip(a, b))
-        total = total + 2 - 2 * inner / (sum(s * s for s in a).sqrt() * sum(t * t for t in b).sqrt())
+        lengths = sum(s * s for s in a).sqrt() * sum(t * t for t in b).sqrt()
+        total = total + 2 - 2 * inner / lengths
     return total / len(p)
 
 
@@ -58,8 +59,10 @@ def test_byol_loss_does_not_depend_on_the_lengths():
     torch.testing.assert_close(byol.byol_loss(p, lengths * z), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype, expected", [(torch.float32, torch.float32), (torch.float64, torch.float64),
-                                             (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("dtype, expected", [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32)])
 def test_byol_loss_keeps_the_dtype_unless_it_is_half(dtype, expected):
     assert byol.byol_loss(*random_pair(4, 3, dtype)).dtype == expected
 
@@ -67,7 +70,8 @@ def test_byol_loss_keeps_the_dtype_unless_it_is_half(dtype, expected):
 def test_each_view_predicts_the_target_of_the_other():
     (p1, p2), (z1, z2) = random_pair(5, 4), random_pair(5, 4)
     expected = slow_byol_loss(p1, z2) + slow_byol_loss(p2, z1)
-    torch.testing.assert_close(byol.symmetric_loss(torch.cat([p1, p2]), torch.cat([z1, z2])), expected, rtol=0, atol=1e-12)
+    loss = byol.symmetric_loss(torch.cat([p1, p2]), torch.cat([z1, z2]))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
     assert abs(expected - slow_byol_loss(p1, z1) - slow_byol_loss(p2, z2)) > 0.1
 
 
@@ -77,7 +81,7 @@ def test_predictions_that_match_the_other_view_cost_nothing_and_those_that_match
     assert byol.symmetric_loss(z, z).item() == 4
 
 
-# -------------------------------------------------------------------------------------------------------- decay
+# -------------------------------------------------------------------------------------------- decay
 
 @pytest.mark.parametrize("tau_base", [0, 0.9, 0.996, 1])
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
@@ -99,10 +103,11 @@ def test_decay_rises_at_every_step():
     assert all(a < b for a, b in zip(taus, taus[1:]))
 
 
-# -------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 def small_model():
-    """A network with BatchNorm in the backbone and in the heads, whose target is no longer a copy of it."""
+    """A network with BatchNorm in the backbone and in the heads, whose target is no longer a copy
+    of it."""
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
     backbone.num_features = 4 * 36
     model = byol.Model(backbone, hidden=6, out=5)
@@ -128,7 +133,8 @@ def same(one, other):
 
 
 def test_the_target_starts_as_a_copy_of_backbone_and_projector_in_memory_of_its_own():
-    model = byol.make_model(common.build_backbone("resnet10", small_stem=True), Namespace(hidden=6, dim=5))
+    backbone = common.build_backbone("resnet10", small_stem=True)
+    model = byol.make_model(backbone, Namespace(hidden=6, dim=5))
     parts = model.backbone, model.head.projector
     for part, average in zip(parts, model.head.target, strict=True):
         assert part.state_dict().keys() == average.state_dict().keys()
@@ -185,23 +191,29 @@ def test_the_target_takes_batchnorm_statistics_of_its_own_forward_passes():
         model(x)
     torch.testing.assert_close(model.head.target[0][1].running_mean, expected)
     assert not torch.allclose(model.backbone[1].running_mean, expected)
-    assert [int(count) for name, count in model.named_buffers() if name.endswith("num_batches_tracked")] == [3] * 5
+    counts = [int(buffer) for name, buffer in model.named_buffers()
+              if name.endswith("num_batches_tracked")]
+    assert counts == [3] * 5
 
 
 @pytest.mark.parametrize("name", common.OPTIMIZERS)
 def test_the_optimizer_holds_everything_but_the_target(name):
     model = small_model()
-    held = [p for group in common.make_optimizer(name, [model], 0.1, 0.1).param_groups for p in group["params"]]
-    assert len(held) == len(set(held)) and set(held) == {*online(model), *model.head.predictor.parameters()}
+    groups = common.make_optimizer(name, [model], 0.1, 0.1).param_groups
+    held = [p for group in groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {*online(model), *model.head.predictor.parameters()}
 
 
-# -------------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 def views(side=16, **flags):
-    """Pictures that a flip does not change, 0 .. 1, and their two views: whole and unchanged but for the flags."""
+    """Pictures that a flip does not change, 0 .. 1, and their two views: whole and unchanged but
+    for the flags."""
     half = torch.randint(0, 256, (12, 3, side, side // 2), dtype=torch.uint8)
     x = torch.cat([half, half.flip(-1)], -1)
-    settings = dict(image_size=side, crop=1, jitter=[0, 0, 0, 0], grey=0, blur=[0, 0], solarise=[0, 0])
+    settings = dict(
+        image_size=side, crop=1, jitter=[0, 0, 0, 0], grey=0, blur=[0, 0], solarise=[0, 0])
     settings.update(flags)
     return x / 255, [shown(view) for view in byol.make_views(x, Namespace(**settings))]
 
@@ -212,7 +224,8 @@ def shown(view):
     return view * std + mean
 
 
-@pytest.mark.parametrize("flags, solarised", [([0, 0], []), ([1, 0], [0]), ([0, 1], [1]), ([1, 1], [0, 1])])
+@pytest.mark.parametrize(
+    "flags, solarised", [([0, 0], []), ([1, 0], [0]), ([0, 1], [1]), ([1, 1], [0, 1])])
 def test_solarise_is_for_each_view_on_its_own(flags, solarised):
     x, pair = views(solarise=flags)
     for i, view in enumerate(pair):
@@ -230,21 +243,27 @@ def test_blur_is_for_each_view_on_its_own(flags, blurred):
     x, pair = views(blur=flags)
     torch.testing.assert_close(pair[1 - blurred], x, rtol=0, atol=1e-5)
     smoother = roughness(pair[blurred]) / roughness(x)
-    assert (smoother < 1 + 1e-5).all() and smoother.mean() < 0.7  # a few draw a sigma that hardly blurs
+    assert (smoother < 1 + 1e-5).all()
+    assert smoother.mean() < 0.7  # a few draw a sigma that hardly blurs
 
 
-@pytest.mark.parametrize("flags", [dict(crop=0.3), dict(jitter=[0.5, 0.5, 0.5, 0.5]), dict(grey=0.5)])
+@pytest.mark.parametrize(
+    "flags", [dict(crop=0.3), dict(jitter=[0.5, 0.5, 0.5, 0.5]), dict(grey=0.5)])
 def test_the_two_views_are_drawn_apart(flags):
     _, (first, second) = views(**flags)
     assert not torch.allclose(first, second)
 
 
-# --------------------------------------------------------------------------------------------------- a whole run
+# -------------------------------------------------------------------------------------- a whole run
 
 def watch(patch):
-    """A list that byol.py and bissl.py fill: what they do, in order, and the whole pretext model as it then is."""
+    """A list that byol.py and bissl.py fill: what they do, in order, and the whole pretext model as
+    it then is."""
     events, models = [], []
-    outputs, update, solve, save = byol.outputs, byol.Model.update_target, bissl.inverse_hvp, common.save_checkpoint
+    outputs = byol.outputs
+    update = byol.Model.update_target
+    solve = bissl.inverse_hvp
+    save = common.save_checkpoint
 
     def note(kind, model=None, **more):
         models.append(model or models[-1])
@@ -274,14 +293,15 @@ def watch(patch):
     patch.setattr(byol.Model, "update_target", noting_update)
     patch.setattr(bissl, "inverse_hvp", noting_solve)
     patch.setattr(common, "save_checkpoint", noting_save)
-    for script in (byol, bissl):
-        patch.setattr(script, "draw", lambda *ignored: None)
+    draw_nothing(patch)
     return events
 
 
 def part(state, *prefixes, buffers=None):
-    """The tensors under the prefixes: all of them, or the buffers alone, or the parameters alone."""
-    is_buffer = lambda key: key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+    """The tensors under the prefixes: all of them, or the buffers alone, or the parameters
+    alone."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    is_buffer = lambda key: key.rpartition(".")[2] in names
     return [value for prefix in prefixes for key, value in state.items()
             if key.startswith(prefix) and buffers in (None, is_buffer(key))]
 
@@ -291,37 +311,44 @@ ONLINE, TARGET = ("backbone.", "head.projector."), ("head.target.0.", "head.targ
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """Two epochs of two steps of byol.py on 36 pictures: flags to go on with, what it did, and OUT.jsonl."""
+    """Two epochs of two steps of byol.py on 36 pictures: flags to go on with, what it did, and
+    OUT.jsonl."""
     folder = tmp_path_factory.mktemp("byol")
     write_folder(folder / "pictures")
-    shared = ["--data", str(folder / "pictures"), "--root", str(folder), "--device", "cpu", "--precision", "float32"]
+    shared = ["--data", str(folder / "pictures"), "--root", str(folder), "--device", "cpu",
+              "--precision", "float32"]
     with pytest.MonkeyPatch.context() as patch:
         events = watch(patch)
-        byol.main([*shared, "--arch", "resnet10", "--image-size", "16", "--epochs", "2", "--batch-size", "18",
-                   "--decay", "0.9", "--hidden", "32", "--dim", "16", "--warmup", "0", "--out", str(folder / "byol")])
-    log = [json.loads(line) for line in (folder / "byol.jsonl").read_text().splitlines()]
-    return Namespace(flags=[*shared, "--ckpt", str(folder / "byol.pt")], events=events, log=log)
+        byol.main([*shared, "--arch", "resnet10", "--image-size", "16", "--epochs", "2",
+                   "--batch-size", "18", "--decay", "0.9", "--hidden", "32", "--dim", "16",
+                   "--warmup", "0", "--out", str(folder / "byol")])
+    flags = [*shared, "--ckpt", str(folder / "byol.pt")]
+    return Namespace(flags=flags, events=events, log=json_lines(folder / "byol.jsonl"))
 
 
 @pytest.fixture(scope="module")
 def aligned(pretrained, tmp_path_factory):
-    """Two alternations of bissl.py from that checkpoint: what it did, its last metrics and its checkpoint."""
+    """Two alternations of bissl.py from that checkpoint: what it did, its last metrics and its
+    checkpoint."""
     out = tmp_path_factory.mktemp("aligned") / "bissl"
     with pytest.MonkeyPatch.context() as patch:
         events = watch(patch)
-        last = bissl.main([*pretrained.flags, "--alternations", "2", "--lower-steps", "2", "--upper-steps", "2",
-                           "--cg-steps", "2", "--head-epochs", "0", "--batch-size", "18", "--pretext-batch-size", "18",
+        last = bissl.main([*pretrained.flags, "--alternations", "2", "--lower-steps", "2",
+                           "--upper-steps", "2", "--cg-steps", "2", "--head-epochs", "0",
+                           "--batch-size", "18", "--pretext-batch-size", "18",
                            "--lower-warmup", "0", "--out", str(out)])
     return Namespace(events=events, last=last, ckpt=common.load_checkpoint(f"{out}.pt"))
 
 
 def updates(events):
-    """Of each training step: the forward passes, before and after the target's update, and what follows."""
+    """Of each training step: the forward passes, before and after the target's update, and what
+    follows."""
     return [events[i - 1:i + 3] for i, event in enumerate(events) if event.kind == "update"]
 
 
 def test_the_target_is_updated_once_a_step(pretrained):
-    assert [event.kind for event in pretrained.events] == [*["forward", "update", "updated"] * 2, "saved"] * 2
+    kinds = [*["forward", "update", "updated"] * 2, "saved"]
+    assert [event.kind for event in pretrained.events] == kinds * 2
 
 
 @pytest.mark.parametrize("run", ["pretrained", "aligned"])
@@ -329,7 +356,8 @@ def test_the_target_is_updated_after_the_optimizers_step(run, request):
     steps = updates(request.getfixturevalue(run).events)
     assert len(steps) == 4
     for forward, before, after, following in steps:
-        assert not same(part(forward.state, *ONLINE, buffers=False), part(before.state, *ONLINE, buffers=False))
+        weights = part(forward.state, *ONLINE, buffers=False)
+        assert not same(weights, part(before.state, *ONLINE, buffers=False))
         assert same(part(after.state, *ONLINE), part(following.state, *ONLINE))
 
 
@@ -342,7 +370,8 @@ def test_the_target_moves_in_every_training_step_by_the_decay_of_that_step(run, 
         assert not same(old, new)
         for average, a, b in zip(new, old, theta, strict=True):
             torch.testing.assert_close(average, before.tau * a + (1 - before.tau) * b)
-        assert same(part(before.state, *TARGET, buffers=True), part(after.state, *TARGET, buffers=True))
+        statistics = part(before.state, *TARGET, buffers=True)
+        assert same(statistics, part(after.state, *TARGET, buffers=True))
 
 
 def test_the_log_holds_the_spread_of_the_normalised_projections(pretrained):
@@ -356,14 +385,14 @@ def test_the_log_holds_the_spread_of_the_normalised_projections(pretrained):
         assert line["spread"] == pytest.approx(sum(spreads).item() / len(spreads), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------- the pretext task of bissl.py
+# --------------------------------------------------------------------- the pretext task of bissl.py
 
 def test_bissl_goes_on_with_byol(aligned):
     assert aligned.ckpt["config"]["pretext"] == "byol"
     assert aligned.ckpt["config"]["pretext_config"]["decay"] == 0.9
     assert math.isfinite(aligned.last["residual"])
     saved = aligned.events[-1].state
-    assert same(aligned.ckpt["head"].values(), part(saved, "head."))  # the target is in the checkpoint
+    assert same(aligned.ckpt["head"].values(), part(saved, "head."))  # with the target
 
 
 def test_bissl_starts_from_the_target_of_the_checkpoint(pretrained, aligned):
@@ -380,10 +409,13 @@ def test_a_whole_upper_stage_leaves_target_and_theta_and_all_statistics_alone_to
             assert same(event.state.values(), last_update.state.values())
 
 
-def test_each_lower_step_is_one_forward_pass_a_view_to_every_statistic_and_the_hessian_is_none(aligned):
-    counts = lambda event: {int(value) for key, value in event.state.items() if key.endswith("num_batches_tracked")}
+def test_each_lower_step_is_one_forward_pass_a_view_to_every_statistic_and_the_hessian_is_none(
+        aligned):
+    counts = lambda event: {
+        int(value) for key, value in event.state.items() if key.endswith("num_batches_tracked")}
     assert counts(aligned.events[0]) == {8}  # byol.py's four steps
-    assert [counts(event) for event in aligned.events if event.kind == "updated"] == [{10}, {12}, {14}, {16}]
+    updated = [counts(event) for event in aligned.events if event.kind == "updated"]
+    assert updated == [{10}, {12}, {14}, {16}]
     assert counts(aligned.events[-1]) == {16}
 
 
@@ -398,23 +430,27 @@ def test_each_view_meets_batchnorm_on_its_own():
 
 
 def slow_hessian_product(model, views, vector, step=1e-5):
-    """The difference of the gradients at theta_B + step v and theta_B - step v, with z' held fixed at what it is."""
+    """The difference of the gradients at theta_B + step v and theta_B - step v, with z' held fixed
+    at what it is."""
     z1, z2 = (model.head.target(view).detach() for view in views)
 
     def gradient(sign):
         moved = {name: (param + sign * step * v).detach().requires_grad_()
                  for (name, param), v in zip(model.backbone.named_parameters(), vector)}
-        p1, p2 = (model.head.predictor(model.head.projector(torch.func.functional_call(model.backbone, moved, view)))
-                  for view in views)
-        return torch.autograd.grad(slow_byol_loss(p1, z2) + slow_byol_loss(p2, z1), tuple(moved.values()))
+        features = [torch.func.functional_call(model.backbone, moved, view) for view in views]
+        p1, p2 = (model.head.predictor(model.head.projector(f)) for f in features)
+        loss = slow_byol_loss(p1, z2) + slow_byol_loss(p2, z1)
+        return torch.autograd.grad(loss, tuple(moved.values()))
 
     return [(above - below) / (2 * step) for above, below in zip(gradient(1), gradient(-1))]
 
 
-@pytest.mark.parametrize("moved", [False, True])  # is the target still a copy of the online network?
+# is the target still a copy of the online network?
+@pytest.mark.parametrize("moved", [False, True])
 def test_the_hessian_treats_the_target_as_a_constant(moved, monkeypatch):
     monkeypatch.setattr(byol, "mlp", lambda width, hidden, out: nn.Sequential(
-        nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, out)))  # smooth, and without BatchNorm
+        # smooth, and without BatchNorm
+        nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, out)))
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh())
     backbone.num_features = 4
     model = byol.Model(backbone, hidden=5, out=3).double()
@@ -426,16 +462,18 @@ def test_the_hessian_treats_the_target_as_a_constant(moved, monkeypatch):
     vector = tuple(torch.randn_like(param) for param in theta)
 
     loss = byol.loss(model, pair, Namespace(precision="float32"))
-    product = bissl.damped_hessian(torch.autograd.grad(loss, theta, create_graph=True), theta, damping)(vector)
+    gradient = torch.autograd.grad(loss, theta, create_graph=True)
+    product = bissl.damped_hessian(gradient, theta, damping)(vector)
     for ours, v, Hv in zip(product, vector, slow_hessian_product(model, pair, vector), strict=True):
         assert Hv.norm() > 1e-3
         torch.testing.assert_close(ours, v + Hv / damping, rtol=0, atol=1e-7)
 
 
-# ----------------------------------------------------------------------------------------------------- collapse
+# ----------------------------------------------------------------------------------------- collapse
 
 def spread_after(steps, loss_of, dim=16):
-    """sqrt(dim) times the spread, as in the log, of a small network on blossoms: 1 is healthy, 0 is collapse."""
+    """sqrt(dim) times the spread, as in the log, of a small network on blossoms: 1 is healthy, 0 is
+    collapse."""
     torch.manual_seed(0)
     images, _ = common.petals(512, common.store_side(16), seed=0)
     args = Namespace(image_size=16, crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], grey=0.2, blur=[0, 0],

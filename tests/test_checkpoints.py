@@ -1,4 +1,5 @@
-"""The checkpoints: written whole or not at all, and read from any script and any library, or refused in one line."""
+"""The checkpoints: written whole or not at all, and read from any script and any library, or
+refused in one line."""
 import io
 import pickle
 from argparse import Namespace
@@ -10,21 +11,12 @@ import torchvision
 from torch import nn
 
 import common
+from conftest import error_line
 
 
 def settings(ckpt, arch=None, image_size=64):
-    return Namespace(ckpt=str(ckpt), arch=arch, image_size=image_size, seed=0, device="cpu", precision="float32",
-                     compile=False)
-
-
-def error_line(capsys, function, *args):
-    """The one line on stderr with which function ends the program, as bad input does."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        function(*args)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+    return Namespace(ckpt=str(ckpt), arch=arch, image_size=image_size, seed=0, device="cpu",
+                     precision="float32", compile=False)
 
 
 def assert_same(state, expected):
@@ -35,9 +27,10 @@ def assert_same(state, expected):
 
 def write(path, **changes):
     """A small checkpoint of ours at path; returns what was written."""
-    contents = dict(
-        method="simclr", arch="resnet10", image_size=32, backbone=common.build_backbone("resnet10", True),
-        head=nn.Linear(256, 4), projector=nn.Linear(256, 8), classes=["a", "b"], config=dict(lr=0.1, data="petals"), resume=dict(history=[]))
+    contents = dict(method="simclr", arch="resnet10", image_size=32,
+                    backbone=common.build_backbone("resnet10", True), head=nn.Linear(256, 4),
+                    projector=nn.Linear(256, 8), classes=["a", "b"],
+                    config=dict(lr=0.1, data="petals"), resume=dict(history=[]))
     contents.update(changes)
     common.save_checkpoint(path, **contents)
     return contents
@@ -88,8 +81,9 @@ def test_saving_leaves_no_other_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-@pytest.mark.parametrize("error, ending", [(OSError(28, "No space left on device"), SystemExit),
-                                           (KeyboardInterrupt(), KeyboardInterrupt)], ids=["full disk", "Ctrl-C"])
+@pytest.mark.parametrize("error, ending", [
+    pytest.param(OSError(28, "No space left on device"), SystemExit, id="full disk"),
+    pytest.param(KeyboardInterrupt(), KeyboardInterrupt, id="Ctrl-C")])
 def test_an_error_while_saving_leaves_the_old_file_as_it_was(tmp_path, monkeypatch, error, ending):
     def half(contents, file, *args, **kwargs):
         (file if hasattr(file, "write") else open(file, "wb")).write(b"half of it")
@@ -107,7 +101,8 @@ def test_an_error_while_saving_leaves_the_old_file_as_it_was(tmp_path, monkeypat
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("part, key", [
     ("backbone", "layer2.0.conv1.weight"), ("backbone", "bn1.running_var"), ("head", "bias")])
-def test_weights_that_are_not_finite_are_refused_and_the_old_file_stays(tmp_path, capsys, part, key, value):
+def test_weights_that_are_not_finite_are_refused_and_the_old_file_stays(
+        tmp_path, capsys, part, key, value):
     good = write(tmp_path / "a.pt")
     before = (tmp_path / "a.pt").read_bytes()
     bad = {name: tensor.clone() for name, tensor in good[part].state_dict().items()}
@@ -121,14 +116,15 @@ def test_torchvisions_resnet18_loads_our_backbone_as_it_is(tmp_path):
     backbone = common.build_backbone("resnet18", small_stem=False).eval()
     write(tmp_path / "a.pt", backbone=backbone, arch="resnet18", image_size=64)
     theirs = torchvision.models.resnet18().eval()
-    problems = theirs.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True)["backbone"], strict=False)
+    state = torch.load(tmp_path / "a.pt", weights_only=True)["backbone"]
+    problems = theirs.load_state_dict(state, strict=False)
     assert problems.missing_keys == ["fc.weight", "fc.bias"] and problems.unexpected_keys == []
     theirs.fc = nn.Identity()
     x = torch.rand(2, 3, 64, 64)
     assert torch.allclose(backbone(x), theirs(x), atol=1e-5)
 
 
-# -------------------------------------------------------------------------------- other libraries' files
+# --------------------------------------------------------------------------- other libraries' files
 
 def random_resnet18():
     """A ResNet whose statistics are random too, so that no tensor could be taken for another."""
@@ -140,7 +136,11 @@ def random_resnet18():
 
 def prefixed(**states):
     """One state dict of several; __ in a name stands for the dot."""
-    return {f"{name}.{key}".replace("__", "."): value for name, state in states.items() for key, value in state.items()}
+    merged = {}
+    for name, state in states.items():
+        for key, value in state.items():
+            merged[f"{name}.{key}".replace("__", ".")] = value
+    return merged
 
 
 def without_fc(state):
@@ -148,7 +148,8 @@ def without_fc(state):
 
 
 def sequential(model):
-    """Keys 0.weight, 1.weight, ..., 4.0.conv1.weight, ...: the children in a row, without the last layer."""
+    """Keys 0.weight, 1.weight, ..., 4.0.conv1.weight, ...: the children in a row, without the last
+    layer."""
     return nn.Sequential(*list(model.children())[:-1]).state_dict()
 
 
@@ -158,22 +159,28 @@ STYLES = {  # from the trained ResNet and one of the same kind that follows it a
     "timm": lambda model, other: {"arch": "resnet18", "epoch": 3, "state_dict": model.state_dict()},
     "a classifier of another name": lambda model, other: {
         **without_fc(model.state_dict()), "classifier.weight": HEAD["0.weight"]},
-    "MoCo v2": lambda model, other: {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}}, "state_dict": {
-        **prefixed(module__encoder_q=model.state_dict(), module__encoder_k=other.state_dict()),
-        "module.queue": torch.rand(4, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}},
+    "MoCo v2": lambda model, other: {
+        "epoch": 200, "arch": "resnet18", "optimizer": {"state": {}}, "state_dict": {
+            **prefixed(module__encoder_q=model.state_dict(), module__encoder_k=other.state_dict()),
+            "module.queue": torch.rand(4, 8),
+            "module.queue_ptr": torch.zeros(1, dtype=torch.long)}},
     "MoCo v3": lambda model, other: {"epoch": 300, "state_dict": prefixed(
-        module__base_encoder=model.state_dict(), module__momentum_encoder=other.state_dict(), module__predictor=HEAD)},
+        module__base_encoder=model.state_dict(), module__momentum_encoder=other.state_dict(),
+        module__predictor=HEAD)},
     "solo-learn": lambda model, other: {"epoch": 1, "global_step": 5, "state_dict": prefixed(
-        backbone=without_fc(model.state_dict()), projector=HEAD, momentum_backbone=without_fc(other.state_dict()),
-        momentum_projector=HEAD)},
-    "lightly": lambda model, other: prefixed(backbone=sequential(model), projection_head__layers=HEAD),
+        backbone=without_fc(model.state_dict()), projector=HEAD,
+        momentum_backbone=without_fc(other.state_dict()), momentum_projector=HEAD)},
+    "lightly": lambda model, other: prefixed(
+        backbone=sequential(model), projection_head__layers=HEAD),
     "lightly with momentum": lambda model, other: {"state_dict": prefixed(
-        backbone=sequential(model), projection_head__layers=HEAD, backbone_momentum=sequential(other))},
+        backbone=sequential(model), projection_head__layers=HEAD,
+        backbone_momentum=sequential(other))},
     "Sequential alone": lambda model, other: sequential(model),
     "VISSL": lambda model, other: {"phase_idx": 3, "classy_state_dict": {"base_model": {"model": {
         "trunk": prefixed(_feature_blocks=without_fc(model.state_dict())), "heads": HEAD}}}},
     "VISSL, flat": lambda model, other: prefixed(
-        classy_state_dict__base_model__model__trunk___feature_blocks=without_fc(model.state_dict())),
+        classy_state_dict__base_model__model__trunk___feature_blocks=without_fc(
+            model.state_dict())),
     "BYOL": lambda model, other: prefixed(
         online_network__encoder=model.state_dict(), online_network__projector=HEAD,
         target_network__encoder=other.state_dict(), target_network__projector=HEAD),
@@ -196,10 +203,12 @@ def test_a_foreign_file_gives_exactly_its_backbone(tmp_path, resnets, style):
 
 
 def test_a_file_of_before_batchnorm_counted_its_batches_loads(tmp_path, resnets):
-    state = {key: value for key, value in resnets[0].state_dict().items() if not key.endswith("num_batches_tracked")}
+    state = {key: value for key, value in resnets[0].state_dict().items()
+             if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "old.pt")
     backbone, _ = common.start_backbone(settings(tmp_path / "old.pt", "resnet18"))
-    assert torch.equal(backbone.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    name = "layer4.1.conv2.weight"
+    assert torch.equal(backbone.state_dict()[name], state[name])
 
 
 @pytest.mark.parametrize("arch, with_fc", [
@@ -218,7 +227,7 @@ def test_a_foreign_file_needs_an_image_size(tmp_path, capsys, resnets):
     assert "--image-size" in error_line(capsys, common.start_backbone, args)
 
 
-# -------------------------------------------------------------------------------- files that do not fit
+# ---------------------------------------------------------------------------- files that do not fit
 
 SPOILED = {  # key, and what becomes of it; None: it is missing
     "missing convolution": ("layer3.0.conv2.weight", None),
@@ -245,12 +254,14 @@ def test_a_missing_or_misshapen_key_is_named(tmp_path, capsys, resnets, name, ar
 @pytest.mark.parametrize("arch", ["resnet10", "resnet34", "resnet50"])
 def test_another_arch_than_the_files_is_bad_input(tmp_path, capsys, resnets, arch):
     torch.save(resnets[0].state_dict(), tmp_path / "foreign.pt")
-    assert arch in error_line(capsys, common.start_backbone, settings(tmp_path / "foreign.pt", arch))
+    args = settings(tmp_path / "foreign.pt", arch)
+    assert arch in error_line(capsys, common.start_backbone, args)
 
 
 def test_another_arch_than_our_own_files_is_bad_input(tmp_path, capsys):
     write(tmp_path / "a.pt")
-    assert "resnet18" in error_line(capsys, common.start_backbone, settings(tmp_path / "a.pt", "resnet18"))
+    args = settings(tmp_path / "a.pt", "resnet18")
+    assert "resnet18" in error_line(capsys, common.start_backbone, args)
 
 
 def saved(content):
@@ -260,7 +271,8 @@ def saved(content):
     return file.getvalue()
 
 
-OURS = dict(method="simclr", arch="resnet10", image_size=32, head=None, classes=None, config={}, resume=None)
+OURS = dict(method="simclr", arch="resnet10", image_size=32, head=None, classes=None, config={},
+            resume=None)
 
 
 class RunsCode:
@@ -298,10 +310,10 @@ BAD_FILES = {
     "an empty dict": lambda: saved({}),
     "a whole module": lambda: saved(nn.Linear(2, 2)),
     "no backbone": lambda: saved(nn.Linear(2, 2).state_dict()),
-    "another network": lambda: saved(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2)).state_dict()),
+    "another network": lambda: saved(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2)).state_dict()),
     "ours, but its backbone is empty": lambda: saved({**OURS, "backbone": {}}),
-    "ours, but its backbone is none": lambda: saved({**OURS, "backbone": None}),
-}
+    "ours, but its backbone is none": lambda: saved({**OURS, "backbone": None})}
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -312,7 +324,10 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, capsys, r
     assert not list(recwarn)  # a warning would be a second line on stderr
 
 
-@pytest.mark.parametrize("name", ["a folder", "a missing file", "a file in a missing folder"])
+@pytest.mark.parametrize("name", [
+    pytest.param("", id="a folder"),
+    pytest.param("no.pt", id="a missing file"),
+    pytest.param("no/no.pt", id="a file in a missing folder")])
 def test_a_path_without_a_file_is_refused_in_one_line(tmp_path, capsys, name):
-    path = {"a folder": tmp_path, "a missing file": tmp_path / "no.pt"}.get(name, tmp_path / "no" / "no.pt")
+    path = tmp_path / name
     assert str(path) in error_line(capsys, common.load_checkpoint, path)

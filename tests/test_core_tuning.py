@@ -1,32 +1,25 @@
-"""Core-tuning: hardest pairs, mixtures, positives and focal contrastive loss against slow loops; whole steps on small data."""
-import json
+"""Core-tuning: hardest pairs, mixtures, positives and focal contrastive loss against slow loops;
+whole steps on small data."""
 import math
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_folder
 
 import common
 import core_tuning
 import finetune
+from conftest import draw_nothing, json_lines, write_folder
 
-SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8", "--device", "cpu",
-         "--precision", "float32"]
+SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8",
+         "--device", "cpu", "--precision", "float32"]
 NEW = ["--arch", "resnet10", "--epochs", "1"]
 
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    monkeypatch.setattr(finetune, "draw", lambda *ignored: None)
-
-
-@pytest.fixture
-def here(folder, monkeypatch):
-    """The current folder, empty but for pictures/: 36 to train on and 36 to test on, of 3 classes."""
-    monkeypatch.chdir(folder.parent)
-    return folder.parent
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +29,7 @@ def finished(tmp_path_factory):
     write_folder(place / "pictures")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(finetune, "draw", lambda *ignored: None)
+        draw_nothing(patch)
         return place, run("--lr", "0.001")  # hardly trained: an accuracy between chance and perfect
 
 
@@ -46,7 +39,7 @@ def run(*more):
 
 
 def epochs_of(path):
-    return [line for line in map(json.loads, path.read_text().splitlines()) if "epoch" in line]
+    return [line for line in json_lines(path) if "epoch" in line]
 
 
 def random_batch(batch, classes, dim=5, relu=False):
@@ -58,7 +51,7 @@ def one_hot(y, classes):
     return F.one_hot(y, classes).double()
 
 
-# --------------------------------------------------------------------------------------------------- hardest pairs
+# ------------------------------------------------------------------------------------ hardest pairs
 
 def cosine(a, b):
     return float(a @ b / (a.norm().clamp(min=1e-12) * b.norm().clamp(min=1e-12)))
@@ -112,9 +105,10 @@ def test_the_hardest_pairs_do_not_depend_on_the_length_of_a_feature():
     assert all(map(torch.equal, core_tuning.hardest(lengths * f, y), core_tuning.hardest(f, y)))
 
 
-# -------------------------------------------------------------------------------------------------------- mixtures
+# ----------------------------------------------------------------------------------------- mixtures
 
-BATCHES = [(12, 4), (12, 1), (5, 3), (1, 2)]  # several classes, one class, hardly two of a class, one image
+# several classes, one class, hardly two of a class, one image
+BATCHES = [(12, 4), (12, 1), (5, 3), (1, 2)]
 
 
 @pytest.mark.parametrize("batch, classes", BATCHES)
@@ -137,7 +131,8 @@ def test_a_hard_positive_lies_between_the_hardest_pair_where_its_label_says(alph
     for i in range(20):
         share = y_pos[i, y[i]]
         assert 0 <= share <= 1
-        torch.testing.assert_close(y_pos[i], share * one_hot(y[i], 4) + (1 - share) * one_hot(y[hn[i]], 4))
+        label = share * one_hot(y[i], 4) + (1 - share) * one_hot(y[hn[i]], 4)
+        torch.testing.assert_close(y_pos[i], label)
         torch.testing.assert_close(f_pos[i], share * f[hp[i]] + (1 - share) * f[hn[i]])
 
 
@@ -163,7 +158,8 @@ def partner(f, i, mixed):
         share = float((mixed - f[i]) @ way / (way @ way).clamp(min=1e-12))
         if (f[i] + share * way - mixed).norm() < 1e-9:
             found.append((r, share))
-    return found[-1] if len(found) == 1 else (i, 1.0)  # mixed with itself: every row fits, with a share of 0
+    # mixed with itself: every row fits, with a share of 0
+    return found[-1] if len(found) == 1 else (i, 1.0)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
@@ -174,7 +170,8 @@ def test_semi_hard_negatives_lie_near_the_images_of_a_permutation_with_labels_mi
     assert sorted(partners) == list(range(24)) != list(partners)
     assert all(0.8 - 1e-9 <= share <= 1 + 1e-9 for share in shares)
     share = torch.tensor(shares, dtype=torch.float64)[:, None]
-    torch.testing.assert_close(y_neg, (1 - share) * one_hot(y, 4) + share * one_hot(y[list(partners)], 4))
+    expected = (1 - share) * one_hot(y, 4) + share * one_hot(y[list(partners)], 4)
+    torch.testing.assert_close(y_neg, expected)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 1.0, 20.0])
@@ -209,14 +206,17 @@ def test_gradients_flow_through_the_mixtures(batch, classes):
         return [core_tuning.hard_pairs(f, y, classes, 1.0)[i] for i in (0, 2)]
 
     assert torch.autograd.gradcheck(mixtures, f.requires_grad_())
-    assert all(torch.autograd.grad(mixed.sum(), f, retain_graph=True)[0].any() for mixed in mixtures(f))
+    for mixed in mixtures(f):
+        assert torch.autograd.grad(mixed.sum(), f, retain_graph=True)[0].any()
 
 
-# ------------------------------------------------------------------------------------------------------- positives
+# ---------------------------------------------------------------------------------------- positives
 
 def slow_positives(labels, batch):
-    """Of each row: the others with the same label of one class, and an image's own hard positive."""
-    n, pure = len(labels), [[c for c, share in enumerate(row) if share > 1 - 1e-6] for row in labels.tolist()]
+    """Of each row: the others with the same label of one class, and an image's own hard
+    positive."""
+    n = len(labels)
+    pure = [[c for c, share in enumerate(row) if share > 1 - 1e-6] for row in labels.tolist()]
     matrix = torch.zeros(n, n, dtype=torch.bool)
     for i in range(n):
         for j in range(n):
@@ -231,7 +231,8 @@ def mixed_labels(batch, classes, dtype=torch.float64):
     return torch.cat([F.one_hot(y, classes).to(dtype), y_pos, y_neg])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # l + (1 - l) need not be exactly 1
+# l + (1 - l) need not be exactly 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch, classes", [*BATCHES, (20, 2), (30, 100)])
 def test_positives_are_those_of_a_slow_loop(batch, classes, dtype):
     labels = mixed_labels(batch, classes, dtype)
@@ -239,7 +240,8 @@ def test_positives_are_those_of_a_slow_loop(batch, classes, dtype):
 
 
 def test_positives_written_out_for_two_images():
-    labels = torch.tensor([[1, 0], [0, 1], [0.3, 0.7], [0, 1], [1, 0], [0.3, 0.7]])  # images, their hard positives, negatives
+    # images, their hard positives, negatives
+    labels = torch.tensor([[1, 0], [0, 1], [0.3, 0.7], [0, 1], [1, 0], [0.3, 0.7]])
     positives = [set(row.nonzero()[:, 0].tolist()) for row in core_tuning.positive_pairs(labels, 2)]
     assert positives == [{4, 2}, {3}, set(), {1}, {0}, set()]
 
@@ -251,10 +253,11 @@ def test_classes_beyond_the_sixtieth_are_told_apart():
     assert positives[2].nonzero()[:, 0].tolist() == [5]
 
 
-# -------------------------------------------------------------------------------------- focal contrastive loss
+# --------------------------------------------------------------------------- focal contrastive loss
 
 def slow_focal(z, positives, temperature):
-    """Equation 5: mean over anchors with positives of -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij."""
+    """Equation 5, mean over the anchors with positives:
+    -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij."""
     z, n, anchors = [v / v.norm() for v in z], len(z), []
     similarity = [[float(a @ b) for b in z] for a in z]
     for i in range(n):
@@ -268,18 +271,25 @@ def slow_focal(z, positives, temperature):
 
 def random_graph(n, share=0.3):
     """Some rows have no positive, none has itself."""
-    return (torch.rand(n, n) < share) & ~torch.eye(n, dtype=torch.bool) & (torch.arange(n) % 3 > 0)[:, None]
+    graph = (torch.rand(n, n) < share) & (torch.arange(n) % 3 > 0)[:, None]
+    return graph.fill_diagonal_(False)
 
 
 def random_z(n, dim=4):
     return torch.randn(n, dim, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("n, share, temperature", [(9, 0.3, 0.07), (9, 0.3, 1.0), (12, 0.9, 0.5), (6, 0.1, 0.2), (2, 1, 0.5)])
+@pytest.mark.parametrize("n, share, temperature", [
+    (9, 0.3, 0.07),
+    (9, 0.3, 1.0),
+    (12, 0.9, 0.5),
+    (6, 0.1, 0.2),
+    (2, 1, 0.5)])
 def test_focal_contrastive_is_the_equation_anchor_by_anchor(n, share, temperature):
     z, positives = random_z(n), random_graph(n, share)
     expected = slow_focal(z, positives, temperature)
-    assert core_tuning.focal_contrastive(z, positives, temperature).item() == pytest.approx(expected, abs=1e-12)
+    loss = core_tuning.focal_contrastive(z, positives, temperature)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_focal_contrastive_of_the_labels_of_mixtures_is_the_equation():
@@ -291,7 +301,8 @@ def test_focal_contrastive_of_the_labels_of_mixtures_is_the_equation():
 
 def test_focal_contrastive_has_the_right_derivative():
     positives = random_graph(6)
-    assert torch.autograd.gradcheck(lambda z: core_tuning.focal_contrastive(z, positives, 0.3), random_z(6).requires_grad_())
+    loss = lambda z: core_tuning.focal_contrastive(z, positives, 0.3)
+    assert torch.autograd.gradcheck(loss, random_z(6).requires_grad_())
 
 
 @pytest.mark.parametrize("n", [3, 4, 15])
@@ -309,7 +320,8 @@ def test_an_anchor_without_positives_does_not_count():
     positives[4, 5] = True
     both = core_tuning.focal_contrastive(z, positives, 0.5).item()
     positives[2, 5] = False
-    assert both == pytest.approx((loss + core_tuning.focal_contrastive(z, positives, 0.5).item()) / 2, abs=1e-12)
+    other = core_tuning.focal_contrastive(z, positives, 0.5).item()
+    assert both == pytest.approx((loss + other) / 2, abs=1e-12)
 
 
 def test_without_any_positive_focal_contrastive_is_zero_and_so_is_its_gradient():
@@ -339,7 +351,7 @@ def test_focal_contrastive_keeps_the_dtype(dtype):
     assert core_tuning.focal_contrastive(random_z(6).to(dtype), random_graph(6), 0.2).dtype == dtype
 
 
-# ------------------------------------------------------------------------------------------------------ whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 def test_the_checkpoint_holds_backbone_classifier_without_bias_and_projector(finished):
     place, result = finished
@@ -355,19 +367,22 @@ def test_the_checkpoint_holds_backbone_classifier_without_bias_and_projector(fin
 def test_finetune_eval_repeats_the_accuracy_of_the_run(finished, monkeypatch):
     place, result = finished
     monkeypatch.chdir(place)
-    assert finetune.main([*SMALL, "--eval", "--ckpt", "core_tuning.pt"])["test_top1"] == result["test_top1"]
+    again = finetune.main([*SMALL, "--eval", "--ckpt", "core_tuning.pt"])
+    assert again["test_top1"] == result["test_top1"]
 
 
 def soft_cross_entropy(logits, labels):
     """Mean over rows of -sum_c label_c log softmax_c."""
     total = 0
     for row, label in zip(logits.tolist(), labels.tolist()):
-        total -= sum(share * (value - math.log(sum(map(math.exp, row)))) for share, value in zip(label, row))
+        log_sum = math.log(sum(map(math.exp, row)))
+        total -= sum(share * (value - log_sum) for share, value in zip(label, row))
     return total / len(logits)
 
 
 @pytest.mark.parametrize("eta, temperature", [("0.5", "0.07"), ("3", "0.5"), ("0", "0.07")])
-def test_the_loss_of_a_step_is_that_of_images_and_mixtures_together(here, monkeypatch, eta, temperature):
+def test_the_loss_of_a_step_is_that_of_images_and_mixtures_together(
+        here, monkeypatch, eta, temperature):
     seen = []
     hard_pairs = core_tuning.hard_pairs
 
@@ -377,9 +392,11 @@ def test_the_loss_of_a_step_is_that_of_images_and_mixtures_together(here, monkey
         return mixtures
 
     monkeypatch.setattr(core_tuning, "hard_pairs", listen)
-    run("--batch-size", "36", "--eta", eta, "--temperature", temperature, "--lr", "1e-12")  # the one step moves nothing
+    # the one step moves nothing
+    run("--batch-size", "36", "--eta", eta, "--temperature", temperature, "--lr", "1e-12")
     (f, y, f_pos, y_pos, f_neg, y_neg), = seen
-    features, labels = torch.cat([f, f_pos, f_neg]).detach(), torch.cat([one_hot(y, 3), y_pos, y_neg])
+    features = torch.cat([f, f_pos, f_neg]).detach()
+    labels = torch.cat([one_hot(y, 3), y_pos, y_neg])
     ckpt = common.load_checkpoint("core_tuning.pt")
     w = {key: value.double() for key, value in ckpt["projector"].items()}
     z = F.linear(F.linear(features, w["0.weight"], w["0.bias"]).relu(), w["2.weight"], w["2.bias"])
@@ -391,9 +408,13 @@ def test_the_loss_of_a_step_is_that_of_images_and_mixtures_together(here, monkey
 def test_the_backbone_runs_once_a_step(here, monkeypatch):
     calls, build = [], common.build_backbone
 
+    def note_call(module, x, f):
+        if module.training:
+            calls.append(len(f))
+
     def counted(*args):
         backbone = build(*args)
-        backbone.register_forward_hook(lambda module, x, f: calls.append(len(f)) if module.training else None)
+        backbone.register_forward_hook(note_call)
         return backbone
 
     monkeypatch.setattr(common, "build_backbone", counted)
@@ -417,7 +438,8 @@ def test_backbone_classifier_and_projector_all_learn(here, monkeypatch):
     monkeypatch.setattr(common, "make_optimizer", listen)
     run()
     ckpt = common.load_checkpoint("core_tuning.pt")
-    for key in ("backbone.conv1.weight", "backbone.layer4.0.conv2.weight", "head.weight", "projector.0.weight"):
+    for key in ("backbone.conv1.weight", "backbone.layer4.0.conv2.weight", "head.weight",
+                "projector.0.weight"):
         part, name = key.split(".", 1)
         assert not torch.equal(ckpt[part][name], starts[0][key]), key
 
@@ -429,11 +451,17 @@ def test_the_panel_shows_each_anchor_above_its_hardest_positive_and_negative(fin
     backbone = common.start_backbone(args)[0]
     shown, pairs, hardest = [], [], core_tuning.hardest
     monkeypatch.setattr(common, "show_images", lambda axes, x, columns: shown.append((x, columns)))
-    monkeypatch.setattr(core_tuning, "hardest", lambda f, y: pairs.append((f, hardest(f, y))) or pairs[-1][1])
+
+    def listen(f, y):
+        pairs.append((f, hardest(f, y)))
+        return pairs[-1][1]
+
+    monkeypatch.setattr(core_tuning, "hardest", listen)
     core_tuning.show_hard_pairs(common.plt.figure().gca(), args, backbone)
     common.plt.close("all")
     (x, columns), (f, (hp, hn)) = shown[0], pairs[0]
     backbone.eval()
     with torch.no_grad():
-        torch.testing.assert_close(backbone(x), f[torch.cat([torch.arange(8), hp[:8], hn[:8]])], rtol=1e-4, atol=1e-4)
+        expected = f[torch.cat([torch.arange(8), hp[:8], hn[:8]])]
+        torch.testing.assert_close(backbone(x), expected, rtol=1e-4, atol=1e-4)
     assert columns == 8

@@ -1,15 +1,16 @@
-"""The data: blossoms, folders of pictures, flowers, their cache, their splits and the batches."""
+"""The data: blossoms, folders of pictures, flowers, their cache, their splits, the batches and the
+k-NN probe."""
 import faulthandler
 import hashlib
+import math
 import os
 import urllib.error
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import write_folder
+from conftest import error_line, options, write_folder
 from PIL import Image
 from scipy.io import savemat
 
@@ -20,22 +21,9 @@ import finetune
 PETALS_HASH = "863b1c56de5b1ebab4f8a524b0a37a2c91763dede5319ab60dd33213f1fc6f28"
 
 
-def options(data, root, image_size=16):
-    return Namespace(data=str(data), root=str(root), image_size=image_size, device="cpu")
-
-
 def pictures(store):
     """The bytes of each picture of a store, to tell pictures apart."""
     return [store.images[row].numpy().tobytes() for row in store.rows]
-
-
-def error_line(capsys, function, *args, **kwargs):
-    """The one line on stderr with which function ends the program, as bad input does."""
-    with pytest.raises(SystemExit) as end:
-        function(*args, **kwargs)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 # ------------------------------------------------------------ petals
@@ -89,10 +77,8 @@ def test_petals_splits_share_no_picture(tmp_path, monkeypatch):
 def test_petals_trainval_is_train_and_val(tmp_path, monkeypatch):
     for split in common.PETAL_SPLITS:
         monkeypatch.setitem(common.PETAL_SPLITS, split, 30)
-    train, val, both = (
-        common.load_data(options("petals", tmp_path), split)
-        for split in ("train", "val", "trainval")
-    )
+    train, val, both = (common.load_data(options("petals", tmp_path), split)
+                        for split in ("train", "val", "trainval"))
     assert pictures(both) == pictures(train) + pictures(val)
     assert torch.equal(both.labels, torch.cat([train.labels, val.labels]))
 
@@ -175,18 +161,14 @@ def parts_of(monkeypatch, processes, *batches, **how):
     return parts
 
 
-@pytest.mark.parametrize(
-    "n, batch_size, processes, sizes",
-    [
-        (9, 4, 2, [2, 2]),
-        (8, 4, 2, [2, 2]),
-        (10, 4, 2, [3, 2]),
-        (7, 4, 2, [3]),
-        (4, 4, 2, [2]),
-        (13, 8, 4, [3]),
-        (16, 8, 4, [2, 2]),
-    ],
-)
+@pytest.mark.parametrize("n, batch_size, processes, sizes", [
+    (9, 4, 2, [2, 2]),
+    (8, 4, 2, [2, 2]),
+    (10, 4, 2, [3, 2]),
+    (7, 4, 2, [3]),
+    (4, 4, 2, [2]),
+    (13, 8, 4, [3]),
+    (16, 8, 4, [2, 2])])
 def test_no_process_gets_a_batch_of_one(monkeypatch, n, batch_size, processes, sizes):
     parts = parts_of(monkeypatch, processes, numbered_store(n), batch_size)
     assert [[len(batch) for batch in own] for own in parts] == [sizes] * processes
@@ -232,10 +214,8 @@ LABELS = torch.tensor([0] * 20 + [1] * 10 + [2] * 3)[SHUFFLED]
         (dict(per_class=20), [20, 10, 3]),
         (dict(fraction=0.5), [10, 5, 2]),
         (dict(fraction=0.01), [1, 1, 1]),
-        (dict(fraction=1), [20, 10, 3]),
-    ],
-    ids=str,
-)
+        (dict(fraction=1), [20, 10, 3])],
+    ids=str)
 def test_a_labelled_subset_has_the_size_asked_for_in_each_class(size, of_each_class):
     keep = common.labelled_subset(LABELS, seed=0, **size)
     assert torch.bincount(LABELS[keep]).tolist() == of_each_class
@@ -256,10 +236,8 @@ def test_more_labels_than_any_class_has_is_bad_input(capsys):
 
 def test_val_is_a_stratified_fifth_of_train_and_shares_nothing_with_it(tmp_path):
     write_folder(tmp_path, per_class=10)
-    train, val, both = (
-        common.load_data(options(tmp_path, tmp_path), split)
-        for split in ("train", "val", "trainval")
-    )
+    train, val, both = (common.load_data(options(tmp_path, tmp_path), split)
+                        for split in ("train", "val", "trainval"))
     assert torch.bincount(train.labels).tolist() == [8, 8, 8]
     assert torch.bincount(val.labels).tolist() == [2, 2, 2]
     assert not set(pictures(train)) & set(pictures(val))
@@ -460,10 +438,8 @@ def test_two_projects_with_equal_relative_names_do_not_share_a_cache(tmp_path, m
 def test_two_folders_of_one_name_do_not_share_a_cache(tmp_path):
     for parent, classes in (("x", ("a", "b")), ("y", ("a", "b", "c"))):
         write_folder(tmp_path / parent / "pictures", classes, per_class=2)
-    x, y = (
-        common.load_data(options(tmp_path / parent / "pictures", tmp_path), "test")
-        for parent in ("x", "y")
-    )
+    x, y = (common.load_data(options(tmp_path / parent / "pictures", tmp_path), "test")
+            for parent in ("x", "y"))
     assert len(x) == 4 and len(y) == 6
 
 
@@ -568,16 +544,12 @@ def flowers(tmp_path, any_copy):
     return tmp_path / "root"
 
 
-@pytest.mark.parametrize(
-    "split, numbers",
-    [
-        ("train", [3, 1]),
-        ("val", [2, 6]),
-        ("test", [5, 4, 7]),
-        ("trainval", [3, 1, 2, 6]),
-        ("unlabeled", [3, 1, 2, 6]),
-    ],
-)
+@pytest.mark.parametrize("split, numbers", [
+    ("train", [3, 1]),
+    ("val", [2, 6]),
+    ("test", [5, 4, 7]),
+    ("trainval", [3, 1, 2, 6]),
+    ("unlabeled", [3, 1, 2, 6])])
 def test_flowers_are_read_as_torchvision_unpacks_them(flowers, split, numbers):
     store = common.load_data(options("flowers", flowers), split)
     assert len(store.classes) == 102 and store.classes[0] == "pink primrose"
@@ -611,3 +583,40 @@ def test_a_missing_flower_is_named(flowers, capsys):
     (flowers / "flowers-102" / "jpg" / "image_00005.jpg").unlink()
     line = error_line(capsys, common.load_data, options("flowers", flowers), "test")
     assert "image_00005.jpg" in line
+
+
+# ------------------------------------------------------------ the k-NN probe
+
+def slow_knn(memory, memory_labels, query, query_labels, k, temperature):
+    """Each of the k most similar images in memory votes exp(similarity / temperature) for its
+    class."""
+    hits = 0
+    for x, label in zip(query, query_labels.tolist()):
+        similarity = [float(x @ m / (x.norm() * m.norm())) for m in memory]
+        votes = {}
+        for i in sorted(range(len(memory)), key=lambda i: -similarity[i])[:k]:
+            voted = int(memory_labels[i])
+            votes[voted] = votes.get(voted, 0) + math.exp(similarity[i] / temperature)
+        hits += max(votes, key=votes.get) == label
+    return 100 * hits / len(query)
+
+
+@pytest.mark.parametrize("memory, query, k, temperature", [
+    (40, 60, 1, 0.1),
+    (40, 60, 5, 0.1),
+    (40, 60, 20, 0.1),
+    (40, 60, 20, 10.0),
+    (6, 30, 20, 0.1),      # more neighbours asked for than there are
+    (5, 1100, 3, 0.1)])    # more queries than are compared at once
+def test_knn_accuracy_is_that_of_a_slow_loop(memory, query, k, temperature):
+    centres = torch.randn(4, 8, dtype=torch.float64)
+    memory_labels, query_labels = torch.randint(4, (memory,)), torch.randint(4, (query,))
+    memory, query = (centres[labels] + 1.5 * torch.randn(len(labels), 8, dtype=torch.float64)
+                     for labels in (memory_labels, query_labels))
+    problem = memory, memory_labels, query, query_labels, k, temperature
+    assert common.knn_accuracy(*problem) == pytest.approx(slow_knn(*problem))
+
+
+def test_knn_of_the_memory_itself_is_always_right_with_one_neighbour():
+    x, labels = torch.randn(20, 4), torch.randint(3, (20,))
+    assert common.knn_accuracy(x, labels, x, labels, k=1) == 100

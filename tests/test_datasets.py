@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ import common
 import core_tuning
 import finetune
 import simclr
-from conftest import write_folder
+from conftest import error_line, json_lines, options, write_folder
 
 pytestmark = pytest.mark.usefixtures("any_copy")
 COLOURS = [  # of class 0, 1, ...
@@ -39,18 +38,6 @@ COLOURS = [  # of class 0, 1, ...
 ]
 USUAL = ["--device", "cpu", "--precision", "float32", "--image-size", "16", "--arch", "resnet10"]
 SMALL = [*USUAL, "--epochs", "1", "--batch-size", "8"]
-
-
-def options(data, root, image_size=16, **more):
-    return Namespace(data=str(data), root=str(root), image_size=image_size, device="cpu", **more)
-
-
-def error_line(capsys, function, *args, **kwargs):
-    with pytest.raises(SystemExit) as end:
-        function(*args, **kwargs)
-    lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 # ------------------------------------------------------------ small copies of the real layouts
@@ -129,11 +116,8 @@ def sun397(root, count):
     base, names = root / "SUN397", ["abbey", "airplane_cabin", "apse/indoor"]
     write(base / "ClassName.txt", "".join(f"/a/{name}\n" for name in names))
     for split in ("Training", "Testing"):
-        files = [
-            (f"/a/{name}/sun_{split}{i}.jpg", label)
-            for i in range(count)
-            for label, name in enumerate(names)
-        ]
+        files = [(f"/a/{name}/sun_{split}{i}.jpg", label) for i in range(count)
+                 for label, name in enumerate(names)]
         write(base / f"{split}_01.txt", "".join(f"{file}\n" for file, _ in files))
         for file, label in files:
             picture(base / file[1:], label)
@@ -150,10 +134,8 @@ def cars(root, count):
         annotations = base / file
         rows = [(f"{i:05d}.jpg", np.uint8(i % 2 + 1)) for i in range(2 * count)]
         annotations.parent.mkdir(parents=True, exist_ok=True)
-        savemat(
-            annotations,
-            {"annotations": np.array(rows, dtype=[("fname", object), ("class", object)])},
-        )
+        savemat(annotations,
+                {"annotations": np.array(rows, dtype=[("fname", object), ("class", object)])})
         for file, label in rows:
             picture(base / f"cars_{split}" / file, label - 1)
     savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array(names, dtype=object)})
@@ -165,10 +147,8 @@ def aircrafts(root, count):
     write(base / "variants.txt", "".join(f"{name}\n" for name in names))
     for k, split in enumerate(("train", "val", "test")):
         rows = [(f"{k}{i:06d}", i % 2) for i in range(2 * count)]
-        write(
-            base / f"images_variant_{split}.txt",
-            "".join(f"{image} {names[label]}\n" for image, label in rows),
-        )
+        write(base / f"images_variant_{split}.txt",
+              "".join(f"{image} {names[label]}\n" for image, label in rows))
         for image, label in rows:
             picture(base / "images" / f"{image}.jpg", label)
     return names
@@ -195,10 +175,8 @@ def voc07(root, count):
             for shown, difficult in VOC[i % 5]:
                 objects += f"<object><name>{shown}</name><difficult>{difficult}</difficult>"
                 objects += "<part><name>head</name></part></object>"
-            write(
-                base / "Annotations" / f"{name}.xml",
-                f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>",
-            )
+            write(base / "Annotations" / f"{name}.xml",
+                  f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>")
             picture(base / "JPEGImages" / f"{name}.jpg", i % 5)
     return common.VOC_CLASSES
 
@@ -206,11 +184,8 @@ def voc07(root, count):
 def dtd(root, count):
     base, names = root / "dtd" / "dtd", ["banded", "blotchy"]
     for split in ("train", "val", "test"):
-        rows = [
-            (f"{names[label]}/{names[label]}_{split}{i}.jpg", label)
-            for i in range(count)
-            for label in (0, 1)
-        ]
+        rows = [(f"{names[label]}/{names[label]}_{split}{i}.jpg", label) for i in range(count)
+                for label in (0, 1)]
         write(base / "labels" / f"{split}1.txt", "".join(f"{file}\n" for file, _ in rows))
         write(base / "labels" / f"{split}2.txt", "blotchy/another_partition.jpg\n")
         for file, label in rows:
@@ -221,15 +196,10 @@ def dtd(root, count):
 def pets(root, count):
     base = root / "oxford-iiit-pet"
     for split in ("trainval", "test"):
-        rows = [
-            (f"{name}_{split}{i}", label)
-            for i in range(count)
-            for label, name in enumerate(("Abyssinian", "american_bulldog"))
-        ]
-        write(
-            base / "annotations" / f"{split}.txt",
-            "".join(f"{image} {label + 1} {label + 1} 1\n" for image, label in rows),
-        )
+        rows = [(f"{name}_{split}{i}", label) for i in range(count)
+                for label, name in enumerate(("Abyssinian", "american_bulldog"))]
+        write(base / "annotations" / f"{split}.txt",
+              "".join(f"{image} {label + 1} {label + 1} 1\n" for image, label in rows))
         for image, label in rows:
             picture(base / "images" / f"{image}.jpg", label)
     return ["Abyssinian", "American Bulldog"]
@@ -271,29 +241,19 @@ def imagenet(root, count):
     return ["tench, Tinca tinca", "goldfish, Carassius auratus"]
 
 
-# how it is written, images a class and split, number of images in train, val and test, the metric
-# that is printed first
+CIFAR10 = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
+           "test_batch"]
+# How it is written, images a class and split, number of images in train, val and test, the metric
+# that is printed first.
 LAYOUTS = {
     "flowers": (flowers, 5, (10, 10, 10), "mean_class"),
     "food": (food, 5, (8, 2, 10), "top1"),
     "cifar10": (
-        cifar(
-            "cifar-10-batches-py",
-            [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"],
-            "batches.meta",
-            "labels",
-            "label_names",
-        ),
-        5,
-        (8, 2, 10),
-        "top1",
-    ),
+        cifar("cifar-10-batches-py", CIFAR10, "batches.meta", "labels", "label_names"),
+        5, (8, 2, 10), "top1"),
     "cifar100": (
         cifar("cifar-100-python", ["train", "test"], "meta", "fine_labels", "fine_label_names"),
-        5,
-        (8, 2, 10),
-        "top1",
-    ),
+        5, (8, 2, 10), "top1"),
     "cub200": (cub200, 5, (8, 2, 10), "top1"),
     "sun397": (sun397, 5, (12, 3, 15), "top1"),
     "cars": (cars, 5, (8, 2, 10), "top1"),
@@ -366,7 +326,7 @@ def test_finetune_runs_on_it_and_prints_its_main_metric_first(
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(f"test  {LAYOUTS[name][3]} ")
     assert all(f"{metric} " in line for metric in names)
-    written = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
+    written = json_lines(tmp_path / "run.jsonl")[-1]
     for metric in names:
         assert 0 <= written[f"test_{metric}"] == result[f"test_{metric}"] <= 100
 
@@ -379,10 +339,8 @@ def test_simclr_learns_from_the_unlabeled_images_of_stl10(roots, tmp_path, monke
         return batches(store, *rest, **how)
 
     monkeypatch.setattr(common, "Batches", spy)
-    simclr.main(
-        ["--data", "stl10", "--root", str(roots("stl10")[0]), "--out", str(tmp_path / "run"),
-         *SMALL]
-    )
+    simclr.main(["--data", "stl10", "--root", str(roots("stl10")[0]),
+                 "--out", str(tmp_path / "run"), *SMALL])
     assert len(seen[0]) == 12
     assert (seen[0].images[:, 2] > seen[0].images[:, 0]).all()  # the third colour
     assert common.load_checkpoint(tmp_path / "run.pt")["resume"]["history"][-1]["knn"] is not None
@@ -393,25 +351,19 @@ def test_absent_files_without_a_network_are_one_line_with_folder_and_row(
     no_network, tmp_path, capsys, name
 ):
     line = error_line(
-        capsys,
-        finetune.main,
-        ["--data", name, "--root", str(tmp_path / "root"), "--out", str(tmp_path / "x"), *SMALL],
-    )
+        capsys, finetune.main,
+        ["--data", name, "--root", str(tmp_path / "root"), "--out", str(tmp_path / "x"), *SMALL])
     assert f"{tmp_path}/root/{common.DATASETS[name][2]}" in line
     assert f"the row {name} of the table under Data in README.md" in line
 
 
-@pytest.mark.parametrize(
-    "name, file, named",
-    [
-        ("sun397", "SUN397/Training_01.txt", "Training_01.txt"),
-        ("cifar10", "cifar-10-batches-py/data_batch_3", "row cifar10"),
-        ("voc07", "VOCdevkit/VOC2007/Annotations/000003.xml", "000003.xml"),
-        ("stl10", "stl10_binary/class_names.txt", "class_names"),
-        ("dtd", "dtd/dtd/images/banded/banded_train2.jpg", "banded_train2"),
-        ("pets", "oxford-iiit-pet/images/Abyssinian_trainval0.jpg", "trainval0"),
-    ],
-)
+@pytest.mark.parametrize("name, file, named", [
+    ("sun397", "SUN397/Training_01.txt", "Training_01.txt"),
+    ("cifar10", "cifar-10-batches-py/data_batch_3", "row cifar10"),
+    ("voc07", "VOCdevkit/VOC2007/Annotations/000003.xml", "000003.xml"),
+    ("stl10", "stl10_binary/class_names.txt", "class_names"),
+    ("dtd", "dtd/dtd/images/banded/banded_train2.jpg", "banded_train2"),
+    ("pets", "oxford-iiit-pet/images/Abyssinian_trainval0.jpg", "trainval0")])
 def test_a_missing_file_is_named(no_network, tmp_path, capsys, name, file, named):
     LAYOUTS[name][0](tmp_path, 5)
     (tmp_path / file).unlink()
@@ -442,32 +394,16 @@ def test_thirty_images_a_class_of_caltech_are_always_the_same_for_training(roots
 
 # ------------------------------------------------------------ several labels an image
 
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        (coin, ["--epochs", "2", "--alpha", "0.5"]),
-        (core_tuning, []),
-        (bi_tuning, []),
-        (finetune, ["--supcon", "0.1"]),
-        (finetune, ["--labels-per-class", "2"]),
-        (core_tuning, ["--fraction", "0.5"]),
-    ],
-)
+@pytest.mark.parametrize("script, flags", [
+    (coin, ["--epochs", "2", "--alpha", "0.5"]),
+    (core_tuning, []),
+    (bi_tuning, []),
+    (finetune, ["--eta", "0.1"]),
+    (finetune, ["--labels-per-class", "2"]),
+    (core_tuning, ["--fraction", "0.5"])])
 def test_what_needs_one_label_an_image_says_so(roots, tmp_path, capsys, script, flags):
-    line = error_line(
-        capsys,
-        script.main,
-        [
-            "--data",
-            "voc07",
-            "--root",
-            str(roots("voc07")[0]),
-            "--out",
-            str(tmp_path / "x"),
-            *SMALL,
-            *flags,
-        ],
-    )
+    line = error_line(capsys, script.main, ["--data", "voc07", "--root", str(roots("voc07")[0]),
+                                            "--out", str(tmp_path / "x"), *SMALL, *flags])
     assert ("--labels-per-class" if "--labels-per-class" in flags else "several classes") in line
 
 
@@ -482,11 +418,9 @@ def test_a_fraction_of_voc_and_bissl_and_a_search_work(roots, tmp_path, monkeypa
     )
     assert 0 < result["upper_phi"] < 5 and result["knn"] is None
     monkeypatch.setattr(finetune, "draw", lambda *args: None)
-    finetune.main(
-        [*usual, "--epochs", "1", "--search", "2", "--fraction", "0.5", "--out",
-         str(tmp_path / "run")]
-    )
-    runs = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])["runs"]
+    finetune.main([*usual, "--epochs", "1", "--search", "2", "--fraction", "0.5",
+                   "--out", str(tmp_path / "run")])
+    runs = json_lines(tmp_path / "run.jsonl")[-1]["runs"]
     best = max(runs[:2], key=lambda run: run["map"])
     assert runs[2]["lr"] == best["lr"]
 
@@ -498,63 +432,18 @@ def test_the_search_goes_by_the_main_metric(roots, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(finetune, "draw", lambda *args: None)
     monkeypatch.setattr(finetune, "evaluate", lambda *args: (next(scores), None))
-    finetune.main(
-        ["--data", "pets", "--root", str(roots("pets")[0]), "--out", str(tmp_path / "run"),
-         *SMALL, "--search", "2"]
-    )
-    runs = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])["runs"]
+    finetune.main(["--data", "pets", "--root", str(roots("pets")[0]),
+                   "--out", str(tmp_path / "run"), *SMALL, "--search", "2"])
+    runs = json_lines(tmp_path / "run.jsonl")[-1]["runs"]
     assert runs[2]["lr"] == runs[1]["lr"] != runs[0]["lr"]
-
-
-def test_average_precision_of_an_example_worked_by_hand():
-    # present, ignored, absent, present, absent
-    # -> precision 1, -, 1/2, 2/3, 2/4 at recall 1/2, -, 1/2, 1, 1
-    present = torch.tensor([[1, 1, 0], [-1, 1, 0], [0, 1, 0], [1, 1, -1], [0, 1, 0]])
-    scores = torch.tensor([5.0, 4, 3, 2, 1])[:, None].expand(5, 3)
-    precision = finetune.average_precision(scores, present)
-    assert precision[0] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
-    assert precision[1] == 1 and precision[2].isnan()
-    scored, per_class = finetune.metrics(scores, present)
-    assert scored["map"] == pytest.approx(100 * precision[:2].mean().item()) and len(per_class) == 3
-
-
-def slow_average_precision(scores, present):
-    """One class: both lists. The definition, threshold by threshold."""
-    order = [i for i in sorted(range(len(scores)), key=lambda i: -scores[i]) if present[i] >= 0]
-    total, found, points = sum(p == 1 for p in present), 0, []
-    for rank, i in enumerate(order, 1):
-        found += present[i] == 1
-        points.append((found, found / rank))
-    best = []
-    for t in range(11):
-        reached = [precision for hits, precision in points if 10 * hits >= t * total]
-        best.append(max(reached, default=0))
-    return sum(best) / 11
-
-
-def test_average_precision_and_top1_against_slow_loops():
-    rng = np.random.default_rng(0)
-    scores = torch.tensor(rng.normal(size=(60, 20)))
-    present = torch.tensor(rng.choice([-1, 0, 1], (60, 20), p=[0.2, 0.6, 0.2]))
-    slow = []
-    for c in range(20):
-        slow.append(slow_average_precision(scores[:, c].tolist(), present[:, c].tolist()))
-    assert finetune.average_precision(scores, present).tolist() == pytest.approx(slow, rel=1e-12)
-    right = [present[i, int(scores[i].argmax())] == 1 for i in range(60)]
-    top1 = finetune.metrics(scores, present)[0]["top1"]
-    assert top1 == pytest.approx(100 * sum(right).item() / 60)
 
 
 def test_task_loss_against_a_slow_loop():
     rng = np.random.default_rng(1)
     logits = torch.tensor(rng.normal(size=(7, 5)) * 3, requires_grad=True)
     y = torch.tensor(rng.choice([-1, 0, 1], (7, 5)))
-    terms = [
-        -torch.log(torch.sigmoid(logits[i, c] if y[i, c] == 1 else -logits[i, c]))
-        for i in range(7)
-        for c in range(5)
-        if y[i, c] >= 0
-    ]
+    terms = [-torch.log(torch.sigmoid(logits[i, c] if y[i, c] == 1 else -logits[i, c]))
+             for i in range(7) for c in range(5) if y[i, c] >= 0]
     loss = common.task_loss(logits, y)
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-12)
@@ -726,16 +615,12 @@ def test_a_reduced_jpeg_differs_little_from_the_full_one(tmp_path):
     assert 0 < worst < 2
 
 
-@pytest.mark.parametrize(
-    "size, side, expected",
-    [
-        ((500, 375), 80, (250, 188)),
-        ((500, 375), 94, (500, 375)),
-        ((640, 480), 60, (160, 120)),
-        ((640, 480), 61, (320, 240)),
-        ((100, 60), 40, (100, 60)),
-    ],
-)
+@pytest.mark.parametrize("size, side, expected", [
+    ((500, 375), 80, (250, 188)),
+    ((500, 375), 94, (500, 375)),
+    ((640, 480), 60, (160, 120)),
+    ((640, 480), 61, (320, 240)),
+    ((100, 60), 40, (100, 60))])
 def test_a_jpeg_is_reduced_only_where_twice_the_side_is_left(tmp_path, size, side, expected):
     Image.new("RGB", size).save(tmp_path / "x.jpg")
     assert common.read_image(tmp_path / "x.jpg", side).size == expected

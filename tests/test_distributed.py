@@ -1,5 +1,5 @@
-"""Several processes (gloo, on the CPU) do what one does on the same batches; and what happens when one of them is lost."""
-import json
+"""Several processes (gloo, on the CPU) do what one does on the same batches; and what happens when
+one of them is lost."""
 import os
 import re
 import signal
@@ -14,37 +14,35 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import bi_tuning
 import bissl
 import byol
 import coin
 import common
-import core_tuning
-import finetune
 import simclr
-from conftest import ROOT, write_folder
+from conftest import ROOT, SCRIPTS, json_lines, write_folder
 
-SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
-           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 PLAIN = "--device cpu --precision float32 --image-size 12 --batch-size 8 --root root"
 VIEWS = "--jitter 0 0 0 0 --probe-every 1"
 FEW = "--labels-per-class 4 --epochs 2 --lr 0.03"  # 40 images: 5 whole batches
-RUNS = {"simclr": f"{VIEWS} --arch resnet10 --epochs 2 --optimizer sgd --lr 0.05",
-        "chunked": f"{VIEWS} --arch resnet10 --epochs 2 --optimizer sgd --lr 0.05 --chunk CHUNK",  # CHUNK images of a process: 4 of all
-        "byol": f"{VIEWS} --arch resnet10 --epochs 2 --solarise 0 0",
-        "coin": f"--ckpt simclr.pt {FEW} --alpha 0.5",
-        "balanced": f"--ckpt simclr.pt {FEW} --alpha 0.5 --balanced 2",
-        "bissl": "--ckpt simclr.pt --labels-per-class 4 --alternations 2 --lower-steps 3 --upper-steps 2 --head-epochs 1 "
-                 "--pretext-batch-size 16 --hessian-batch 8 --damping 10",
-        "byol_bissl": "--ckpt byol.pt --labels-per-class 4 --alternations 1 --lower-steps 3 --upper-steps 2 --head-epochs 1 "
-                      "--pretext-batch-size 16 --damping 0.1",
-        "finetune": f"--ckpt coin.pt {FEW} --eta 0.3",
-        "core_tuning": f"--ckpt simclr.pt {FEW}",
-        "bi_tuning": f"--ckpt simclr.pt {FEW} --keys 3"}
+BILEVEL = ("--labels-per-class 4 --lower-steps 3 --upper-steps 2 --head-epochs 1 "
+           "--pretext-batch-size 16")
+RUNS = {
+    "simclr": f"{VIEWS} --arch resnet10 --epochs 2 --optimizer sgd --lr 0.05",
+    # CHUNK becomes 4 / processes
+    "chunked": f"{VIEWS} --arch resnet10 --epochs 2 --optimizer sgd --lr 0.05 --chunk CHUNK",
+    "byol": f"{VIEWS} --arch resnet10 --epochs 2 --solarise 0 0",
+    "coin": f"--ckpt simclr.pt {FEW} --alpha 0.5",
+    "balanced": f"--ckpt simclr.pt {FEW} --alpha 0.5 --balanced 2",
+    "bissl": f"--ckpt simclr.pt {BILEVEL} --alternations 2 --hessian-batch 8 --damping 10",
+    "byol_bissl": f"--ckpt byol.pt {BILEVEL} --alternations 1 --damping 0.1",
+    "finetune": f"--ckpt coin.pt {FEW} --eta 0.3",
+    "core_tuning": f"--ckpt simclr.pt {FEW}",
+    "bi_tuning": f"--ckpt simclr.pt {FEW} --keys 3",
+}
 SCRIPT_OF = {"chunked": "simclr", "balanced": "coin", "byol_bissl": "bissl"}
 
 
-# ------------------------------------------------------------------------------ one process, two and three
+# ----------------------------------------------------------------------- one process, two and three
 
 class Toy(nn.Module):
     """A backbone without BatchNorm, with the two keys that checkpoints are recognised by."""
@@ -84,7 +82,8 @@ def process(number, processes, folder):
     os.chdir(folder)
     torch.set_num_threads(1)
     if processes > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=processes)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=number, world_size=processes)
     torch.set_default_dtype(torch.float64)
     common.build_backbone = lambda arch, small_stem: Toy()
     common.PETAL_SPLITS = {"unlabeled": 38, "train": 60, "val": 31, "test": 29}
@@ -101,7 +100,8 @@ def process(number, processes, folder):
 
 
 def losses():
-    """Loss, gradient and Hessian-vector product of each loss that reaches over processes, for 12 fixed images."""
+    """Loss, gradient and Hessian-vector product of each loss that reaches over processes, for 12
+    fixed images."""
     torch.manual_seed(0)
     x, direction = torch.randn(12, 7), [torch.randn(5, 7)]
     weight = torch.randn(5, 7, requires_grad=True)
@@ -109,14 +109,18 @@ def losses():
     present = torch.randint(-1, 2, (12, 5))
     mine, label, found = common.own_rows(x), common.own_rows(y), {}
     project = lambda x: torch.tanh(x @ weight.T)
-    for name, loss in (("nt_xent", lambda: simclr.nt_xent(project(mine), project(mine + 0.3), 0.2)),
-                       ("supcon", lambda: coin.supcon(project(mine), label, 0.2)),
-                       ("several labels", lambda: common.task_loss(project(mine), common.own_rows(present))),
-                       ("no positive", lambda: coin.supcon(project(mine), common.own_rows(torch.arange(12)), 0.2))):
+    alone = common.own_rows(torch.arange(12))
+    for name, loss in (
+            ("nt_xent", lambda: simclr.nt_xent(project(mine), project(mine + 0.3), 0.2)),
+            ("supcon", lambda: coin.supcon(project(mine), label, 0.2)),
+            ("several labels", lambda: common.task_loss(project(mine), common.own_rows(present))),
+            ("no positive", lambda: coin.supcon(project(mine), alone, 0.2))):
         value = loss()
         gradient = torch.autograd.grad(value, [weight], create_graph=True)
         product = bissl.damped_hessian(gradient, [weight], 2.0)(direction)
-        found[name] = [common.all_sum(value.detach()) / common.world(), *common.process_means([g.detach() for g in gradient]), *product]
+        mean = common.all_sum(value.detach()) / common.world()
+        means = common.process_means([g.detach() for g in gradient])
+        found[name] = [mean, *means, *product]
     found["rows"] = [common.gather(mine)]
     return found
 
@@ -138,7 +142,9 @@ def assert_close(one, other, what):
 def states(path):
     """Every tensor of a checkpoint that training has made."""
     ckpt = torch.load(path, weights_only=True)
-    found = {(part, key): value for part in ("backbone", "head", "projector") for key, value in (ckpt[part] or {}).items()}
+    found = {}
+    for part in ("backbone", "head", "projector"):
+        found.update({(part, key): value for key, value in (ckpt[part] or {}).items()})
     for part in ("upper_backbone", "upper_head", "key", "queue_h", "queue_z"):
         found.update({(part, key): value for key, value in ckpt["resume"].get(part, {}).items()})
     return found
@@ -154,12 +160,13 @@ def test_a_run_of_two_processes_is_the_run_of_one(folders, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_log_what_one_logs(folders, name):
-    one, two = ([json.loads(line) for line in (folders[k] / f"{name}.jsonl").read_text().splitlines()] for k in (1, 2))
+    one, two = (json_lines(folders[processes] / f"{name}.jsonl") for processes in (1, 2))
     assert len(one) == len(two)
     for line, other in zip(one, two):
         assert line.keys() == other.keys()
         for key, value in line.items():
-            if isinstance(value, (int, float)) and key != "spread":  # a deviation within each process's share
+            # a deviation within each process's share
+            if isinstance(value, (int, float)) and key != "spread":
                 assert other[key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
 
 
@@ -167,7 +174,8 @@ def test_two_processes_log_what_one_logs(folders, name):
 def test_loss_gradient_and_hessian_vector_product_of_two_processes(folders, name):
     one = torch.load(folders[1] / "losses0.pt")[name]
     for number in range(2):  # every process holds the same
-        for value, other in zip(one, torch.load(folders[2] / f"losses{number}.pt")[name], strict=True):
+        two = torch.load(folders[2] / f"losses{number}.pt")[name]
+        for value, other in zip(one, two, strict=True):
             assert value.abs().max() > 0 or name == "no positive"
             assert_close(value, other, name)
 
@@ -183,7 +191,7 @@ def test_alone_nothing_is_shared():
     assert common.gather(x) is x and torch.equal(common.own_rows(x), x) and common.all_sum(x) is x
 
 
-# ------------------------------------------------------------------------------------------- under torchrun
+# ----------------------------------------------------------------------------------- under torchrun
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -192,14 +200,16 @@ def place(tmp_path_factory):
     return place
 
 
-SMALL = "--data pictures --root root --device cpu --precision float32 --image-size 16 --batch-size 12 --arch resnet10".split()
+SMALL = ["--data", "pictures", "--root", "root", "--device", "cpu", "--precision", "float32",
+         "--image-size", "16", "--batch-size", "12", "--arch", "resnet10"]
 
 
 def torchrun(place, processes, *argv):
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-                             f"--master-port={port()}", str(ROOT / argv[0]), *SMALL, *argv[1:]], cwd=place, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+         f"--master-port={port()}", str(ROOT / argv[0]), *SMALL, *argv[1:]],
+        cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def port():
@@ -234,16 +244,17 @@ def test_a_lost_process_stops_the_others_and_another_number_goes_on(place):
     assert time.monotonic() - killed < 20 and run.returncode != 0
     assert not list(place.glob("*.tmp"))
     epochs = len((place / "run.jsonl").read_text().splitlines())
-    assert len(common.load_checkpoint(place / "run.pt")["resume"]["history"]) in (epochs, epochs - 1) and epochs < 400
+    saved = len(common.load_checkpoint(place / "run.pt")["resume"]["history"])
+    assert saved in (epochs, epochs - 1) and epochs < 400
 
-    ckpt = torch.load(place / "run.pt", weights_only=True)  # a shorter way to the end than 400 epochs
-    ckpt["config"]["epochs"] = 1 + len(ckpt["resume"]["history"])
+    ckpt = torch.load(place / "run.pt", weights_only=True)
+    ckpt["config"]["epochs"] = saved + 1  # a shorter way to the end than 400 epochs
     torch.save(ckpt, place / "run.pt")
-    run = torchrun(place, 3, "simclr.py", "--epochs", str(ckpt["config"]["epochs"]), "--out", "run", "--resume")
+    run = torchrun(place, 3, "simclr.py", "--epochs", str(saved + 1), "--out", "run", "--resume")
     said, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     assert said.count("epoch ") == 1  # one process prints
-    assert len((place / "run.jsonl").read_text().splitlines()) == ckpt["config"]["epochs"]
+    assert len((place / "run.jsonl").read_text().splitlines()) == saved + 1
     assert (place / "run.png").exists()
 
 

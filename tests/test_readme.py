@@ -7,12 +7,11 @@ import subprocess
 
 import common
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 READMES = ("README.md", "tests/README.md", "tests/results/README.md")
 TEXT = (ROOT / "README.md").read_text()
 ALL_TEXT = "\n".join((ROOT / name).read_text() for name in READMES)
-SCRIPTS = ("simclr", "byol", "coin", "bissl", "finetune", "core_tuning", "bi_tuning")
 LITERAL = {"LR": "0.1", "WD": "0.001", "DIR": "petals", "EMOJI": "petals", "FILE": "simclr.pt"}
 CALL = r"(?:python|torchrun --nproc-per-node=\d+) ((?:%s)\.py[^`\n&;#]*)" % "|".join(SCRIPTS)
 COMMANDS = sorted(set(re.findall(CALL, ALL_TEXT)))
@@ -41,10 +40,12 @@ def test_every_command_has_flags_that_the_script_knows(command, tmp_path, monkey
 @pytest.mark.parametrize("name", READMES)
 def test_every_figure_and_folder_that_is_shown_is_there(name):
     text = (ROOT / name).read_text()
-    for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):  # links and figures: from the README's folder
+    linked = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)  # from the README's folder
+    for path in linked:
         assert ((ROOT / name).parent / path).exists(), path
-    named = re.findall(r"`(tests/[\w./-]+)`", text) + re.findall(r"python (tests/[\w./-]+\.py)", text)
-    for path in named:                                            # named in the text: from the root
+    named = re.findall(r"`(tests/[\w./-]+)`", text)             # from the root
+    named += re.findall(r"python (tests/[\w./-]+\.py)", text)
+    for path in named:
         assert (ROOT / path).exists(), path
 
 
@@ -74,7 +75,8 @@ def test_both_commands_make_and_enter_the_environment():
     assert tests == setup + "python -m pytest -q tests"
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="copies what git lists")
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or not shutil.which("git"), reason="copies what git lists")
 def test_the_gate_runs_the_readme_s_own_test_command():
     gate = subprocess.run([ROOT / ".ci/run", "--dry-run"], capture_output=True, text=True)
     assert gate.returncode == 0, gate.stderr

@@ -1,4 +1,5 @@
-"""A run that was stopped and goes on with --resume ends exactly as the run that was never stopped."""
+"""A run that was stopped and goes on with --resume ends exactly as the run that was never
+stopped."""
 import contextlib
 import os
 import shlex
@@ -8,30 +9,24 @@ import time
 import pytest
 import torch
 
-import bi_tuning
-import bissl
-import byol
-import coin
 import common
-import core_tuning
-import finetune
-import simclr
-from conftest import write_folder
+from conftest import SCRIPTS, draw_nothing, write_folder
 
-SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
-           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
-RUNS = {"simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
-        "byol": ["byol", "--arch", "resnet10", "--epochs", "3"],
-        "coin": ["coin", "--ckpt", "start.pt", "--epochs", "4", "--alpha", "0.75", "--balanced", "3"],
-        "bissl": ["bissl", "--ckpt", "start.pt", "--alternations", "3", "--lower-steps", "2", "--upper-steps", "1",
-                  "--head-epochs", "1", "--cg-steps", "2", "--pretext-batch-size", "8"],
-        "byol_bissl": ["bissl", "--ckpt", "byol.pt", "--alternations", "2", "--lower-steps", "2", "--upper-steps", "1",
-                       "--head-epochs", "1", "--cg-steps", "2", "--pretext-batch-size", "8"],
-        "finetune": ["finetune", "--ckpt", "start.pt", "--epochs", "3", "--eta", "0.1"],
-        "core_tuning": ["core_tuning", "--ckpt", "start.pt", "--epochs", "3"],
-        "bi_tuning": ["bi_tuning", "--ckpt", "start.pt", "--epochs", "3", "--keys", "5", "--random-queue"],
-        "search": ["finetune", "--ckpt", "start.pt", "--epochs", "2", "--search", "2", "--seeds", "2"]}
-LONG = {script: ["--alternations", "3"] if script == "bissl" else ["--epochs", "4"] for script in SCRIPTS}
+BILEVEL = ["--lower-steps", "2", "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
+           "--pretext-batch-size", "8"]
+RUNS = {
+    "simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
+    "byol": ["byol", "--arch", "resnet10", "--epochs", "3"],
+    "coin": ["coin", "--ckpt", "start.pt", "--epochs", "4", "--alpha", "0.75", "--balanced", "3"],
+    "bissl": ["bissl", "--ckpt", "start.pt", "--alternations", "3", *BILEVEL],
+    "byol_bissl": ["bissl", "--ckpt", "byol.pt", "--alternations", "2", *BILEVEL],
+    "finetune": ["finetune", "--ckpt", "start.pt", "--epochs", "3", "--eta", "0.1"],
+    "core_tuning": ["core_tuning", "--ckpt", "start.pt", "--epochs", "3"],
+    "bi_tuning": ["bi_tuning", "--ckpt", "start.pt", "--epochs", "3", "--keys", "5",
+                  "--random-queue"],
+    "search": ["finetune", "--ckpt", "start.pt", "--epochs", "2", "--search", "2", "--seeds", "2"],
+}
+LONG = dict.fromkeys(SCRIPTS, ["--epochs", "4"]) | {"bissl": ["--alternations", "3"]}
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +44,14 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(place, monkeypatch):
     monkeypatch.chdir(place)
-    for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "draw", lambda *ignored: None, raising=False)  # the figures take longer than these runs
+    draw_nothing(monkeypatch)
 
 
 def command(name, out, *more):
     script, *argv = RUNS[name]
-    return script, ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8",
-                    "--device", "cpu", "--precision", "float32", *argv, "--out", out, *more]
+    return script, ["--data", "pictures", "--root", "root", "--image-size", "16",
+                    "--batch-size", "8", "--device", "cpu", "--precision", "float32", *argv,
+                    "--out", out, *more]
 
 
 def run(name, out, *more):
@@ -66,7 +61,7 @@ def run(name, out, *more):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    """Runs `name` once, on the first call: what main() returned. Its files are called whole_NAME."""
+    """Runs `name` once, on the first call: what main() returned. Its files are whole_NAME."""
     results = {}
 
     def make(name):
@@ -132,7 +127,8 @@ def stop_at_save(monkeypatch, number, when, error=Stop):
     ("search", 2, "before"),    # in the last of the two epochs of the first run
     ("search", 2, "after"),     # between two runs of the search
     ("search", 5, "before")])   # between the search and the final runs
-def test_a_run_stopped_before_or_after_a_save_goes_on_to_the_same_end(uninterrupted, monkeypatch, name, save, when):
+def test_a_run_stopped_before_or_after_a_save_goes_on_to_the_same_end(
+        uninterrupted, monkeypatch, name, save, when):
     result = uninterrupted(name)
     out = f"{name}_{save}_{when}"
     with stop_at_save(monkeypatch, save, when), pytest.raises(Stop):
@@ -141,7 +137,8 @@ def test_a_run_stopped_before_or_after_a_save_goes_on_to_the_same_end(uninterrup
     assert_same_run(out, f"whole_{name}")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the run to be killed is forked: a new Python takes seconds to start")
+@pytest.mark.skipif(not hasattr(os, "fork"),
+                    reason="the run to be killed is forked: a new Python takes seconds to start")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_end(name):
     log = f"killed_{name}.jsonl"
@@ -151,7 +148,8 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_end(name):
             run(name, f"killed_{name}", *LONG[name])
         finally:
             os._exit(1)
-    while os.waitpid(process, os.WNOHANG) == (0, 0) and not os.path.exists(log):  # it appears with the first finished epoch
+    # The log appears with the first finished epoch.
+    while os.waitpid(process, os.WNOHANG) == (0, 0) and not os.path.exists(log):
         time.sleep(0.01)
     os.kill(process, signal.SIGKILL)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
@@ -172,8 +170,9 @@ def test_resuming_a_finished_run_returns_its_metrics_and_changes_nothing(uninter
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_ctrl_c_prints_the_command_that_goes_on(uninterrupted, monkeypatch, capsys, name):
     result = uninterrupted(name)
-    with stop_at_save(monkeypatch, 2, "after", KeyboardInterrupt), pytest.raises(SystemExit) as stop:
-        run(name, f"ctrl_c_{name}")
+    with stop_at_save(monkeypatch, 2, "after", KeyboardInterrupt):
+        with pytest.raises(SystemExit) as stop:
+            run(name, f"ctrl_c_{name}")
     assert stop.value.code == 130
     assert len(common.load_checkpoint(f"ctrl_c_{name}.pt")["resume"]["history"]) == 2
     printed = capsys.readouterr().err.split("Go on with: ")[1]
