@@ -380,7 +380,7 @@ def parser(paper=False):
     p.label_options()
     p.option("--pretext", str, "pretext task, where --ckpt brings none", "simclr",
              choices=sorted(PRETEXTS))
-    p.option("--pretext-data", common.path, "data set of the pretext task; without: the checkpoint's")
+    p.option("--pretext-data", common.path, "data set of the pretext task; none: the checkpoint's")
     p.option("--pretext-batch-size", common.bounded(int, 4), "images of a lower step, and of H")
     p.option("--alternations", common.COUNT, "lower stage, upper stage, so many times")
     p.option("--lower-steps", common.COUNT, "N_L")

@@ -1594,8 +1594,8 @@ NUMBERED = {"4": "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split(),
 # What checkpoints hold beside tensors, and what runs nothing: numbers and flags.
 HARMLESS = [
     argparse.Namespace, SimpleNamespace, defaultdict, deque, frozenset, slice, datetime, timedelta,
-    (PurePath, "pathlib.PosixPath"), (PurePath, "pathlib.WindowsPath"),
-    (PurePath, "pathlib._local.PosixPath"), (PurePath, "pathlib._local.WindowsPath"),
+    *[(PurePath, f"{module}.{kind}") for module in ("pathlib", "pathlib._local")
+      for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")],
     np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"},
     (multiarray.scalar, "numpy._core.multiarray.scalar"),
     (multiarray.scalar, "numpy.core.multiarray.scalar"),
@@ -1654,9 +1654,9 @@ def load_checkpoint(path, wanted=None):
 
 def read_file(path):
     """What torch.save or safetensors wrote, without running any of it."""
-    if str(path).endswith(".safetensors"):
-        return read_safetensors(path)
     try:
+        if str(path).endswith(".safetensors"):
+            return safetensors(Path(path).read_bytes())
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # about old formats: the caller checks what matters
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -1674,23 +1674,18 @@ def read_file(path):
         fail(f"cannot read {path}: {reason} ({type(error).__name__})")
 
 
-def read_safetensors(path):
-    """A dict of tensors. The file: 8 bytes, a JSON header of that length, the tensors' bytes."""
-    try:
-        content = Path(path).read_bytes()
-        size = 8 + int.from_bytes(content[:8], "little")
-        header, tensors = json.loads(content[8:size]), {}
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            first, last = about["data_offsets"]
-            values = bytearray(content[size + first:size + last])
-            kind = SAFETENSORS_TYPES[about["dtype"]]
-            tensors[name] = torch.frombuffer(values, dtype=kind).reshape(about["shape"])
-        return tensors
-    except FileNotFoundError:
-        fail(f"no checkpoint {path}")
-    except Exception as error:  # whatever the bytes of a broken file lead to
-        fail(f"cannot read {path}: it is truncated or no safetensors file ({type(error).__name__})")
+def safetensors(content):
+    """A dict of tensors from the bytes of a .safetensors file: 8 that say how long the header is, a
+    JSON header, the values."""
+    size = 8 + int.from_bytes(content[:8], "little")
+    header, tensors = json.loads(content[8:size]), {}
+    header.pop("__metadata__", None)
+    for name, about in header.items():
+        first, last = about["data_offsets"]
+        values = bytearray(content[size + first:size + last])
+        kind = SAFETENSORS_TYPES[about["dtype"]]
+        tensors[name] = torch.frombuffer(values, dtype=kind).reshape(about["shape"])
+    return tensors
 
 
 def flat_tensors(content, place=""):
