@@ -1,19 +1,27 @@
-"""What does each part of a method do? One thing varied at a time, all else at its default; judged on val, test untouched.
+"""What does each part of a method do? One thing varied at a time, all else at its default; judged
+on val, test untouched.
 
-    python tests/bench_ablation.py --data petals --ckpt simclr.pt               every group, 3 seeds: hours on a CPU
-    python tests/bench_ablation.py --data petals --ckpt simclr.pt residual eta  these groups only
-    python tests/bench_ablation.py --data petals --ckpt simclr.pt controls --bissl "--lam 0.1 --lr 0.02"    in another regime
+    python tests/bench_ablation.py --ckpt simclr.pt                     every group, 3 seeds: hours
+    python tests/bench_ablation.py --ckpt simclr.pt residual eta        these groups only
+    python tests/bench_ablation.py --ckpt simclr.pt controls --bissl "--lam 0.1 --lr 0.02"
+                                                                        in another regime
 
-  residual   ||v - A x|| / ||v|| of plain and layer-wise conjugate gradients against steps, for several dampings (one batch)
-  controls   what BiSSL has to beat: fine-tuning at once; the pretext continued from its own head for as many lower steps
-             (lambda 0: theta never hears of phi), and for as many seconds; J = I
+  residual     ||v - A x|| / ||v|| of plain and layer-wise conjugate gradients against steps, for
+               several dampings (one batch)
+  controls     what BiSSL has to beat: fine-tuning at once; the pretext continued from its own head
+               for as many lower steps (lambda 0: theta never hears of phi), and for as many
+               seconds; J = I
   N_L N_U lam damping cg_steps   BiSSL's own flags
-  alpha      COIN's share of the budget      eta  Core-tuning's weight        ingredients  Core-tuning without each of its three
-  keys       Bi-tuning's K                   losses  Bi-tuning without each of its two losses
-Each variant is trained from the same SimCLR checkpoint and fine-tuned with the same flags, --seeds times: labelled images,
-views and heads differ. Each is fine-tuned with all --pairs of learning rate and weight decay and has the best mean. A finished
-run is a line of RUNS/runs.jsonl and is not made again. Writes tests/results/ablation-DATA.csv and one figure a group; with
---name, ablation-NAME.csv.
+  alpha        COIN's share of the budget
+  eta          Core-tuning's weight
+  ingredients  Core-tuning without each of its three
+  keys         Bi-tuning's K
+  losses       Bi-tuning without each of its two losses
+Each variant is trained from the same SimCLR checkpoint and fine-tuned with the same flags, --seeds
+times: labelled images, views and heads differ. Each is fine-tuned with all --pairs of learning rate
+and weight decay and has the best mean. A finished run is a line of RUNS/runs.jsonl and is not made
+again. Writes tests/results/ablation-DATA.csv and one figure a group; with --name,
+ablation-NAME.csv.
 """
 import argparse
 import contextlib
@@ -36,84 +44,130 @@ import bissl
 import coin
 import common
 import core_tuning
-from bench_accuracy import Bench
+from bench_accuracy import Bench, name_of_data, spread_of
 from bench_hypergradient import layerwise
 from bench_speed import device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning", "keys": "bi_tuning", "losses": "bi_tuning"}
-FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping": "--damping", "cg_steps": "--cg-steps",
-        "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
-CONTROLS = ("fine-tuning", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL")
-VALUES = {"controls": CONTROLS, "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0.1, 1, 10), "damping": (10, 100, 1000),
-          "cg_steps": (1, 5, 10), "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9),
-          "eta": (0, 0.1, 0.3, 1, 3, 10), "keys": (1, 4, 16, 40, 100),
-          "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
-          "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight", "fine-tuning")}
+FIELDS = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair",
+          "seconds", "stage_seconds", "residual", "knn", "distance")
+SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning",
+          "keys": "bi_tuning", "losses": "bi_tuning"}
+FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping": "--damping",
+        "cg_steps": "--cg-steps", "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
+VALUES = {
+    "controls": ("fine-tuning", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL"),
+    "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0.1, 1, 10), "damping": (10, 100, 1000),
+    "cg_steps": (1, 5, 10), "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9), "eta": (0, 0.1, 0.3, 1, 3, 10),
+    "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
+    "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight",
+                    "fine-tuning")}
+BI_LOSSES = {"no CCE": ["contrastive_cross_entropy"], "no CCL": ["categorical_contrastive"],
+             "neither": ["contrastive_cross_entropy", "categorical_contrastive"]}
+
+
+# --------------------------------------------------------------------- methods with a part left out
+
+def unweighted_contrastive(z, positives, temperature):
+    """core_tuning.focal_contrastive() without its factor 1 - p_ij."""
+    z = F.normalize(z, dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
+    log_p = similarity.log_softmax(1).masked_fill(~positives, 0)
+    number = positives.sum(1)
+    return -(log_p.sum(1) / number.clamp(min=1)).sum() / (number > 0).sum().clamp(min=1)
+
+
+def no_loss(*ignored, **named):
+    return torch.zeros(())
 
 
 def without(part):
     """Core-tuning or Bi-tuning with one part taken out, as a patch; None takes nothing."""
-    hard_pairs, zero = core_tuning.hard_pairs, lambda *ignored, **named: torch.zeros(())
-    own = lambda f, y, classes: (f, F.one_hot(y, classes).to(f.dtype))
+    hard_pairs = core_tuning.hard_pairs
 
     def pairs(f, y, classes, alpha):
+        """hard_pairs(), with the images themselves in the place of what is left out."""
         f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, alpha)
-        return (*own(f, y, classes), f_neg, y_neg) if part == "no hard positives" else (f_pos, y_pos, *own(f, y, classes))
-
-    def unweighted(z, positives, temperature):
-        z = F.normalize(z, dim=1)
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(~positives, 0)
-        number = positives.sum(1)
-        return -(log_p.sum(1) / number.clamp(min=1)).sum() / (number > 0).sum().clamp(min=1)
+        own = F.one_hot(y, classes).to(f.dtype)
+        if part == "no hard positives":
+            return f, own, f_neg, y_neg
+        return f_pos, y_pos, f, own
 
     if part in ("no hard positives", "no semi-hard negatives"):
         return mock.patch.object(core_tuning, "hard_pairs", pairs)
     if part == "no focal weight":
-        return mock.patch.object(core_tuning, "focal_contrastive", unweighted)
-    gone = {"no CCE": ["contrastive_cross_entropy"], "no CCL": ["categorical_contrastive"],
-            "neither": ["contrastive_cross_entropy", "categorical_contrastive"]}.get(part, [])
-    return mock.patch.multiple(bi_tuning, **{name: zero for name in gone}) if gone else contextlib.nullcontext()
+        return mock.patch.object(core_tuning, "focal_contrastive", unweighted_contrastive)
+    if part in BI_LOSSES:
+        return mock.patch.multiple(bi_tuning, **dict.fromkeys(BI_LOSSES[part], no_loss))
+    return contextlib.nullcontext()
 
+
+# ----------------------------------------------------------------------------------------- the runs
 
 class Ablation:
-    """The runs of all groups; equal ones, such as the default that stands in many groups, are made once."""
+    """The runs of all groups; equal ones, such as the default that stands in many groups, are made
+    once."""
 
     def __init__(self, args):
         self.args, self.bench = args, Bench(args)
-        self.pairs = [("--lr", lr, "--weight-decay", decay) for lr, decay in (pair.split(",") for pair in args.pairs)]
-        self.labels = ["--labels-per-class", args.labels] if args.labels else ["--fraction", 1]
+        self.pairs = []
+        for pair in args.pairs:
+            lr, decay = pair.split(",")
+            self.pairs.append(("--lr", lr, "--weight-decay", decay))
+        self.labels = ["--fraction", 1]
+        if args.labels:
+            self.labels = ["--labels-per-class", args.labels]
 
     def default(self, group):
         """What the flag of a group is where nothing is varied."""
         script = {"alpha": coin, "eta": core_tuning, "keys": bi_tuning}.get(group, bissl)
-        flags = self.bench.flags("flags", "--ckpt", self.args.ckpt, *(self.args.bissl if script is bissl else ()))
-        return getattr(script.parser().parse_args(flags), FLAG[group].strip("-").replace("-", "_"))
+        more = self.args.bissl if script is bissl else ()
+        flags = self.bench.flags("flags", "--ckpt", self.args.ckpt, *more)
+        args = script.parser().parse_args(flags)
+        return getattr(args, FLAG[group].strip("-").replace("-", "_"))
 
     def stage(self, script, seed, *flags):
         """A run of bissl.py or coin.py from --ckpt: its checkpoint and its line in the book."""
-        flags = [str(flag) for flag in (*(self.args.bissl if script == "bissl" else ()), *flags)]
+        if script == "bissl":
+            flags = (*self.args.bissl, *flags)
+        flags = [str(flag) for flag in flags]
         out = "".join([script, *flags, f"-{seed}"]).replace("--", "-")
+
         def make():
-            last = self.bench.main(script, out, "--ckpt", self.args.ckpt, "--seed", seed, *self.labels, *flags)
+            last = self.bench.main(script, out, "--ckpt", self.args.ckpt, "--seed", seed,
+                                   *self.labels, *flags)
             return {name: last.get(name) for name in ("residual", "knn", "distance")}
+
         return self.bench.place / f"{out}.pt", self.bench.once(out, make)
 
     def score(self, method, ckpt, seed, *flags, part=None):
         """Score on val of a fine-tuning run, and its line in the book."""
-        if not Path(ckpt).stem.startswith("coin"):  # which tells the epochs that are left
+        ckpt = Path(ckpt)
+        if not ckpt.stem.startswith("coin"):  # which tells the epochs that are left
             flags = ("--epochs", self.args.epochs, *flags)
         flags = [str(flag) for flag in flags]
-        out = f"{Path(ckpt).stem}-" + "".join([method, part or "", *flags, f"-{seed}"]).replace("--", "-").replace(" ", "_")
+        name = "".join([method, part or "", *flags, f"-{seed}"])
+        out = f"{ckpt.stem}-" + name.replace("--", "-").replace(" ", "_")
+        argv = ["--ckpt", ckpt, "--seed", seed, *self.labels, *flags]
+
         def make():
             with without(part):
-                return dict(val=self.bench.on_val(method, out, ["--ckpt", ckpt, "--seed", seed, *self.labels, *flags]))
+                return dict(val=self.bench.on_val(method, out, argv))
+
         return self.bench.once(out, make)
+
+    def scores(self, method, ckpt, seed, *flags, part=None):
+        """score() with each of --pairs."""
+        lines = []
+        for pair in self.pairs:
+            lines.append(self.score(method, ckpt, seed, *pair, *flags, part=part))
+        return lines
 
     def control(self, value, seed):
         """The backbone to fine-tune, and the line of the stage that made it."""
-        same_steps = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]  # of flags given twice the last counts
+        # Of flags given twice the last counts.
+        same_steps = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]
         if value == "fine-tuning":
             return self.args.ckpt, {}
         if value == "BiSSL":
@@ -124,56 +178,87 @@ class Ablation:
             return self.stage("bissl", seed, *same_steps)
         _, whole = self.stage("bissl", seed)
         _, part = self.stage("bissl", seed, *same_steps)
-        _, one = self.stage("bissl", seed, *same_steps, "--lower-steps", 1)  # what a run takes whatever its steps
+        # What a run takes whatever its steps:
+        _, one = self.stage("bissl", seed, *same_steps, "--lower-steps", 1)
         share = (whole["seconds"] - one["seconds"]) / (part["seconds"] - one["seconds"])
         lower_steps = 1 + round(share * (self.default("N_L") - 1))
         return self.stage("bissl", seed, *same_steps, "--lower-steps", lower_steps)
 
     def run(self, group, value, seed):
-        """Lines of the book: the stage before fine-tuning ({} without), and the fine-tuning runs, one for each of --pairs."""
-        scores = lambda method, ckpt, *flags, part=None: [
-            self.score(method, ckpt, seed, *pair, *flags, part=part) for pair in self.pairs]
+        """Lines of the book: the stage before fine-tuning ({} without), and the fine-tuning runs,
+        one for each of --pairs."""
         if group == "controls":
             ckpt, stage = self.control(value, seed)
-            return stage, scores("finetune", ckpt)
+            return stage, self.scores("finetune", ckpt, seed)
         if value == "fine-tuning" or (group, value) == ("alpha", 0):
-            return {}, scores("finetune", self.args.ckpt)
-        flags = [FLAG[group], value] if group in FLAG and value != self.default(group) else []
+            return {}, self.scores("finetune", self.args.ckpt, seed)
+        flags = []
+        if group in FLAG and value != self.default(group):
+            flags = [FLAG[group], value]
         if group == "alpha":  # its search begins before fine-tuning
-            stages = [self.stage("coin", seed, "--epochs", self.args.epochs, *pair, *flags) for pair in self.pairs]
-            return stages[0][1], [self.score("finetune", ckpt, seed) for ckpt, _ in stages]
+            lines = []
+            for pair in self.pairs:
+                budget = ["--epochs", self.args.epochs]
+                ckpt, stage = self.stage("coin", seed, *budget, *pair, *flags)
+                lines.append(self.score("finetune", ckpt, seed))
+            return stage, lines
         if group in SCRIPT:
-            return {}, scores(SCRIPT[group], self.args.ckpt, *flags, part=value if group in ("ingredients", "losses") else None)
+            part = value if group in ("ingredients", "losses") else None
+            return {}, self.scores(SCRIPT[group], self.args.ckpt, seed, *flags, part=part)
         ckpt, stage = self.stage("bissl", seed, *flags)
-        return stage, scores("finetune", ckpt)
+        return stage, self.scores("finetune", ckpt, seed)
+
+    def reference(self, group):
+        """The variant that the others of a group are compared with: plain fine-tuning, all parts,
+        or the flag's default."""
+        if group in FLAG and group != "alpha":
+            return self.default(group)
+        return VALUES[group][0]
 
     def rows(self, group):
-        """One row a variant: mean and standard deviation over the seeds of its best pair, and `gain` over the group's reference
-        (plain fine-tuning, all parts, or the flag's default), seed by seed, on the same images."""
-        rows, seeds, chosen = [], range(self.args.seeds), {}
-        reference = self.default(group) if group in FLAG and group != "alpha" else VALUES[group][0]
+        """One row a variant: mean and standard deviation over the seeds of its best pair, and
+        `gain` over the group's reference, seed by seed, on the same images."""
+        rows, chosen = [], {}
         for value in VALUES[group]:
-            stages, runs = zip(*(self.run(group, value, seed) for seed in seeds))
-            scores = np.array([[line["val"] for line in run] for run in runs])  # (seeds, pairs)
+            stages, runs = [], []
+            for seed in range(self.args.seeds):
+                stage, lines = self.run(group, value, seed)
+                stages.append(stage)
+                runs.append(lines)
+            scores = np.array([[line["val"] for line in lines] for lines in runs])  # (seeds, pairs)
             best = scores.mean(0).argmax()
-            chosen[value] = scores[:, best]
-            mean = lambda lines, key: round(float(np.mean([l[key] for l in lines])), 4) if lines[0].get(key) is not None else ""
-            rows.append(dict(group=group, variant=value, val=round(scores[:, best].mean(), 2),
-                             std=round(scores[:, best].std(ddof=1), 2) if len(seeds) > 1 else 0.0,
-                             scores=" ".join(f"{s:.1f}" for s in scores[:, best]), pair=self.args.pairs[best],
-                             seconds=mean([run[best] for run in runs], "seconds"), stage_seconds=mean(stages, "seconds"),
-                             residual=mean(stages, "residual"), knn=mean(stages, "knn"), distance=mean(stages, "distance")))
+            own = chosen[value] = scores[:, best]
+            of_best = [lines[best] for lines in runs]
+            rows.append(dict(
+                group=group, variant=value, val=round(own.mean(), 2), std=round(spread_of(own), 2),
+                scores=" ".join(f"{s:.1f}" for s in own), pair=self.args.pairs[best],
+                seconds=mean_of(of_best, "seconds"), stage_seconds=mean_of(stages, "seconds"),
+                residual=mean_of(stages, "residual"), knn=mean_of(stages, "knn"),
+                distance=mean_of(stages, "distance")))
             print("--- {group} {variant}: {val} +- {std} % on val".format(**rows[-1]), flush=True)
+        reference = chosen[self.reference(group)]
         for row in rows:
-            difference = chosen[row["variant"]] - chosen[reference]
-            row.update(gain=round(difference.mean(), 2), gain_std=round(difference.std(ddof=1), 2) if len(seeds) > 1 else 0.0)
+            difference = chosen[row["variant"]] - reference
+            row["gain"] = round(difference.mean(), 2)
+            row["gain_std"] = round(spread_of(difference), 2)
         return rows
 
 
+def mean_of(lines, key):
+    """Of lines of the book; nothing where the first has no such figure."""
+    if lines[0].get(key) is None:
+        return ""
+    return round(float(np.mean([line[key] for line in lines])), 4)
+
+
+# -------------------------------------------------------------------------------------- the solvers
+
 def residuals(args, device):
-    """True residual of each solver against steps and damping, on one pretext batch of the checkpoint and one batch of labels."""
-    flags = bissl.parser().parse_args(["--data", args.data, "--root", args.root, "--ckpt", args.ckpt, "--device", device,
-                                       "--out", f"{args.runs}/residual"])
+    """True residual of each solver against steps and damping, on one pretext batch of the
+    checkpoint and one batch of labels."""
+    flags = bissl.parser().parse_args(
+        ["--data", args.data, "--root", args.root, "--ckpt", args.ckpt, "--device", device,
+         "--out", f"{args.runs}/residual"])
     backbone, ckpt = common.start_backbone(flags, say=False)
     pretext, model, pretext_args, _ = bissl.start_pretext(flags, backbone, ckpt)
     torch.manual_seed(0)
@@ -186,43 +271,74 @@ def residuals(args, device):
         pictures, y = next(iter(common.Batches(data, 64)))
         logits = head(backbone(common.augment(pictures, flags.image_size)))
         v = torch.autograd.grad(common.task_loss(logits, y), theta)
-    rows = []
+    rows, whole = [], bissl.as_vector(v)
     for damping in (1.0, 10.0, 100.0, 1000.0):
         matvec = bissl.damped_hessian(gradient, theta, damping)
         for name, solver in (("plain", bissl.conjugate_gradient), ("layer-wise", layerwise)):
             for steps in (1, 2, 3, 5, 8):
-                whole, Ax = bissl.as_vector(v), bissl.as_vector(matvec(solver(matvec, v, steps)))
-                left = (whole - Ax).norm() / whole.norm()
-                rows.append(dict(group="residual", variant=f"{name}, damping {damping:g}", value=steps,
-                                 residual=float(f"{left.item():.3g}")))
+                Ax = bissl.as_vector(matvec(solver(matvec, v, steps)))
+                left = ((whole - Ax).norm() / whole.norm()).item()
+                rows.append(dict(group="residual", variant=f"{name}, damping {damping:g}",
+                                 value=steps, residual=float(f"{left:.3g}")))
                 print("{variant}, {value} steps: {residual}".format(**rows[-1]), flush=True)
     return rows
 
 
-def draw(group, rows, path, data):
+# ------------------------------------------------------------------------------------ what came out
+
+def draw_residuals(axes, rows):
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        points = [(row["value"], row["residual"]) for row in rows if row["variant"] == name]
+        style = "--" if name.startswith("layer") else "-"
+        axes.plot(*zip(*points), label=name, marker="o", linestyle=style)
+    axes.set(yscale="log", xlabel="steps", ylabel="||v - A x|| / ||v||")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.legend(fontsize=8)
+
+
+def draw_variants(axes, group, rows):
+    """Bars of the means, and a line a seed: the same labelled images in all variants."""
+    places = range(len(rows))
+    axes.bar(places, [row["val"] for row in rows], yerr=[row["std"] for row in rows],
+             color="lightsteelblue", capsize=3)
+    scores = np.array([row["scores"].split() for row in rows], float)  # (variants, seeds)
+    axes.plot(places, scores, marker=".", color="black", linewidth=0.5, alpha=0.6)
+    is_flag = group in FLAG
+    axes.set_xticks(places, [str(row["variant"]) for row in rows], rotation=0 if is_flag else 20)
+    axes.set(xlabel=group if is_flag else "", ylabel="top-1 on val, %",
+             ylim=(max(0, scores.min() - 5), None))
+
+
+def draw(group, rows, path, title):
     figure, axes = plt.subplots(figsize=(6.5, 4.5))
     if group == "residual":
-        for name in dict.fromkeys(row["variant"] for row in rows):
-            points = [(row["value"], row["residual"]) for row in rows if row["variant"] == name]
-            axes.plot(*zip(*points), label=name, marker="o", linestyle="--" if name.startswith("layer") else "-")
-        axes.set(yscale="log", xlabel="steps", ylabel="||v - A x|| / ||v||", title=f"{data}: solvers")
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.legend(fontsize=8)
+        draw_residuals(axes, rows)
+        axes.set_title(f"{title}: solvers")
     else:
-        places = range(len(rows))
-        axes.bar(places, [row["val"] for row in rows], yerr=[row["std"] for row in rows], color="lightsteelblue", capsize=3)
-        for scores in zip(*(row["scores"].split() for row in rows)):  # a seed: the same labelled images in all variants
-            axes.plot(places, [float(score) for score in scores], marker=".", color="black", linewidth=0.5, alpha=0.6)
-        axes.set_xticks(places, [str(row["variant"]) for row in rows], rotation=0 if group in FLAG else 20)
-        low = min(min(map(float, row["scores"].split())) for row in rows)
-        axes.set(xlabel=group if group in FLAG else "", ylabel="top-1 on val, %", ylim=(max(0, low - 5), None), title=f"{data}: {group}")
+        draw_variants(axes, group, rows)
+        axes.set_title(f"{title}: {group}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def write(rows, path):
+    """The table with the rows of a group; those of other devices and groups stay in it."""
+    before = []
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if (row["device"], row["group"]) != (rows[0]["device"], rows[0]["group"]):
+                    before.append(row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*before, *rows])
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("groups", nargs="*", help="residual, controls, N_L, ...; without: all")
     p.add_argument("--data", default="petals")
     p.add_argument("--root", default="data")
@@ -235,27 +351,31 @@ def main(argv=None):
     p.add_argument("--labels", type=int, default=20, help="labels a class; 0: all of train")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
-    p.add_argument("--bissl", type=shlex.split, default=[], help="flags for every BiSSL run, in one string")
-    p.add_argument("--pairs", nargs="+", default=["0.03,0.0005", "0.08,0.008"], help="LR,WEIGHT_DECAY of fine-tuning")
+    p.add_argument("--bissl", type=shlex.split, default=[],
+                   help="flags for every BiSSL run, in one string")
+    p.add_argument("--pairs", nargs="+", default=["0.03,0.0005", "0.08,0.008"],
+                   help="LR,WEIGHT_DECAY of fine-tuning")
     args = p.parse_args(argv)
     unknown = set(args.groups) - {"residual", *VALUES}
     if unknown:
         common.fail(f"no group {', '.join(unknown)}: there are residual, {', '.join(VALUES)}")
-    name = args.name or (Path(args.data).resolve().name if Path(args.data).is_dir() else args.data)
-    args.runs = args.runs or f"runs/ablation-{name}"
-    ablation, path = Ablation(args), RESULTS / f"ablation-{name}.csv"
-    fields = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair", "seconds",
-              "stage_seconds", "residual", "knn", "distance")
+    args.name = args.name or name_of_data(args.data)
+    args.runs = args.runs or f"runs/ablation-{args.name}"
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    ablation, title = Ablation(args), " ".join([args.name, *args.bissl])
     for group in args.groups or ["residual", *VALUES]:
-        rows = residuals(args, args.device) if group == "residual" else ablation.rows(group)
-        rows = [dict(row, device=device_name(args.device)) for row in rows]
-        before = list(csv.DictReader(path.open())) if path.exists() else []
-        before = [row for row in before if (row["device"], row["group"]) != (rows[0]["device"], group)]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*before, *rows])
-        draw(group, rows, RESULTS / f"ablation-{name}-{group}.png", f"{name}{' ' + ' '.join(args.bissl) if args.bissl else ''}")
+        if group == "residual":
+            rows = residuals(args, args.device)
+        else:
+            rows = ablation.rows(group)
+        for row in rows:
+            row["device"] = device_name(args.device)
+        write(rows, RESULTS / f"ablation-{args.name}.csv")
+        draw(group, rows, RESULTS / f"ablation-{args.name}-{group}.png", title)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,30 @@
-"""Do the papers' claims show up here? Every chain of stages on equal terms: same epochs, same search, several seeds, test once.
+"""Do the papers' claims show up here? Every chain of stages on equal terms: same epochs, same
+search, several seeds, test once.
 
-    python tests/bench_accuracy.py --data petals                all rows and label rates, 3 seeds: 3 to 4 hours of one CPU core
-    python tests/bench_accuracy.py --data petals --quick        six rows, 20 labels a class, 2 seeds: under 20 minutes
-    python tests/bench_accuracy.py --data DIR --rows simclr     a folder; only the rows whose name holds `simclr`
+    python tests/bench_accuracy.py --data petals                all rows and label rates, 3 seeds: 3
+                                                                to 4 hours of one CPU core
+    python tests/bench_accuracy.py --data petals --quick        six rows, 20 labels a class, 2
+                                                                seeds: under 20 minutes
+    python tests/bench_accuracy.py --data DIR --rows simclr     a folder; only the rows whose name
+                                                                holds `simclr`
 
-A row is a chain {scratch, simclr, byol} - {nothing, coin, bissl} - {finetune, core_tuning, bi_tuning}, a column a label rate, a
-cell the mean +- standard deviation over seeds of the whole chain (pretext weights, views and the labelled images all differ).
-  budget   Every row has the same pretext epochs, and in a column the same fine-tuning epochs (RATES: more where there are fewer
-           images). COIN's are taken from fine-tuning; those that BiSSL's lower level goes through are taken from the pretext.
-           What BiSSL's solves cost beyond that is not: the table has each row's seconds.
-  search   Seed 0 of each cell tries the same random pairs of learning rate and weight decay, judged on val, of which nothing
-           is ever trained on; the other seeds take the best pair. `all` labels means all of train.
+A row is a chain {scratch, simclr, byol} - {nothing, coin, bissl} - {finetune, core_tuning,
+bi_tuning}, a column a label rate, a cell the mean +- standard deviation over seeds of the whole
+chain (pretext weights, views and the labelled images all differ).
+  budget   Every row has the same pretext epochs, and in a column the same fine-tuning epochs
+           (RATES: more where there are fewer images). COIN's are taken from fine-tuning; those that
+           BiSSL's lower level goes through are taken from the pretext. What BiSSL's solves cost
+           beyond that is not: the table has each row's seconds.
+  search   Seed 0 of each cell tries the same random pairs of learning rate and weight decay, judged
+           on val, of which nothing is ever trained on; the other seeds take the best pair. `all`
+           labels means all of train.
   test     One look for each seed, after its last epoch.
-Each finished run is a line of RUNS/runs.jsonl and is not made again: stop and start the bench as you like, and share the
-label rates out among several of it (--labels). What the scripts print goes to RUNS/log.txt. Writes
-tests/results/accuracy-DATA.csv and .png (accuracy-DATA-quick with --quick). `gain` compares a row with the plain one (same
-pretext, plain fine-tuning) seed by seed, on the same images. The best bar of a column is marked where it beats the plain row
-by more than the pooled standard deviation.
+Each finished run is a line of RUNS/runs.jsonl and is not made again: stop and start the bench as
+you like, and share the label rates out among several of it (--labels). What the scripts print goes
+to RUNS/log.txt. Writes tests/results/accuracy-DATA.csv and .png (accuracy-DATA-quick with --quick).
+`gain` compares a row with the plain one (same pretext, plain fine-tuning) seed by seed, on the same
+images. The best bar of a column is marked where it beats the plain row by more than the pooled
+standard deviation.
 """
 import argparse
 import contextlib
@@ -46,17 +54,35 @@ from bench_speed import device_name
 SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
            "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 RESULTS = Path(__file__).resolve().parent / "results"
-# COIN's second stage is finetune.py with --eta; BiSSL is a second stage of a pretext
-ROWS = [(pretext, stage, method) for pretext in ("scratch", "simclr", "byol") for stage in ("", "coin", "bissl")
-        for method in ("finetune", "core_tuning", "bi_tuning")
-        if not (stage == "coin" and method != "finetune" or stage == "bissl" and pretext == "scratch")]
-QUICK_ROWS = [row for row in ROWS if row[0] == "simclr" and (row[1] == "" or row[2] == "finetune") or
-              row == ("scratch", "", "finetune")]
-RATES = {"all": 12, "20": 60, "10": 90, "5": 120}  # labelled images a class, and how many epochs of fine-tuning they get
+# Labelled images a class, and how many epochs of fine-tuning they get.
+RATES = {"all": 12, "20": 60, "10": 90, "5": 120}
+
+
+def all_rows():
+    """(pretext, stage, method): COIN's second stage is finetune.py with --eta, and BiSSL is a
+    second stage of a pretext."""
+    rows = []
+    for pretext in ("scratch", "simclr", "byol"):
+        for stage in ("", "coin", "bissl"):
+            if stage == "bissl" and pretext == "scratch":
+                continue
+            for method in ("finetune", "core_tuning", "bi_tuning"):
+                if stage != "coin" or method == "finetune":
+                    rows.append((pretext, stage, method))
+    return rows
+
+
+ROWS = all_rows()
+QUICK_ROWS = [("scratch", "", "finetune"), ("simclr", "", "finetune"),
+              ("simclr", "", "core_tuning"), ("simclr", "", "bi_tuning"),
+              ("simclr", "coin", "finetune"), ("simclr", "bissl", "finetune")]
 
 
 def name_of(row):
     return "-".join(part for part in row if part)
+
+
+NAMES = [name_of(row) for row in ROWS]
 
 
 class Bench:
@@ -65,13 +91,15 @@ class Bench:
     def __init__(self, args):
         self.args, self.place = args, Path(args.runs)
         self.place.mkdir(parents=True, exist_ok=True)
-        self.book = self.place / "runs.jsonl"
-        lines = self.book.read_text().splitlines() if self.book.exists() else []
-        self.done = {line["run"]: line for line in map(json.loads, lines)}
+        self.book, self.done = self.place / "runs.jsonl", {}
+        if self.book.exists():
+            for text in self.book.read_text().splitlines():
+                line = json.loads(text)
+                self.done[line["run"]] = line
 
     def once(self, run, make):
-        """make() -> dict of results, unless `run` is in the book; the seconds it took are noted beside them (on a CPU the
-        processor's, which other programs do not lengthen)."""
+        """make() -> dict of results, unless `run` is in the book; the seconds it took are noted
+        beside them (on a CPU the processor's, which other programs do not lengthen)."""
         if run not in self.done:
             clock = time.process_time if self.args.device == "cpu" else time.perf_counter
             start = clock()
@@ -85,59 +113,80 @@ class Bench:
         return self.done[run]
 
     def flags(self, out, *flags):
-        shared = ["--data", self.args.data, "--root", self.args.root, "--device", self.args.device, "--out", self.place / out]
-        if self.args.precision:
-            shared += ["--precision", self.args.precision]
-        if self.args.image_size:
-            shared += ["--image-size", self.args.image_size]
+        args = self.args
+        shared = ["--data", args.data, "--root", args.root, "--device", args.device]
+        shared += ["--out", self.place / out]
+        if args.precision:
+            shared += ["--precision", args.precision]
+        if args.image_size:
+            shared += ["--image-size", args.image_size]
         return [str(flag) for flag in (*shared, *flags)]
 
     def main(self, script, out, *flags):
         return SCRIPTS[script].main([*self.flags(out, *flags), "--resume"])
 
     def pretext(self, name, seed, shorter):
-        """Checkpoint of a pretext run (None for scratch) with `shorter` epochs less than --pretext-epochs, and its seconds."""
+        """Checkpoint of a pretext run (None for scratch) with `shorter` epochs less than
+        --pretext-epochs, and its seconds."""
         if name == "scratch":
             return None, 0.0
         epochs = self.args.pretext_epochs - shorter
         out = f"{name}-{seed}-{epochs}"
-        line = self.once(out, lambda: dict(knn=self.main(name, out, "--seed", seed, "--epochs", epochs)["knn"]))
-        return self.place / f"{out}.pt", line["seconds"]
+
+        def make():
+            last = self.main(name, out, "--seed", seed, "--epochs", epochs)
+            return dict(knn=last["knn"])
+
+        return self.place / f"{out}.pt", self.once(out, make)["seconds"]
 
     def chain(self, row, rate, seed, lr, weight_decay, judge):
-        """One run of a row from its pretext checkpoint to its score on `judge`, val or test, in per cent."""
-        (pretext, stage, method), seconds, epochs = row, 0.0, self.args.epochs or RATES[rate]
-        ckpt, pretext_seconds = self.pretext(pretext, seed, self.args.bissl_epochs if stage == "bissl" else 0)
-        labels = ["--seed", seed, *(["--fraction", 1] if rate == "all" else ["--labels-per-class", rate])]
-        tuning, budget = ["--lr", lr, "--weight-decay", weight_decay, *labels], ["--epochs", epochs]
+        """One run of a row from its pretext checkpoint to its score on `judge`, val or test, in per
+        cent; the seconds of the pretext, and those of the rest."""
+        pretext, stage, method = row
+        epochs, seconds = self.args.epochs or RATES[rate], 0.0
+        shorter = self.args.bissl_epochs if stage == "bissl" else 0
+        ckpt, pretext_seconds = self.pretext(pretext, seed, shorter)
         start = ["--ckpt", ckpt] if ckpt else []
+        labels = ["--seed", seed, "--labels-per-class", rate]
+        if rate == "all":
+            labels = ["--seed", seed, "--fraction", 1]
+        tuning = ["--lr", lr, "--weight-decay", weight_decay, *labels]
+        budget = ["--epochs", epochs]
         if stage == "bissl":  # its own flags, not searched: one run for all pairs
             out = f"bissl-{pretext}-{rate}-{seed}"
             line = self.once(out, lambda: self.main("bissl", out, *start, *labels))
             start, seconds = ["--ckpt", self.place / f"{out}.pt"], line["seconds"]
         run = f"{name_of(row)}-{rate}-{seed}-{epochs}-lr{lr:.3g}-wd{weight_decay:.3g}"
         if stage == "coin":
-            line = self.once(f"coin-{run}", lambda: self.main("coin", f"coin-{run}", *start, *tuning, *budget))
-            start, seconds, budget = ["--ckpt", self.place / f"coin-{run}.pt"], line["seconds"], []
+            out = f"coin-{run}"
+            line = self.once(out, lambda: self.main("coin", out, *start, *tuning, *budget))
+            start, seconds = ["--ckpt", self.place / f"{out}.pt"], line["seconds"]
+            budget = []  # its checkpoint says what is left of it
+        flags = [*start, *tuning, *budget]
         if judge == "test":
-            line = self.once(f"{run}-test", lambda: {name: value for name, value in self.main(
-                method, run, *start, *tuning, *budget).items() if "test_" in name})
+            line = self.once(f"{run}-test", lambda: self.on_test(method, run, flags))
             score = line[f"test_{self.metric()}"]
         else:
-            line = self.once(f"{run}-val", lambda: dict(val=self.on_val(method, run, [*start, *tuning, *budget])))
+            line = self.once(f"{run}-val", lambda: dict(val=self.on_val(method, run, flags)))
             score = line["val"]
         (self.place / f"{run}.pt").unlink(missing_ok=True)  # its score is in the book
         return score, pretext_seconds, seconds + line["seconds"]
 
+    def on_test(self, method, out, flags):
+        summary = self.main(method, out, *flags)
+        return {name: value for name, value in summary.items() if "test_" in name}
+
     def on_val(self, method, out, flags):
-        """The score on val after a run's last epoch: what the protocol's search does, for a chain with stages before it."""
+        """The score on val after a run's last epoch: what the protocol's search does, for a chain
+        with stages before it."""
         script = SCRIPTS[method]
         args = script.parser().parse_args(self.flags(f"{out}-val", *flags))
         args.search = 1  # a pair that diverges is bad, not an error
         common.start_backbone(args, say=False)  # settles arch and image size
         data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
-        results, log = [], common.Log(args, args.epochs)
-        script.train(finetune.Run(method, args, data, judge=val, watch=None, log=log, results=results, ckpt=None))
+        results = []
+        script.train(finetune.Trial(method, args, args, data, judge=val, watch=None, history=[],
+                                    results=results, resume=False))
         Path(f"{args.out}.pt").unlink(missing_ok=True)
         return results[0].get(self.metric(), 0.0)
 
@@ -146,57 +195,85 @@ class Bench:
 
 
 def pairs_to_search(count):
-    """Random pairs of learning rate (0.003 to 0.3) and weight decay (1e-5 to 1e-2), log-uniform: each of `count` equal parts of
-    either range has one (a Latin square), since few draws that fall where they like leave the good part out."""
+    """Random pairs of learning rate (0.003 to 0.3) and weight decay (1e-5 to 1e-2), log-uniform:
+    each of `count` equal parts of either range has one (a Latin square), since few draws that fall
+    where they like leave the good part out."""
     rng = np.random.default_rng(0)
-    share = (np.stack([rng.permutation(count), rng.permutation(count)], 1) + rng.random((count, 2))) / count
+    parts = np.stack([rng.permutation(count), rng.permutation(count)], 1)  # (count, 2)
+    share = (parts + rng.random((count, 2))) / count
     return (10 ** (np.array([-2.5, -5]) + share * np.array([2, 3]))).tolist()
+
+
+def spread_of(values):
+    """Standard deviation, 0 of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def cell(bench, row, rate, args):
     """Search on val with seed 0, then every seed once on test: its csv row."""
-    scored = [(bench.chain(row, rate, 0, *pair, "val")[0], pair) for pair in pairs_to_search(args.search)]
-    best = max(scored)[1]
-    scores, pretext, rest = zip(*(bench.chain(row, rate, seed, *best, "test") for seed in range(args.seeds)))
-    spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
-    return dict(device=device_name(args.device), row=name_of(row), labels=rate, metric=bench.metric(),
-                mean=round(float(np.mean(scores)), 2), std=round(spread, 2), scores=" ".join(f"{s:.2f}" for s in scores),
+    tried = []
+    for pair in pairs_to_search(args.search):
+        score, _, _ = bench.chain(row, rate, 0, *pair, "val")
+        tried.append((score, pair))
+    _, best = max(tried)
+    scores, pretext, rest = [], [], []
+    for seed in range(args.seeds):
+        score, pretext_seconds, seconds = bench.chain(row, rate, seed, *best, "test")
+        scores.append(score)
+        pretext.append(pretext_seconds)
+        rest.append(seconds)
+    return dict(device=device_name(args.device), row=name_of(row), labels=rate,
+                metric=bench.metric(), mean=round(float(np.mean(scores)), 2),
+                std=round(spread_of(scores), 2), scores=" ".join(f"{s:.2f}" for s in scores),
                 lr=f"{best[0]:.3g}", weight_decay=f"{best[1]:.3g}",
-                pretext_seconds=round(float(np.mean(pretext)), 1), seconds=round(float(np.mean(rest)), 1))
+                pretext_seconds=round(float(np.mean(pretext)), 1),
+                seconds=round(float(np.mean(rest)), 1))
 
 
 def mark(cells):
-    """Adds what a row gains on the plain one, seed by seed; `marked`: best of its column, by more than the pooled deviation."""
-    plain = {(line["row"].split("-")[0], line["labels"]): line for line in cells if line["row"].count("-") == 1
-             and line["row"].endswith("-finetune")}
+    """Adds what a row gains on the plain one, seed by seed; `marked`: best of its column, by more
+    than the pooled deviation."""
+    plain, best = {}, {}
     for line in cells:
-        base = plain.get((line["row"].split("-")[0], line["labels"]))
+        pretext, *rest = line["row"].split("-")
+        if rest == ["finetune"]:
+            plain[pretext, line["labels"]] = line
+        best[line["labels"]] = max(line["mean"], best.get(line["labels"], 0.0))
+    for line in cells:
         line.update(gain="", gain_std="", pooled_std="", marked=False)
-        if base and base is not line:
-            own, other = (np.array(l["scores"].split(), float) for l in (line, base))
-            if len(own) == len(other) > 1:
-                difference = own - other
-                line.update(gain=round(difference.mean(), 2), gain_std=round(difference.std(ddof=1), 2))
-            best = max(l["mean"] for l in cells if l["labels"] == line["labels"])
-            line["pooled_std"] = round(math.hypot(line["std"], base["std"]) / math.sqrt(2), 2)
-            line["marked"] = line["mean"] == best and line["mean"] - base["mean"] > line["pooled_std"]
+        base = plain.get((line["row"].split("-")[0], line["labels"]))
+        if base is None or base is line:
+            continue
+        own = np.array(line["scores"].split(), float)
+        other = np.array(base["scores"].split(), float)
+        if len(own) == len(other) > 1:
+            difference = own - other
+            line["gain"] = round(difference.mean(), 2)
+            line["gain_std"] = round(difference.std(ddof=1), 2)
+        line["pooled_std"] = round(math.hypot(line["std"], base["std"]) / math.sqrt(2), 2)
+        is_best = line["mean"] == best[line["labels"]]
+        line["marked"] = is_best and line["mean"] - base["mean"] > line["pooled_std"]
     return cells
 
 
 def draw(cells, path, title):
-    """A group of bars for each row, a bar for each label rate, with the standard deviation; * where a row is marked."""
-    order = [name_of(row) for row in ROWS]
-    rows = sorted({line["row"] for line in cells}, key=order.index)
+    """A group of bars for each row, a bar for each label rate, with the standard deviation; * where
+    a row is marked."""
+    rows = sorted({line["row"] for line in cells}, key=NAMES.index)
     rates = [rate for rate in RATES if any(line["labels"] == rate for line in cells)]
+    width = 0.8 / len(rates)
     figure, axes = plt.subplots(figsize=(4 + 0.2 * len(rows) * (len(rates) + 1), 5))
     for i, rate in enumerate(rates):
-        column = [line for line in cells if line["labels"] == rate]
-        x = [rows.index(line["row"]) + (i - (len(rates) - 1) / 2) * 0.8 / len(rates) for line in column]
-        axes.bar(x, [line["mean"] for line in column], 0.75 / len(rates), yerr=[line["std"] for line in column], capsize=2,
-                 color=f"C{i}", label="all labels of train" if rate == "all" else f"{rate} labels a class")
-        for place, line in zip(x, column):
+        label = "all labels of train" if rate == "all" else f"{rate} labels a class"
+        for line in cells:
+            if line["labels"] != rate:
+                continue
+            x = rows.index(line["row"]) + (i - (len(rates) - 1) / 2) * width
+            axes.bar(x, line["mean"], 0.94 * width, yerr=line["std"], capsize=2, color=f"C{i}",
+                     label=label)
+            label = None  # one entry of the legend for all its bars
             if line["marked"]:
-                axes.text(place, line["mean"] + line["std"] + 0.5, "*", ha="center", fontsize=14)
+                axes.text(x, line["mean"] + line["std"] + 0.5, "*", ha="center", fontsize=14)
     axes.legend(fontsize=8)
     axes.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
     axes.set(ylabel="test accuracy, %", title=title)
@@ -206,15 +283,54 @@ def draw(cells, path, title):
     plt.close(figure)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def enter(line, path):
+    """The table in the file `path` with this row in its place, marked anew. It is read each time:
+    another of these benches may have written to it."""
+    lines = [line]
+    if path.exists():
+        with path.open(newline="") as file:
+            for old in csv.DictReader(file):
+                if key_of(old) != key_of(line):
+                    lines.append(dict(old, mean=float(old["mean"]), std=float(old["std"])))
+    lines = mark(sorted(lines, key=place_of))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+    return lines
+
+
+def key_of(line):
+    return line["device"], line["row"], line["labels"]
+
+
+def place_of(line):
+    return NAMES.index(line["row"]), list(RATES).index(line["labels"])
+
+
+def name_of_data(data):
+    """A folder's own name, without those above it."""
+    return Path(data).resolve().name if Path(data).is_dir() else data
+
+
+def bissl_epochs(bench):
+    """The pretext epochs that BiSSL's lower level goes through."""
+    flags = bissl.parser().parse_args(bench.flags("flags"))
+    images = flags.alternations * flags.lower_steps * flags.pretext_batch_size
+    return round(images / len(common.load_data(flags, "unlabeled")))
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="petals")
     p.add_argument("--root", default="data")
     p.add_argument("--runs", help="folder of the runs; default: runs/accuracy-DATA")
     p.add_argument("--device", default="cuda" if common.torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("float32", "bfloat16"))
     p.add_argument("--image-size", type=int, help="without: the scripts' own")
-    p.add_argument("--quick", action="store_true", help="six rows, 20 labels a class, 2 seeds, half the pretext epochs")
+    p.add_argument("--quick", action="store_true",
+                   help="six rows, 20 labels a class, 2 seeds, half the pretext epochs")
     p.add_argument("--rows", default="", help="only rows with this in their name")
     p.add_argument("--labels", nargs="+", choices=RATES, help="label rates")
     p.add_argument("--seeds", type=int, help="default: 3, quick 2")
@@ -222,33 +338,38 @@ def main(argv=None):
     p.add_argument("--pretext-epochs", type=int, help="default: 24, quick 12")
     p.add_argument("--epochs", type=int, help=f"of fine-tuning; default: {RATES}")
     args = p.parse_args(argv)
-    args.seeds, args.pretext_epochs = args.seeds or (2 if args.quick else 3), args.pretext_epochs or (12 if args.quick else 24)
-    args.labels = args.labels or (["20"] if args.quick else list(RATES))
-    name = (Path(args.data).resolve().name if Path(args.data).is_dir() else args.data) + "-quick" * args.quick
-    args.runs = args.runs or f"runs/accuracy-{name}"
-    bench, path = Bench(args), RESULTS / f"accuracy-{name}.csv"
-    flags = bissl.parser().parse_args(bench.flags("flags"))
-    images = len(common.load_data(flags, "unlabeled"))
-    args.bissl_epochs = round(flags.alternations * flags.lower_steps * flags.pretext_batch_size / images)
+    defaults = dict(seeds=3, pretext_epochs=24, labels=list(RATES))
+    args.name = name_of_data(args.data)
+    if args.quick:
+        defaults = dict(seeds=2, pretext_epochs=12, labels=["20"])
+        args.name += "-quick"
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.runs = args.runs or f"runs/accuracy-{args.name}"
+    return args
 
-    wanted = [row for row in (QUICK_ROWS if args.quick else ROWS) if args.rows in name_of(row)]
-    todo, started = [(row, rate) for row in wanted for rate in args.labels], time.perf_counter()
+
+def main(argv=None):
+    args = parse(argv)
+    bench, path = Bench(args), RESULTS / f"accuracy-{args.name}.csv"
+    args.bissl_epochs = bissl_epochs(bench)
+    title = (f"{args.name}: {args.pretext_epochs} pretext epochs, {args.seeds} seeds\n"
+             "* best of its column and beyond the spread")
+    todo = []
+    for row in QUICK_ROWS if args.quick else ROWS:
+        if args.rows in name_of(row):
+            todo.extend((row, rate) for rate in args.labels)
+    started = time.perf_counter()
     for i, (row, rate) in enumerate(todo):
         print(f"--- cell {i + 1}/{len(todo)}: {name_of(row)}, {rate} labels a class", flush=True)
         line = cell(bench, row, rate, args)
         left = (time.perf_counter() - started) / (i + 1) * (len(todo) - i - 1)
-        print("--- {row} {labels}: {metric} {mean} +- {std} %; ".format(**line) + f"about {left / 60:.0f} minutes left", flush=True)
-        key = lambda line: (line["device"], line["row"], line["labels"])
-        before = list(csv.DictReader(path.open())) if path.exists() else []  # read anew: another of these may have written to it
-        lines = [dict(old, mean=float(old["mean"]), std=float(old["std"])) for old in before if key(old) != key(line)]
-        place = lambda line: ([name_of(row) for row in ROWS].index(line["row"]), list(RATES).index(line["labels"]))
-        lines = mark(sorted([*lines, line], key=place))
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, lines[0])
-            writer.writeheader()
-            writer.writerows(lines)
-        draw([l for l in lines if l["device"] == line["device"]], path.with_suffix(".png"),
-             f"{name}: {args.pretext_epochs} pretext epochs, {args.seeds} seeds\n* best of its column and beyond the spread")
+        print(f"--- {line['row']} {line['labels']}: {line['metric']} {line['mean']} +- "
+              f"{line['std']} %; about {left / 60:.0f} minutes left", flush=True)
+        lines = enter(line, path)
+        here = [other for other in lines if other["device"] == line["device"]]
+        draw(here, path.with_suffix(".png"), title)
 
 
 if __name__ == "__main__":

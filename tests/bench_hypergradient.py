@@ -13,8 +13,8 @@ gradients from zero on the whole pretext batch until the residual is under 0.1.
             bissl.py's own loop around them costs nothing
   ratio     seconds / the baseline's; the aim is 0.35 with no larger an error
   error     ||h - h*|| / ||h*||, h = implicit + direct gradient of phi_B, mean over the 8 upper
-            steps. h* comes from float64 solves on the whole batch to a residual of 1e-4, with shared
-            directions instead of 100 plain steps
+            steps. h* comes from float64 solves on the whole batch to a residual of 1e-4, with
+            shared directions instead of 100 plain steps
   residual  ||v - A x|| / ||v|| of the last solve, A with the whole batch
   graph MB  what the first-order graph holds: on a GPU the rise of allocated memory at its peak over
             one product, on a CPU the bytes of all tensors that autograd saves for it, each once
@@ -27,24 +27,25 @@ import itertools
 import sys
 import tempfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-import bench_speed  # noqa: E402  (puts the repository's root on the path)
-import bissl  # noqa: E402
-import common  # noqa: E402
-import simclr  # noqa: E402
+import bissl
+import common
+import simclr
+from bench_speed import device_name, seconds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "hypergradient.csv"
-FIELDS = ("device", "data", "setting", "idea", "hessian_batch", "products", "seconds", "ratio", "error", "residual", "graph_mb")
+FIELDS = ("device", "data", "setting", "idea", "hessian_batch", "products", "seconds", "ratio",
+          "error", "residual", "graph_mb")
 N_L, N_U, ROUNDS = 20, 8, 5
 
 
@@ -114,19 +115,140 @@ def five_layerwise(matvec, vectors):
     return [layerwise(matvec, v, 5) for v in vectors], 5 * len(vectors)
 
 
-IDEAS = [  # name, images of the Hessian (None: all), solver, graph kept
-    ("baseline: graph rebuilt, plain, 0.1", None, lambda A, vs: plain(A, vs, 0.1), False),
-    ("graph kept", None, lambda A, vs: plain(A, vs, 0.1), True),
-    ("graph kept, 5 steps", None, five, True),
-    ("graph kept, 5 steps, layer-wise", None, five_layerwise, True),
-    ("warm start, 0.1", None, lambda A, vs: warm(A, vs, 0.1), True),
-    ("half batch, plain, 0.1", 2, lambda A, vs: plain(A, vs, 0.1), True),
-    ("quarter batch, plain, 0.1", 4, lambda A, vs: plain(A, vs, 0.1), True),
-    ("recycled, 0.1", None, lambda A, vs: recycled(A, vs, 0.1), True),
-    ("recycled, 0.05 (default)", None, lambda A, vs: recycled(A, vs, 0.05), True),
-    ("half batch, recycled, 0.05", 2, lambda A, vs: recycled(A, vs, 0.05), True),
-    ("quarter batch, recycled, 0.05", 4, lambda A, vs: recycled(A, vs, 0.05), True),
+IDEAS = [  # name, images of the Hessian (1: all, 2: half of them), solver, graph kept
+    ("baseline: graph rebuilt, plain, 0.1", 1, partial(plain, tolerance=0.1), False),
+    ("graph kept", 1, partial(plain, tolerance=0.1), True),
+    ("graph kept, 5 steps", 1, five, True),
+    ("graph kept, 5 steps, layer-wise", 1, five_layerwise, True),
+    ("warm start, 0.1", 1, partial(warm, tolerance=0.1), True),
+    ("half batch, plain, 0.1", 2, partial(plain, tolerance=0.1), True),
+    ("quarter batch, plain, 0.1", 4, partial(plain, tolerance=0.1), True),
+    ("recycled, 0.1", 1, partial(recycled, tolerance=0.1), True),
+    ("recycled, 0.05 (default)", 1, partial(recycled, tolerance=0.05), True),
+    ("half batch, recycled, 0.05", 2, partial(recycled, tolerance=0.05), True),
+    ("quarter batch, recycled, 0.05", 4, partial(recycled, tolerance=0.05), True),
 ]
+
+
+# ----------------------------------------------------------------------------------- an alternation
+
+class Levels:
+    """Both levels of bissl.py as its train() starts them, and their steps one at a time."""
+
+    def __init__(self, argv):
+        out = f"{tempfile.gettempdir()}/bench_hypergradient"
+        self.args = args = bissl.parser().parse_args([*argv, "--out", out])
+        self.theta_B, ckpt = common.start_backbone(args)
+        started = bissl.start_pretext(args, self.theta_B, ckpt)
+        self.pretext, self.lower, self.pretext_args, _ = started
+        pretext_args = self.pretext_args
+        self.exact_args = Namespace(**vars(pretext_args))
+        self.exact_args.precision = "float32"
+        pretext_data = bissl.load_pretext_data(args, pretext_args)
+        data = common.load_labelled(args, args.seed)
+        self.upper = bissl.make_upper(args, self.theta_B, data.classes)
+        self.phi_B, self.phi_H = self.upper
+        self.lower_optimizer = common.make_optimizer(
+            pretext_args.optimizer, [self.lower], pretext_args.lr / 10, pretext_args.weight_decay)
+        self.upper_optimizer = common.make_optimizer("sgd", [self.upper], args.lr,
+                                                     args.weight_decay)
+        self.theta, self.phi = tuple(self.theta_B.parameters()), tuple(self.phi_B.parameters())
+        self.damping = args.lam + args.damping
+        bissl.warm_up_head(args, self.phi_B, self.phi_H, data)
+        self.lower_batches = bissl.endless(
+            common.Batches(pretext_data, args.pretext_batch_size, whole_only=True))
+        self.upper_batches = bissl.endless(common.Batches(data, args.batch_size))
+
+    def views(self, x):
+        return [view.contiguous() for view in self.pretext.make_views(x, self.pretext_args)]
+
+    def lower_step(self, x):
+        views = self.pretext.make_views(x, self.pretext_args)
+        loss = self.pretext.loss(self.lower, views, self.pretext_args)
+        pull = self.args.lam / 2 * bissl.squared_distance(self.theta, self.phi)
+        self.lower_optimizer.zero_grad()
+        (loss + pull).backward()
+        nn.utils.clip_grad_norm_(self.lower.parameters(), 10)
+        self.lower_optimizer.step()
+
+    def upper_gradients(self, x, y):
+        """g_theta and the direct gradient of phi_B, which is left in p.grad, too."""
+        theta_loss, phi_loss = bissl.downstream_losses(self.args, self.theta_B, self.upper, x, y)
+        g_theta = torch.autograd.grad(theta_loss, self.theta, retain_graph=True)
+        self.upper_optimizer.zero_grad()
+        (theta_loss + phi_loss).backward(inputs=[*self.upper.parameters()])
+        return g_theta, [p.grad.clone() for p in self.phi]
+
+    def first_order(self, part, model, views):
+        """d L_P / d theta_B, with its graph, on one `part`th of the views."""
+        views = [view[:len(view) // part] for view in views]
+        with common.frozen_statistics(model):
+            loss = self.pretext.loss(model, views, self.exact_args)
+            return torch.autograd.grad(loss, tuple(model.backbone.parameters()), create_graph=True)
+
+
+def time_parts(levels):
+    """Median seconds of each part of an alternation, which are taken in turn, after N_L steps."""
+    times, made = {}, {}
+    device = levels.args.device.split(":")[0]
+    # bissl.py takes products in this layout.
+    planar = copy.deepcopy(levels.lower).to(memory_format=torch.contiguous_format)
+    theta = tuple(planar.backbone.parameters())
+    some = tuple(torch.randn_like(p) for p in theta)
+
+    def timed(part, work):
+        times.setdefault(part, []).append(seconds(work, device))
+
+    def make_graph(part, views):
+        made["graph"] = levels.first_order(part, planar, views)
+
+    def product():
+        bissl.damped_hessian(made["graph"], theta, levels.damping)(some)
+
+    def rebuilt(views):
+        make_graph(1, views)
+        product()
+
+    for i in range(N_L):
+        x, _ = next(levels.lower_batches)
+        timed("lower", lambda: levels.lower_step(x))
+        if i % max(1, N_L // ROUNDS):
+            continue
+        views, (pictures, y) = levels.views(x), next(levels.upper_batches)
+        timed("upper", lambda: levels.upper_gradients(pictures, y))
+        for part in (1, 2, 4):
+            timed(("graph", part), lambda: make_graph(part, views))
+            timed(("product", part), product)
+        made.clear()
+        timed("rebuilt", lambda: rebuilt(views))
+    medians = {part: median(values) for part, values in times.items()}
+    said = [f"{part} {value:.3f} s" for part, value in medians.items()]
+    print("medians:", "  ".join(said), flush=True)
+    return medians
+
+
+def make_systems(levels, gradient):
+    """The right-hand sides g_theta of N_U upper steps, and the direct gradients beside them."""
+    vectors, direct = [], []
+    for x, y in itertools.islice(levels.upper_batches, N_U):
+        g_theta, own = levels.upper_gradients(x, y)
+        vectors.append(g_theta)
+        direct.append(bissl.as_vector(own).double())
+        implicit = bissl.inverse_hvp(None, levels.theta, g_theta, levels.damping, 5, gradient)
+        torch._foreach_add_([p.grad for p in levels.phi], implicit)
+        levels.upper_optimizer.step()
+    return vectors, direct
+
+
+def solve_exactly(levels, exact, views, vectors):
+    """The systems' solutions in float64, by the float64 copy `exact` of the lower level."""
+    theta = tuple(exact.backbone.parameters())
+    gradient = levels.first_order(1, exact, [view.double() for view in views])
+    product = bissl.damped_hessian(gradient, theta, levels.damping)
+    vectors = [tuple(t.double() for t in v) for v in vectors]
+    solutions, count = recycled(product, vectors, 1e-4, steps=100, most=200)
+    print(f"float64 solutions: {count} products", flush=True)
+    return [bissl.as_vector(x) for x in solutions]
 
 
 def held_bytes(first_order, product, device):
@@ -141,6 +263,7 @@ def held_bytes(first_order, product, device):
     def pack(t):
         storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         kept = first_order()
     del kept
@@ -148,140 +271,88 @@ def held_bytes(first_order, product, device):
 
 
 def measure(argv):
-    args = bissl.parser().parse_args([*argv, "--out", f"{tempfile.gettempdir()}/bench_hypergradient"])
-    torch.manual_seed(args.seed)
-    theta_B, ckpt = common.start_backbone(args)
-    pretext, lower, config, _ = bissl.start_pretext(args, theta_B, ckpt)
-    pretext_data = bissl.load_pretext_data(args, config)
-    data = common.load_labelled(args, args.seed)
-    phi_B = copy.deepcopy(theta_B)
-    phi_H = nn.Linear(phi_B.num_features, len(data.classes)).to(args.device)
-    lower_optimizer = common.make_optimizer(
-        config.optimizer, [lower], config.lr / 5, config.weight_decay)
-    upper_optimizer = common.make_optimizer("sgd", [phi_B, phi_H], args.lr, args.weight_decay)
-    theta, phi, damping = tuple(theta_B.parameters()), tuple(phi_B.parameters()), args.lam + args.damping
-    bissl.warm_up_head(args, phi_B, phi_H, data)
-    times, inputs = {}, {}
-
-    def timed(part, work):
-        times.setdefault(part, []).append(bench_speed.seconds(work, args.device.split(":")[0]))
-
-    def lower_step(x):
-        distance = sum((t - p.detach()).square().sum() for t, p in zip(theta, phi))
-        loss = pretext.loss(lower, pretext.make_views(x, config), config) + args.lam / 2 * distance
-        lower_optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(lower.parameters(), 10)
-        lower_optimizer.step()
-
-    def upper_gradients(x, y):
-        x = common.augment(x, args.image_size, crop=(args.crop, 1))
-        with common.autocast(args.device, args.precision):
-            with common.frozen_statistics(theta_B):
-                theta_logits = phi_H(theta_B(x))
-            phi_logits = phi_H(phi_B(x))
-        theta_loss = F.cross_entropy(common.upcast(theta_logits), y)
-        phi_loss = F.cross_entropy(common.upcast(phi_logits), y)
-        inputs["v"] = torch.autograd.grad(theta_loss, theta, retain_graph=True)
-        upper_optimizer.zero_grad()
-        (theta_loss + phi_loss).backward(inputs=(*phi, *phi_H.parameters()))
-        inputs["direct"] = [p.grad.clone() for p in phi]
-
-    exact_args = Namespace(**vars(config))
-    exact_args.precision = "float32"
-
-    def first_order(part, model, views):
-        views = [view[:len(view) // part] for view in views]
-        with common.frozen_statistics(model):
-            loss = pretext.loss(model, views, exact_args)
-            return torch.autograd.grad(loss, tuple(model.backbone.parameters()), create_graph=True)
-
-    batches = bissl.endless(common.Batches(pretext_data, args.pretext_batch_size, whole_only=True))
-    common.set_learning_rate(lower_optimizer, config.lr / 10, 0, 1)
-    planar = copy.deepcopy(lower).to(memory_format=torch.contiguous_format)  # the layout that bissl.py takes products in
-    some = tuple(torch.randn_like(p) for p in theta)
-    upper_batches = bissl.endless(common.Batches(data, args.batch_size))
-    for i, (x, _) in enumerate(itertools.islice(batches, N_L)):
-        timed("lower", lambda: lower_step(x))
-        if i % (N_L // ROUNDS):
-            continue
-        views, (x, y) = [view.contiguous() for view in pretext.make_views(x, config)], next(upper_batches)
-        timed("upper", lambda: upper_gradients(x, y))
-        for part in (1, 2, 4):
-            timed(("graph", part), lambda: inputs.update(graph=first_order(part, planar, views)))
-            product = bissl.damped_hessian(inputs["graph"], tuple(planar.backbone.parameters()), damping)
-            timed(("product", part), lambda: product(some))
-        planar_theta = tuple(planar.backbone.parameters())
-        timed("rebuilt", lambda: bissl.damped_hessian(
-            first_order(1, planar, views), planar_theta, damping)(some))
-    inputs.pop("graph")
-    del planar, product
-    lower.to(memory_format=torch.contiguous_format)
-    images = next(batches)[0]
-    views = [view.contiguous() for view in pretext.make_views(images, config)]
+    levels = Levels(argv)
+    args, theta, damping = levels.args, levels.theta, levels.damping
+    spent = time_parts(levels)
+    lower = levels.lower.to(memory_format=torch.contiguous_format)
+    x, _ = next(levels.lower_batches)
+    views = levels.views(x)
     exact = copy.deepcopy(lower).double()
-
-    kept = {part: first_order(part, lower, views) for part in (1, 2, 4)}
-    A = {part: bissl.damped_hessian(gradient, theta, damping) for part, gradient in kept.items()}
-    vectors, direct = [], []
-    for x, y in itertools.islice(upper_batches, N_U):
-        upper_gradients(x, y)
-        vectors.append(inputs["v"])
-        direct.append(bissl.as_vector(inputs["direct"]).double())
-        implicit = bissl.inverse_hvp(None, theta, inputs["v"], damping, 5, kept[1])
-        torch._foreach_add_([p.grad for p in phi], implicit)
-        upper_optimizer.step()
-    seconds = {part: median(values) for part, values in times.items()}
-    print("medians:", "  ".join(f"{part} {value:.3f} s" for part, value in seconds.items()), flush=True)
-
-    exact_theta = tuple(exact.backbone.parameters())
-    gradient = first_order(1, exact, [view.double() for view in views])
-    exact_vectors = [tuple(t.double() for t in v) for v in vectors]
-    product = bissl.damped_hessian(gradient, exact_theta, damping)
-    solutions, count = recycled(product, exact_vectors, 1e-4, steps=100, most=200)
-    solutions = [bissl.as_vector(x) for x in solutions]
-    print(f"float64 solutions: {count} products", flush=True)
-    del gradient, exact, product
-    rows = []
-    for name, part, solve, keeps in IDEAS:
-        part = part or 1
+    A = {}
+    for part in (1, 2, 4):
+        gradient = levels.first_order(part, lower, views)
+        A[part] = bissl.damped_hessian(gradient, theta, damping)
+        if part == 1:
+            vectors, direct = make_systems(levels, gradient)
+    solutions = solve_exactly(levels, exact, views, vectors)
+    last, rows, baseline = bissl.as_vector(vectors[-1]), [], None
+    for name, part, solve, keeps_graph in IDEAS:
         answers, products = solve(A[part], vectors)
         errors = []
-        for x, best, d in zip(answers, solutions, direct):
-            off = (bissl.as_vector(x).double() - best).norm() / (best + d).norm()
+        for answer, best, d in zip(answers, solutions, direct):
+            off = (bissl.as_vector(answer).double() - best).norm() / (best + d).norm()
             errors.append(off.item())
-        error = mean(errors)
-        last = bissl.as_vector(vectors[-1])
         left = (last - bissl.as_vector(A[1](answers[-1]))).norm() / last.norm()
-        work = products * seconds["rebuilt"]
-        if keeps:
-            work = seconds["graph", part] + products * seconds["product", part]
-        held = held_bytes(lambda: first_order(part, lower, views),
-                          lambda g: bissl.damped_hessian(g, theta, damping)(vectors[0]), args.device)
-        total = N_L * seconds["lower"] + N_U * seconds["upper"] + work
-        rows.append(dict(data=Path(args.data).name, setting=f"{args.arch}, {args.image_size} px, batch {len(images)}, damping {damping:g}",
-                         idea=name, hessian_batch=len(images) // part, products=products, seconds=f"{total:.3g}",
-                         ratio=f"{total / float(rows[0]['seconds'] if rows else total):.3f}", error=f"{error:.4f}",
-                         residual=f"{left.item():.3f}", graph_mb=f"{held / 1e6:.0f}"))
+        work = products * spent["rebuilt"]
+        if keeps_graph:
+            work = spent["graph", part] + products * spent["product", part]
+        total = N_L * spent["lower"] + N_U * spent["upper"] + work
+        baseline = baseline or total
+        held = held_bytes(lambda: levels.first_order(part, lower, views),
+                          lambda g: bissl.damped_hessian(g, theta, damping)(vectors[0]),
+                          args.device)
+        setting = f"{args.arch}, {args.image_size} px, batch {len(x)}, damping {damping:g}"
+        rows.append(dict(
+            data=Path(args.data).name, setting=setting, idea=name, hessian_batch=len(x) // part,
+            products=products, seconds=f"{total:.3g}", ratio=f"{total / baseline:.3f}",
+            error=f"{mean(errors):.4f}", residual=f"{left.item():.3f}",
+            graph_mb=f"{held / 1e6:.0f}"))
         print("  ".join(str(value) for value in list(rows[-1].values())[2:]), flush=True)
     return rows, args.device
 
 
+# ------------------------------------------------------------------------------------ what came out
+
 def draw(rows):
     """Error against time, a point an idea; one panel a device and data set."""
-    groups = sorted({(row["device"], row["data"]) for row in rows})
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["device"], row["data"]), []).append(row)
     figure, axes = plt.subplots(1, len(groups), figsize=(7 * len(groups), 5), squeeze=False)
-    for axis, group in zip(axes[0], groups):
-        own = [row for row in rows if (row["device"], row["data"]) == group]
-        for i, row in enumerate(sorted(own, key=lambda row: float(row["error"]))):
-            axis.plot(float(row["ratio"]), float(row["error"]), "o")
-            axis.annotate(row["idea"], (float(row["ratio"]), float(row["error"])), xytext=(5, -9 if i % 2 else 4), textcoords="offset points", fontsize=7)
+    for axis, (group, own) in zip(axes[0], sorted(groups.items())):
+        for i, row in enumerate(sorted(own, key=error_of)):
+            point = float(row["ratio"]), error_of(row)
+            axis.plot(*point, "o")
+            axis.annotate(row["idea"], point, xytext=(5, -9 if i % 2 else 4),
+                          textcoords="offset points", fontsize=7)
         axis.axvline(0.35, color="grey", linestyle=":")
-        axis.axhline(float(own[0]["error"]), color="grey", linestyle=":")
-        axis.set(yscale="log", xlabel="time of an alternation / the baseline's", ylabel="error of the hypergradient", xlim=(0, 1.9),
+        axis.axhline(error_of(own[0]), color="grey", linestyle=":")
+        axis.set(yscale="log", xlabel="time of an alternation / the baseline's", xlim=(0, 1.9),
+                 ylabel="error of the hypergradient",
                  title=f"{group[1]}, {group[0]}\n(aim: below and left of the dotted lines)")
     figure.tight_layout()
     figure.savefig(RESULTS.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+
+
+def error_of(row):
+    return float(row["error"])
+
+
+def write(rows):
+    """The table with these rows; those of other devices and data stay in it."""
+    key, others = (rows[0]["device"], rows[0]["data"]), []
+    RESULTS.parent.mkdir(exist_ok=True)
+    if RESULTS.exists():
+        with open(RESULTS, newline="") as file:
+            for row in csv.DictReader(file):
+                if (row["device"], row["data"]) != key:
+                    others.append(row)
+    with open(RESULTS, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(others + rows)
+    return others + rows
 
 
 def main(argv):
@@ -290,17 +361,9 @@ def main(argv):
         simclr.main(["--epochs", "6", "--out", out])
         argv = [*argv, "--ckpt", f"{out}.pt"]
     rows, device = measure(argv)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"{bench_speed.cpu_name()}, {torch.get_num_threads()} threads"
-    rows = [dict(device=name, **row) for row in rows]
-    RESULTS.parent.mkdir(exist_ok=True)
-    if RESULTS.exists():
-        with open(RESULTS, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if (row["device"], row["data"]) != (name, rows[0]["data"])] + rows
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows)
+    for row in rows:
+        row["device"] = device_name(device.split(":")[0])
+    draw(write(rows))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""How a step's cost grows with batch, image side, processes, classes and store; and a store that is larger than memory.
+"""How a step's cost grows with batch, image side, processes, classes and store; and a store that is
+larger than memory.
 
-    python tests/bench_scale.py                 every group, 11 minutes on one slow CPU core; on the GPU where there is one
+    python tests/bench_scale.py                 every group, 11 minutes on one slow CPU core; on the
+                                                GPU where there is one
     python tests/bench_scale.py batch side      these groups only
 
-Prints for each quantity the exponent e of "seconds = constant x quantity^e" and writes tests/results/scale.csv and scale.png;
-groups that were not measured anew stay in the CSV. A step is one of the scripts' own train(), from having a batch to having the
-next one; the first is left out, the median of the others counts. On a CPU peak_mb is what the process grew by.
+Prints for each quantity the exponent e of "seconds = constant x quantity^e" and writes
+tests/results/scale.csv and scale.png; groups that were not measured anew stay in the CSV. A step is
+one of the scripts' own train(), from having a batch to having the next one; the first is left out,
+the median of the others counts. On a CPU peak_mb is what the process grew by.
   batch      SimCLR by batch size, whole and with --chunk 128; and NT-Xent alone, forward + backward
   side       SimCLR by image side; and its two views alone
-  processes  SimCLR by the number of processes that share one batch (gloo, or nccl with a GPU each), under torchrun
+  processes  SimCLR by the number of processes that share one batch (gloo, or nccl with a GPU each),
+             under torchrun
   classes    Bi-tuning and plain fine-tuning by the number of classes
-  store      common.batches alone and a SimCLR step by the number of images in a mapped file
-  disk       SimCLR from a mapped file larger than the memory that the process may have (Linux), against images in memory; the
-             file in the page cache (warm), not in it at the start (cold), or, for single batches, never (more data than RAM)
+  store      common.Batches alone and a SimCLR step by the number of images in a mapped file
+  disk       SimCLR from a mapped file larger than the memory that the process may have (Linux),
+             against images in memory; the file in the page cache (warm), not in it at the start
+             (cold), or, for single batches, never (more data than RAM)
 """
 import contextlib
 import csv
@@ -32,43 +37,53 @@ from statistics import median
 from types import SimpleNamespace
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from bench_speed import VIEWS, device_name, pretext, seconds  # first: it puts the repository's root on the path
 import bi_tuning
 import common
 import finetune
 import simclr
+from bench_speed import VIEWS, device_name, do_nothing, pretext, seconds, short_trial
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DATA = Path(__file__).resolve().parent.parent / "data"  # the scripts' --root: /tmp may be memory
-FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio", "ratio_low", "ratio_high",
-          "anon_start_mb", "anon_end_mb", "read_mb", "wait")
-UNITS = dict(batch="images a batch", side="image side, px", processes="processes", classes="classes", store="images in the file",
-             disk="MB in the file")
+FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio", "ratio_low",
+          "ratio_high", "anon_start_mb", "anon_end_mb", "read_mb", "wait")
+UNITS = dict(batch="images a batch", side="image side, px", processes="processes",
+             classes="classes", store="images in the file", disk="MB in the file")
+BATCHES, CLASSES = [128, 256, 512, 1024, 2048, 4096], [10, 30, 100, 300, 1000]
+SIDES = [32, 64, 96, 128, 160, 192, 224]
 CPU = SimpleNamespace(
-    arch="resnet10", size=32, batch=128, budget=3, batches=[128 << i for i in range(6)], sides=[32, 64, 96, 128, 160, 192, 224],
-    side_batch=16, classes=[10, 30, 100, 300, 1000], class_batch=48, stores=[1 << i for i in range(10, 17)], disk_images=409_600,
-    limit=1400, rounds=7, disk_steps=6)
+    arch="resnet10", side_arch="resnet10", size=32, batch=128, budget=3, batches=BATCHES,
+    sides=SIDES, side_batch=16, classes=CLASSES, class_batch=48,
+    stores=[1 << i for i in range(10, 17)], epoch=8192, disk_images=409_600, limit=1400, rounds=7,
+    disk_steps=6)
 GPU = SimpleNamespace(
-    arch="resnet50", size=96, batch=512, budget=3, batches=[128 << i for i in range(6)], sides=[32, 64, 96, 128, 160, 192, 224],
-    side_batch=128, classes=[10, 30, 100, 300, 1000], class_batch=64, stores=[1 << i for i in range(10, 19)], disk_images=400_000,
-    limit=12_000, rounds=10, disk_steps=10)
-SIMCLR = f"--crop {VIEWS['crop'][0]} --jitter {' '.join(map(str, VIEWS['jitter']))} --blur {VIEWS['blur_p']}"
+    arch="resnet50", side_arch="resnet18", size=96, batch=512, budget=3, batches=BATCHES,
+    sides=SIDES, side_batch=128, classes=CLASSES, class_batch=64,
+    stores=[1 << i for i in range(10, 19)], epoch=8192, disk_images=400_000, limit=12_000,
+    rounds=10, disk_steps=10)
+SIMCLR = (f"--crop {VIEWS['crop'][0]} --jitter {' '.join(map(str, VIEWS['jitter']))} "
+          f"--blur {VIEWS['blur_p']}")
 
 
-# ---------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 def status(name):
     """A line of /proc/self/status, in MB."""
-    return int(re.search(rf"^{name}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
+    lines = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{name}:\s+(\d+)", lines, re.M)[1]) / 1024
 
 
 @contextlib.contextmanager
 def peak_memory(device):
-    """Gives a function that says by how many MB the peak of memory exceeded what was held at the start; None where unknown."""
+    """Gives a function that says by how many MB the peak of memory exceeded what was held at the
+    start; None where unknown."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -83,35 +98,55 @@ def peak_memory(device):
         yield lambda: None
 
 
-def steps_of(script, flags, data, device, size, steps=None, waits=None):
-    """Median seconds of a step of the script's own train() on `data`, and the peak of memory in MB. steps: else size.budget.
+def timed_batches(stamps, waits, steps, budget):
+    """A class to put in the place of common.Batches. It notes when each batch was there and how
+    long that took, and stops when enough was measured: after so many steps or, where that is None,
+    after `budget` seconds; the first step counts for neither."""
+    def enough():
+        if steps is not None:
+            return len(stamps) == steps + 2
+        return len(stamps) > 2 and stamps[-1] - stamps[1] > budget
 
-    waits: a list that gets the seconds for which each step waited for its batch, which a busy machine changes less than the step.
-    """
-    stamps = []
-
-    def timed(store, batch_size, **how):
-        """common.batches, which stops when enough was measured."""
-        feed = batches(data, batch_size, **how)
-        while True:
+    class TimedBatches(common.Batches):
+        def __iter__(self):
             asked = time.perf_counter()
-            batch = next(feed)
-            waits is None or waits.append(time.perf_counter() - asked)
-            torch.cuda.synchronize() if device == "cuda" else None
-            stamps.append(time.perf_counter())
-            if len(stamps) - 2 == steps or steps is None and len(stamps) > 2 and stamps[-1] - stamps[1] > size.budget:
-                return
-            yield batch
+            for batch in super().__iter__():
+                waits.append(time.perf_counter() - asked)
+                wait_for(batch[1])
+                stamps.append(time.perf_counter())
+                if enough():
+                    return
+                yield batch
+                asked = time.perf_counter()
 
-    batches, nothing = common.batches, lambda *ignored, **named: None
-    patched = dict(batches=timed, load_unlabeled=lambda args: data, load_probe=nothing, save_checkpoint=nothing)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(common, **patched), \
-            mock.patch.object(simclr, "draw", nothing), contextlib.redirect_stdout(io.StringIO()), peak_memory(device) as peak:
-        flags = f"--epochs 1 --lr 1e-4 --device {device} --out {folder}/x --arch {size.arch} {flags}"
-        args = script.parser().parse_args(flags.split())
-        script.train(args if script is simclr else SimpleNamespace(
-            args=args, data=data, results=[1], start=lambda *ignored: 0, finish_epoch=lambda *ignored: True))
-        return median(b - a for a, b in zip(stamps[1:], stamps[2:])), peak()
+    return TimedBatches
+
+
+def wait_for(tensor):
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def steps_of(script, flags, data, device, size, steps=None):
+    """Median seconds of a step of the script's own train() on `data`, the peak of memory in MB, and
+    the mean seconds that a step waited for its batch, which a busy machine changes less than the
+    step. steps: as many; without, as fit into size.budget seconds."""
+    stamps, waits = [], []
+    timed = timed_batches(stamps, waits, steps, size.budget)
+    flags = f"--epochs 1 --lr 1e-4 --device {device} --arch {size.arch} {flags}"
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.multiple(
+            common, Batches=timed, load_unlabeled=lambda args: data, load_probe=do_nothing,
+            save_checkpoint=do_nothing))
+        stack.enter_context(mock.patch.object(simclr, "draw", do_nothing))
+        stack.enter_context(mock.patch.object(finetune.Run, "end_epoch", do_nothing))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        peak = stack.enter_context(peak_memory(device))
+        args = script.parser().parse_args([*flags.split(), "--out", f"{folder}/x"])
+        script.train(args if script is simclr else short_trial(args, data))
+        spent = [after - before for before, after in zip(stamps[1:], stamps[2:])]
+        return median(spent), peak(), sum(waits[1:]) / len(waits[1:])
 
 
 def alone(work, device, budget=1):
@@ -124,8 +159,12 @@ def alone(work, device, budget=1):
 
 def noise(size, image_size, batch, device):
     """A Store of random pictures, each in it again and again: enough for any number of steps."""
-    data = pretext(device, size.arch, image_size, batch)[2]
-    return replace(data, rows=data.rows.repeat(100), labels=data.labels.repeat(100))
+    _, _, data = pretext(device, size.arch, image_size, batch)
+    return again(data, 100)
+
+
+def again(data, times):
+    return replace(data, rows=data.rows.repeat(times), labels=data.labels.repeat(times))
 
 
 @contextlib.contextmanager
@@ -154,46 +193,61 @@ def store_of(images, device):
     return common.Store(images, labels, torch.arange(len(images)), ["none"])
 
 
-# ------------------------------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------------------- groups
 
 def batch_rows(device, size):
     rows = []
     for batch in size.batches:
+        data = noise(size, size.size, batch, device)
         for setting, chunk in (("whole", 0), ("--chunk 128", 128)):
             flags = f"{SIMCLR} --image-size {size.size} --batch-size {batch} --chunk {chunk}"
             try:
-                spent, peak = steps_of(simclr, flags, noise(size, size.size, batch, device), device, size)
+                spent, peak, _ = steps_of(simclr, flags, data, device, size)
             except torch.OutOfMemoryError:
                 print(f"batch {batch}, {setting}: does not fit", flush=True)
                 continue
             rows.append(dict(setting=setting, value=batch, seconds=spent, peak_mb=peak))
-        z1, z2 = (torch.randn(batch, 128, device=device, requires_grad=True) for _ in range(2))
-        loss = lambda: torch.autograd.grad(simclr.nt_xent(z1, z2, 0.2), (z1, z2))
-        with peak_memory(device) as peak:
-            rows.append(dict(setting="NT-Xent alone", value=batch, seconds=alone(loss, device), peak_mb=peak()))
+        del data
+        rows.append(dict(setting="NT-Xent alone", value=batch, **nt_xent_alone(batch, device)))
     return rows
 
 
+def nt_xent_alone(batch, device):
+    z1 = torch.randn(batch, 128, device=device, requires_grad=True)
+    z2 = torch.randn(batch, 128, device=device, requires_grad=True)
+
+    def forward_and_backward():
+        torch.autograd.grad(simclr.nt_xent(z1, z2, 0.2), (z1, z2))
+
+    with peak_memory(device) as peak:
+        return dict(seconds=alone(forward_and_backward, device), peak_mb=peak())
+
+
 def side_rows(device, size):
-    rows, size = [], SimpleNamespace(**{**vars(size), "arch": "resnet18" if device == "cuda" else size.arch})
+    size, rows = SimpleNamespace(**vars(size)), []
+    size.arch = size.side_arch
     for side in size.sides:
         data = noise(size, side, size.side_batch, device)
         flags = f"{SIMCLR} --image-size {side} --batch-size {size.side_batch}"
-        spent, peak = steps_of(simclr, flags, data, device, size)
-        config = dict(pretext(device, size.arch, side, 4)[1], image_size=side)
-        views = lambda: simclr.make_views(data.images[:size.side_batch], config)
-        rows += [dict(setting="step", value=side, seconds=spent, peak_mb=peak),
-                 dict(setting="views alone", value=side, seconds=alone(views, device))]
+        spent, peak, _ = steps_of(simclr, flags, data, device, size)
+        rows.append(dict(setting="step", value=side, seconds=spent, peak_mb=peak))
+        _, args, _ = pretext(device, size.arch, side, 4)
+        x = data.images[:size.side_batch]
+        spent = alone(lambda: simclr.make_views(x, args), device)
+        rows.append(dict(setting="views alone", value=side, seconds=spent))
     return rows
 
 
 def processes_rows(device, size):
     rows, most = [], 2 if device == "cpu" else torch.cuda.device_count()
-    for processes in [number for number in (1, 2, 4, 8) if number <= most]:
+    threads = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    for processes in (1, 2, 4, 8):
+        if processes > most:
+            break
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                            __file__, "one-of", device, f"{folder}/row"], check=True, stdout=subprocess.DEVNULL,
-                           env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())))
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                       f"--nproc-per-node={processes}", __file__, "one-of", device, f"{folder}/row"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=threads)
             rows.append(json.loads(Path(f"{folder}/row").read_text()))
     if most < 2:
         print("processes: this machine has one GPU, so there is nothing to compare")
@@ -204,29 +258,37 @@ def one_of(device, path):
     """A process of torchrun's; they all take the same number of steps."""
     size = GPU if device == "cuda" else CPU
     flags = f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
-    spent, peak = steps_of(simclr, flags, noise(size, size.size, size.batch, device), device, size, steps=12)
+    data = noise(size, size.size, size.batch, device)
+    spent, peak, _ = steps_of(simclr, flags, data, device, size, steps=12)
     if int(os.environ["RANK"]) == 0:
-        Path(path).write_text(json.dumps(dict(setting="step", value=int(os.environ["WORLD_SIZE"]), seconds=spent, peak_mb=peak)))
+        processes = int(os.environ["WORLD_SIZE"])
+        row = dict(setting="step", value=processes, seconds=spent, peak_mb=peak)
+        Path(path).write_text(json.dumps(row))
 
 
 def classes_rows(device, size):
     rows = []
+    works = [("finetune", finetune, ""), ("bi_tuning", bi_tuning, "--random-queue")]  # full queues
     for classes in size.classes:
         data = noise(size, size.size, size.class_batch, device)
-        data = replace(data, labels=(data.rows % classes).to(device), classes=[str(label) for label in range(classes)])
-        flags = f"--image-size {size.size} --batch-size {size.class_batch}"
-        for setting, script, more in (("finetune", finetune, ""), ("bi_tuning", bi_tuning, "--random-queue")):  # full queues
-            spent, peak = steps_of(script, f"{flags} {more}", data, device, size)
+        names = [str(label) for label in range(classes)]
+        data = replace(data, labels=(data.rows % classes).to(device), classes=names)
+        for setting, script, more in works:
+            flags = f"--image-size {size.size} --batch-size {size.class_batch} {more}"
+            spent, peak, _ = steps_of(script, flags, data, device, size)
             rows.append(dict(setting=setting, value=classes, seconds=spent, peak_mb=peak))
     return rows
 
 
 def drain(data, batch, most):
-    """Seconds a batch of common.batches alone, by `most` batches in random order, the first left out."""
-    feed, stamps = common.batches(data, batch, whole_only=True), []
-    for _ in zip(range(most + 1), feed):
-        torch.cuda.synchronize() if data.labels.is_cuda else None
+    """Seconds a batch of common.Batches alone, by `most` batches in random order, the first left
+    out."""
+    stamps = []
+    for _, y in common.Batches(data, batch, whole_only=True):
+        wait_for(y)
         stamps.append(time.perf_counter())
+        if len(stamps) > most:
+            break
     return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
 
 
@@ -235,103 +297,147 @@ def store_rows(device, size):
     with file_of(size.stores[-1], common.store_side(size.size)) as path:
         for count in size.stores:
             data = store_of(common.map_images(path)[:count], device)
-            again = replace(data, rows=data.rows.repeat(-(-8192 // count)), labels=data.labels.repeat(-(-8192 // count)))
-            fed = median(drain(again, size.batch, 60) for _ in range(5))
-            spent, peak = steps_of(simclr, flags, again, device, size)
-            rows += [dict(setting="common.batches alone", value=count, seconds=fed),
-                     dict(setting="step", value=count, seconds=spent, peak_mb=peak)]
+            data = again(data, common.steps_of(size.epoch, count))
+            fed = median(drain(data, size.batch, 60) for _ in range(5))
+            rows.append(dict(setting="common.batches alone", value=count, seconds=fed))
+            spent, peak, _ = steps_of(simclr, flags, data, device, size)
+            rows.append(dict(setting="step", value=count, seconds=spent, peak_mb=peak))
     return rows
 
+
+# --------------------------------------------------------------------------------------------- disk
 
 def disk_rows(device, size):
     if not hasattr(os, "posix_fadvise"):
         print("disk: needs Linux")
         return []
     with file_of(size.disk_images, common.store_side(size.size)) as path:
-        apart = subprocess.run([sys.executable, __file__, "limited", device, path], check=True, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, __file__, "limited", device, path]
+        apart = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     *lines, rows = apart.stdout.splitlines()
     print(*lines, sep="\n", flush=True)
     return json.loads(rows)
 
 
 def limited(device, path):
-    """In a process whose private memory is limited to less than the file: steps from the file and from memory, in turn."""
-    import resource
+    """In a process whose private memory is limited to less than the file."""
+    import resource  # Linux and macOS have it
     size = GPU if device == "cuda" else CPU
     resource.setrlimit(resource.RLIMIT_DATA, (size.limit << 20, size.limit << 20))
-    count, flags = os.path.getsize(path), f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
-    megabytes, read = count / 2**20, lambda: int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1]) / 2**20
-    for how, load in (("np.load", lambda: np.load(path)), ("torch.empty", lambda: torch.empty(count, dtype=torch.uint8))):
+    count = os.path.getsize(path)
+    ways = [("np.load", lambda: np.load(path)),
+            ("torch.empty", lambda: torch.empty(count, dtype=torch.uint8))]
+    for how, load in ways:
+        said = "succeeds: the limit does not hold"
         try:
             load()
-            said = "succeeds: the limit does not hold"
         except (MemoryError, RuntimeError) as error:
             said = f"raises {type(error).__name__}"
-        print(f"disk: under RLIMIT_DATA of {size.limit} MB, {how} of the file's {megabytes:,.0f} MB {said}", flush=True)
-    held = common.map_images(path)[:len(common.map_images(path)) // 8].clone()  # as many of the images as memory has room for
+        print(f"disk: under RLIMIT_DATA of {size.limit} MB, {how} of the file's "
+              f"{count / 2**20:,.0f} MB {said}", flush=True)
+    print(json.dumps(rows_from_disk(device, size, path)))
 
-    def drop():
-        """The file leaves the page cache, as far as nothing has it mapped."""
-        file = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
 
-    def turn(images):
-        """Seconds a step, private memory at the end, and MB a step that came from the disk."""
-        before, waits = read(), []
-        spent, _ = steps_of(simclr, flags, store_of(images, device), device, size, steps=size.disk_steps, waits=waits)
-        return spent, status("RssAnon"), (read() - before) / (size.disk_steps + 2), sum(waits[1:]) / len(waits[1:])
+def read_so_far():
+    """MB that this process has read from the disk."""
+    return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1]) / 2**20
 
-    def first_batch():
-        """Seconds and MB from the disk of one batch of a file that is not in the page cache."""
-        drop()
-        start, before = time.perf_counter(), read()
-        data = store_of(common.map_images(path), device)
-        list(common.feed(data, torch.randperm(len(data)).split(size.batch)[:1]))
-        return time.perf_counter() - start, read() - before
 
-    rows = []
+def drop(path):
+    """The file leaves the page cache, as far as nothing has it mapped."""
+    file = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
+def turn(images, device, size):
+    """What a few steps on these images cost: seconds a step, private memory at the end, MB a step
+    that came from the disk, and seconds a step waited for its batch."""
+    before, data = read_so_far(), store_of(images, device)
+    flags = f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
+    spent, _, wait = steps_of(simclr, flags, data, device, size, steps=size.disk_steps)
+    read = (read_so_far() - before) / (size.disk_steps + 2)
+    return dict(seconds=spent, anon=status("RssAnon"), read=read, wait=wait)
+
+
+def first_batch(path, device, size):
+    """Seconds and MB from the disk of one batch of a file that is not in the page cache."""
+    drop(path)
+    start, before = time.perf_counter(), read_so_far()
+    data = store_of(common.map_images(path), device)
+    list(common.feed(data, torch.randperm(len(data)).split(size.batch)[:1]))
+    return time.perf_counter() - start, read_so_far() - before
+
+
+def turns_with(cache, path, held, device, size):
+    """turn() of the file and of the images in memory, whichever first; the first pair, which does
+    not count, included."""
+    disk, memory = [], []
+    for i in range(size.rounds + 1):
+        if cache == "cold":
+            drop(path)
+        mapped = common.map_images(path)
+        order = [(disk, mapped), (memory, held)]
+        if i % 2 == 0:
+            order.reverse()
+        for turns, images in order:
+            turns.append(turn(images, device, size))
+    return disk, memory
+
+
+def middle(turns, name):
+    return median(turn[name] for turn in turns)
+
+
+def rows_from_disk(device, size, path):
+    """Steps from the file and from memory, in turn."""
+    megabytes, rows = os.path.getsize(path) / 2**20, []
+    mapped = common.map_images(path)
+    held = mapped[:len(mapped) // 8].clone()  # as many of the images as memory has room for
+    del mapped
+    in_memory = held.nbytes / 2**20
     for cache in ("warm", "cold"):
         if cache == "warm":
             with open(path, "rb", buffering=0) as file:
                 while file.read(1 << 24):
                     pass
-        turns = []
-        for i in range(size.rounds + 1):  # the first does not count
-            if cache == "cold":
-                drop()
-            mapped = common.map_images(path)
-            turns.append((turn(mapped), turn(held)) if i % 2 else (turn(held), turn(mapped))[::-1])
-        counted = turns[1:]
-        ratios = [disk[0] / memory[0] for disk, memory in counted]
-        rows.append(dict(setting=f"step, in memory, in turn with {cache} cache", value=held.nbytes / 2**20,
-                         seconds=median(memory[0] for _, memory in counted), wait=median(memory[3] for _, memory in counted)))
-        rows.append(dict(setting=f"step, mapped, {cache} cache", value=megabytes, seconds=median(disk[0] for disk, _ in counted),
-                         **dict(zip(("ratio_low", "ratio", "ratio_high"), np.quantile(ratios, (0.25, 0.5, 0.75)).tolist())),
-                         anon_start_mb=turns[0][0][1], anon_end_mb=turns[-1][0][1],
-                         read_mb=median(disk[2] for disk, _ in counted), wait=median(disk[3] for disk, _ in counted)))
+        disk, memory = turns_with(cache, path, held, device, size)
+        start, end = disk[0]["anon"], disk[-1]["anon"]
+        disk, memory = disk[1:], memory[1:]
+        ratios = [one["seconds"] / other["seconds"] for one, other in zip(disk, memory)]
+        low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+        rows.append(dict(setting=f"step, in memory, in turn with {cache} cache", value=in_memory,
+                         seconds=middle(memory, "seconds"), wait=middle(memory, "wait")))
+        rows.append(dict(setting=f"step, mapped, {cache} cache", value=megabytes,
+                         seconds=middle(disk, "seconds"), ratio_low=low, ratio=ratio,
+                         ratio_high=high, anon_start_mb=start, anon_end_mb=end,
+                         read_mb=middle(disk, "read"), wait=middle(disk, "wait")))
         if cache == "warm":
             fed = drain(store_of(common.map_images(path), device), size.batch, 40)
-            rows.append(dict(setting="common.batches alone, mapped, warm cache", value=megabytes, seconds=fed))
-    spent, came = (median(column) for column in zip(*(first_batch() for _ in range(8))))
-    rows += [dict(setting="one batch, mapped, never cached", value=megabytes, seconds=spent, read_mb=came),
-             dict(setting="common.batches alone, in memory", value=held.nbytes / 2**20,
-                  seconds=drain(store_of(held, device), size.batch, 40))]
-    print(json.dumps(rows))
+            rows.append(dict(setting="common.batches alone, mapped, warm cache", value=megabytes,
+                             seconds=fed))
+    spent, came = zip(*[first_batch(path, device, size) for _ in range(8)])
+    rows.append(dict(setting="one batch, mapped, never cached", value=megabytes,
+                     seconds=median(spent), read_mb=median(came)))
+    fed = drain(store_of(held, device), size.batch, 40)
+    rows.append(dict(setting="common.batches alone, in memory", value=in_memory, seconds=fed))
+    return rows
 
 
-GROUPS = {"batch": batch_rows, "side": side_rows, "processes": processes_rows, "classes": classes_rows, "store": store_rows,
-          "disk": disk_rows}
+GROUPS = {"batch": batch_rows, "side": side_rows, "processes": processes_rows,
+          "classes": classes_rows, "store": store_rows, "disk": disk_rows}
 
 
-# --------------------------------------------------------------------------------------------- what came out
+# ------------------------------------------------------------------------------------ what came out
 
 def line_through(points):
-    """Least squares of log y on log x: exponent, its standard error (nan for two points), and y as a function of x."""
+    """Least squares of log y on log x: exponent, its standard error (nan for two points), and y as
+    a function of x."""
     x, y = np.log(np.array(points, float)).T
     e, constant = np.polyfit(x, y, 1)
-    rest = ((y - e * x - constant) ** 2).sum()
-    error = (rest / (len(x) - 2) / ((x - x.mean()) ** 2).sum()) ** 0.5 if len(x) > 2 else np.nan
+    rest, error = ((y - e * x - constant) ** 2).sum(), np.nan
+    if len(x) > 2:
+        error = (rest / (len(x) - 2) / ((x - x.mean()) ** 2).sum()) ** 0.5
     return e, error, lambda x: np.exp(constant) * np.asarray(x, float) ** e
 
 
@@ -339,44 +445,60 @@ def fitted_points(quantity, setting, column, points):
     """The points that one power can describe: not where another stem or a fixed cost decides."""
     if quantity == "side":
         return [p for p in points if p[0] > 40]  # up to 40 px the stem is another one
-    if setting == "NT-Xent alone" or quantity == "batch" and column == "peak_mb":
+    if setting == "NT-Xent alone" or (quantity == "batch" and column == "peak_mb"):
         return [p for p in points if p[0] >= 512]
     return points
 
 
 def curves(rows, column):
     """{(quantity, setting): [(value, rows' column), ...]}"""
-    found = {}
+    found, several = {}, {}
     for row in rows:
-        if row.get(column) not in (None, "") and row["quantity"] != "disk":
-            found.setdefault((row["quantity"], row["setting"]), []).append((float(row["value"]), float(row[column])))
-    return {key: sorted(points) for key, points in found.items() if len(points) > 1}
+        if row.get(column) in (None, "") or row["quantity"] == "disk":
+            continue
+        point = float(row["value"]), float(row[column])
+        found.setdefault((row["quantity"], row["setting"]), []).append(point)
+    for key, points in found.items():
+        if len(points) > 1:
+            several[key] = sorted(points)
+    return several
 
 
 def reason(quantity, setting, column, curve, memory):
     """Why an exponent is above 1, in the numbers that were measured."""
     found = curve if column == "seconds" else memory
+    if quantity == "batch" and setting == "NT-Xent alone":
+        largest, _ = found[quantity, setting][-1]
+        small, large = (4 * (2 * b) ** 2 / 2**20 for b in (512, largest))
+        return ("it fills and reduces a table of 2B x 2B similarities, which would be 2; the table "
+                f"grows from {small:.0f} to {large:.0f} MB, and a processor's cache holds only the "
+                "small ones")
     if quantity == "batch":
-        if setting == "NT-Xent alone":
-            small, large = (4 * (2 * b)**2 / 2**20 for b in (512, found[quantity, setting][-1][0]))
-            return ("it fills and reduces a table of 2B x 2B similarities, which would be 2; the table grows from "
-                    f"{small:.0f} to {large:.0f} MB, and a processor's cache holds only the small ones")
-        loss = dict(found["batch", "NT-Xent alone"])
-        rest = [(b, y - loss[b]) for b, y in found[quantity, setting]]
-        b, linear, square = rest[-1][0], rest[-1][1] / rest[-1][0], loss[rest[-1][0]] / rest[-1][0]**2
-        share = f"NT-Xent's 2B x 2B similarities are {100 * square * b / (square * b + linear):.2g} % of it at B = {b:g}"
-        if column == "peak_mb":
-            return share
-        return (f"{share}, and a tenth from B = {linear / square / 9:,.0f}, if they go with B^2 and the rest with B; the rest "
-                f"alone has exponent {line_through(rest)[0]:.2f}")
+        return reason_of_batches(column, found[quantity, setting], found["batch", "NT-Xent alone"])
+    if quantity == "side" and column == "peak_mb":
+        return "views and activations go with the area, which would be 2"
+    if quantity == "side" and setting == "views alone":
+        return ("pixels would be 2; resampling multiplies each with a row of a (size x S) matrix, "
+                "which would be 3")
     if quantity == "side":
-        if column == "peak_mb":
-            return "views and activations go with the area, which would be 2"
-        if setting == "views alone":
-            return "pixels would be 2; resampling multiplies each with a row of a (size x S) matrix, which would be 3"
         (x, y), (_, views) = found["side", "step"][-1], found["side", "views alone"][-1]
-        return f"it goes with the area, which would be 2; at {x:g} px the views are {100 * views / y:.2g} % of it"
+        return (f"it goes with the area, which would be 2; at {x:g} px the views are "
+                f"{100 * views / y:.2g} % of it")
     return "no reason is known here"
+
+
+def reason_of_batches(column, points, loss_points):
+    """What a step would be if NT-Xent goes with B^2 and the rest with B, by the largest batch."""
+    loss = dict(loss_points)
+    rest = [(b, y - loss[b]) for b, y in points]
+    b, y = rest[-1]
+    linear, square = y / b, loss[b] / b ** 2
+    share = square * b / (square * b + linear)
+    said = f"NT-Xent's 2B x 2B similarities are {100 * share:.2g} % of it at B = {b:g}"
+    if column == "peak_mb":
+        return said
+    return (f"{said}, and a tenth from B = {linear / square / 9:,.0f}, if they go with B^2 and the "
+            f"rest with B; the rest alone has exponent {line_through(rest)[0]:.2f}")
 
 
 def summarise(rows):
@@ -389,78 +511,126 @@ def summarise(rows):
             if len(used) < 2:
                 continue
             e, error, _ = line_through(used)
-            (x, y), (x2, y2) = points[-2:]
-            spread, over = f" +- {error:.2f}" if len(used) > 2 else "", ", ".join(f"{p[0]:g}" for p in used)
-            last = f"; {np.log(y2 / y) / np.log(x2 / x):.2f} from {x:g} to {x2:g}" if len(used) > 2 else ""
-            print(f"{quantity}, {setting}: {unit} go with exponent {e:.2f}{spread} over {over}{last}")
+            over, spread, last = ", ".join(f"{x:g}" for x, _ in used), "", ""
+            if len(used) > 2:
+                (x, y), (x2, y2) = points[-2:]
+                spread = f" +- {error:.2f}"
+                last = f"; {np.log(y2 / y) / np.log(x2 / x):.2f} from {x:g} to {x2:g}"
+            print(f"{quantity}, {setting}: {unit} go with exponent {e:.2f}{spread} over {over}"
+                  f"{last}")
             if e - 2 * error > 1:
                 print(f"    above 1: {reason(quantity, setting, column, curve, memory)}")
     for row in rows:
         if row["quantity"] == "disk" and row.get("ratio"):
-            spent, ratio, low, high, start, end, came, wait = (float(row[key] or "nan") for key in ("seconds", *FIELDS[-7:]))
-            more = lambda ratio: f"{100 * (1 / ratio - 1):+.1f} %"
-            print(f"disk, {row['setting']}: {1 / spent:.3g} steps/s, {more(ratio)} against images in memory, half of the rounds "
-                  f"between {more(high)} and {more(low)}; RssAnon {start:.0f} -> {end:.0f} MB; {came:.1f} MB a step read; "
-                  f"a step waited {1000 * wait:.1f} ms for its batch")
+            say_disk(row)
+
+
+def say_disk(row):
+    number = {}
+    for key in ("seconds", "ratio", "ratio_low", "ratio_high", "anon_start_mb", "anon_end_mb",
+                "read_mb", "wait"):
+        number[key] = float(row[key] or "nan")
+
+    def more(name):
+        return f"{100 * (1 / number[name] - 1):+.1f} %"
+
+    print(f"disk, {row['setting']}: {1 / number['seconds']:.3g} steps/s, {more('ratio')} against "
+          f"images in memory, half of the rounds between {more('ratio_high')} and "
+          f"{more('ratio_low')}; RssAnon {number['anon_start_mb']:.0f} -> "
+          f"{number['anon_end_mb']:.0f} MB; {number['read_mb']:.1f} MB a step read; a step waited "
+          f"{1000 * number['wait']:.1f} ms for its batch")
+
+
+PANELS = [("batch", "seconds", "s"), ("batch", "peak_mb", "MB at the peak"),
+          ("side", "seconds", "s"), ("side", "peak_mb", "MB at the peak"),
+          ("processes", "seconds", "s"), ("classes", "seconds", "s"), ("store", "seconds", "s")]
 
 
 def draw(rows, name):
     figure, axes = plt.subplots(2, 4, figsize=(20, 9))
-    panels = [(quantity, "seconds", "s") for quantity in ("batch", "side", "processes", "classes", "store")]
-    panels.insert(1, ("batch", "peak_mb", "MB at the peak"))
-    panels.insert(3, ("side", "peak_mb", "MB at the peak"))
-    for axis, (quantity, column, unit) in zip(axes.flat, panels):
-        for (other, setting), points in curves(rows, column).items():
-            if other == quantity:
-                used = fitted_points(quantity, setting, column, points)
-                dots, = axis.loglog(*zip(*points), "o")
-                if len(used) > 1:
-                    e, _, at = line_through(used)
-                    x = [p[0] for p in used]
-                    axis.loglog(x, at(x), color=dots.get_color(), label=f"{setting}: {e:.2f}")
+    for axis, (quantity, column, unit) in zip(axes.flat, PANELS):
+        draw_lines(axis, quantity, column, curves(rows, column))
         axis.set(xlabel=UNITS[quantity], ylabel=unit, title=f"{quantity}: exponents of the lines")
         if axis.lines:  # whole decades, so that no slope looks larger than it is
             low, high = axis.get_ylim()
             axis.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
             axis.legend(fontsize=8)
         ticks = sorted({float(row["value"]) for row in rows if row["quantity"] == quantity})
-        ticks = ticks[::2] if len(ticks) > 6 else ticks
+        if len(ticks) > 6:
+            ticks = ticks[::2]
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    disk = [row for row in rows if row["quantity"] == "disk"][::-1]
-    axes[1, 3].barh(range(len(disk)), [float(row["seconds"]) for row in disk], color="lightsteelblue", left=1e-5)
-    axes[1, 3].set(xlabel="s", xscale="log", yticks=[], title="disk: a file larger than the process's memory")
-    for i, row in enumerate(disk):
-        axes[1, 3].text(1.2e-5, i, f"{row['setting']}: {float(row['seconds']):.2g} s", va="center", fontsize=8)
+    draw_disk(axes[1, 3], [row for row in rows if row["quantity"] == "disk"])
     figure.suptitle(name)
     figure.tight_layout()
     figure.savefig(RESULTS / "scale.png", dpi=80)
+    plt.close(figure)
+
+
+def draw_lines(axis, quantity, column, found):
+    for (other, setting), points in found.items():
+        if other != quantity:
+            continue
+        dots, = axis.loglog(*zip(*points), "o")
+        used = fitted_points(quantity, setting, column, points)
+        if len(used) > 1:
+            e, _, at = line_through(used)
+            x = [point[0] for point in used]
+            axis.loglog(x, at(x), color=dots.get_color(), label=f"{setting}: {e:.2f}")
+
+
+def draw_disk(axis, rows):
+    axis.set(xlabel="s", xscale="log", yticks=[], title="disk: a file larger than the process's "
+             "memory")
+    for i, row in enumerate(reversed(rows)):
+        spent = float(row["seconds"])
+        axis.barh(i, spent, color="lightsteelblue", left=1e-5)
+        axis.text(1.2e-5, i, f"{row['setting']}: {spent:.2g} s", va="center", fontsize=8)
+
+
+def as_text(row):
+    """A row as it stands in the CSV."""
+    text = {}
+    for key, value in row.items():
+        text[key] = f"{value:.5g}" if isinstance(value, float) else value
+    return text
+
+
+def read_table(path):
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def main(groups):
-    if unknown := set(groups) - GROUPS.keys():
+    unknown = set(groups) - GROUPS.keys()
+    if unknown:
         raise SystemExit(f"no groups {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
     device, path = "cuda" if torch.cuda.is_available() else "cpu", RESULTS / "scale.csv"
-    name = device_name(device)
-    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    name, table = device_name(device), read_table(path)
     for group in groups or GROUPS:
-        started = time.perf_counter()
-        rows = [dict(row, device=name, quantity=group) for row in GROUPS[group](device, GPU if device == "cuda" else CPU)]
-        rows = [{key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
-        for row in rows:
-            print("  ".join(f"{row[key]}" for key in FIELDS[1:] if row.get(key) is not None), flush=True)
+        started, rows = time.perf_counter(), []
+        for row in GROUPS[group](device, GPU if device == "cuda" else CPU):
+            rows.append(as_text(dict(row, device=name, quantity=group)))
+            shown = [str(rows[-1][key]) for key in FIELDS[1:] if rows[-1].get(key) is not None]
+            print("  ".join(shown), flush=True)
         print(f"{group}: {time.perf_counter() - started:.0f} s", flush=True)
-        old = [row for row in old if (row["device"], row["quantity"]) != (name, group)] + rows
+        table = [row for row in table if (row["device"], row["quantity"]) != (name, group)] + rows
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
-            writer.writerows(old)
-    here = [row for row in old if row["device"] == name]
+            writer.writerows(table)
+    here = [row for row in table if row["device"] == name]
     summarise(here)
     draw(here, name)
 
 
 if __name__ == "__main__":
-    apart = {"one-of": one_of, "limited": limited}.get(sys.argv[1] if sys.argv[1:] else "")
-    apart(*sys.argv[2:]) if apart else main(sys.argv[1:])
+    if sys.argv[1:2] == ["one-of"]:
+        one_of(*sys.argv[2:])
+    elif sys.argv[1:2] == ["limited"]:
+        limited(*sys.argv[2:])
+    else:
+        main(sys.argv[1:])

@@ -1,17 +1,28 @@
-"""How fast the scripts are, each figure a ratio to something timed in the same process on the same machine, in turn with it.
+"""How fast the scripts are, each figure a ratio to something timed in the same process on the same
+machine, in turn with it.
 
-    python tests/bench_speed.py                 every row, about 6 minutes on two fast CPU cores; on the GPU where there is one
+    python tests/bench_speed.py                 every row, about 8 minutes on two fast CPU cores; on
+                                                the GPU where there is one
     python tests/bench_speed.py bi byol         these groups of rows only
 
-Prints the table and writes tests/results/speed.csv; rows that were not measured anew stay in that file.
-  step     images/s of the SimCLR step with data and augmentation / images/s of forward + backward on one fixed tensor
-  views    two views a picture, uint8 128 -> 96 px / torchvision.transforms.v2 an image at a time, one DataLoader worker a core
-  hvp      one Hessian-vector product on a kept graph / forward + backward of the same batch
-  products the 8 x 5 products of a BiSSL alternation, graph built once / built anew for each product
-  bi       Bi-tuning's two losses and the enqueue, forward + backward / a loop over the samples written from the equations
-  tuning   a training step of each method that learns from labels / of plain fine-tuning, same batch and backbone
-  byol     a training step of BYOL / of SimCLR
-  decode   images/s of building the cache from JPEGs / of torchvision's ImageFolder with Resize and CenterCrop, one core each
+Prints the table and writes tests/results/speed.csv; rows that were not measured anew stay in that
+file.
+  step      images/s of the SimCLR step with data and augmentation / images/s of forward + backward
+            on one fixed tensor
+  lightly   images/s of the SimCLR step / of lightly's: its views, head and loss, one DataLoader
+            worker a core; same backbone, batch, precision and images, which it gets decoded. Left
+            out where lightly (pip install lightly) is not there: it is no requirement
+  views     two views a picture, uint8 128 -> 96 px / torchvision.transforms.v2 an image at a time,
+            one DataLoader worker a core
+  hvp       one Hessian-vector product on a kept graph / forward + backward of the same batch
+  products  the 8 x 5 products of a BiSSL alternation, graph built once / anew for each product
+  bi        Bi-tuning's two losses and the enqueue, forward + backward / a loop over the samples
+            written from the equations
+  tuning    a training step of each method that learns from labels / of plain fine-tuning, same
+            batch and backbone
+  byol      a training step of BYOL / of SimCLR
+  decode    images/s of building the cache from JPEGs / of torchvision's ImageFolder with Resize and
+            CenterCrop, one core each
 """
 import copy
 import csv
@@ -21,15 +32,19 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import bi_tuning
@@ -44,17 +59,34 @@ import simclr
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.csv"
 FIELDS = ("device", "row", "setting", "ours", "reference", "unit", "ratio", "aim")
 VIEWS = dict(crop=(0.2, 1), jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.2, blur_p=0.5)
+CPU = SimpleNamespace(  # lightly_batches: those of an epoch, enough for its workers to get going
+    arch="resnet18", size=64, batch=128, precision="float32", step_aim=">= 0.90",
+    tuning_batch=128, hessian_batch=32, pictures=1024, lightly_batches=8)
+GPU = SimpleNamespace(
+    arch="resnet50", size=96, batch=1024, precision="bfloat16", step_aim=">= 0.97",
+    tuning_batch=256, hessian_batch=256, pictures=1024, lightly_batches=48)
 
+
+# ---------------------------------------------------------------------------------------- measuring
 
 def cpu_name():
     """"x86_64 CPU" and what its vector unit is, which decides the figures more than its clock."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    widest = next((unit for unit in ("avx512_bf16", "avx512f", "avx2") if unit in flags), "")
+    about, widest = Path("/proc/cpuinfo"), ""
+    flags = about.read_text() if about.exists() else ""
+    for unit in ("avx2", "avx512f", "avx512_bf16"):
+        if unit in flags:
+            widest = unit
     return f"{platform.machine()} CPU {widest}".strip()
 
 
 def device_name(device):
-    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def sizes(device):
+    return GPU if device == "cuda" else CPU
 
 
 def seconds(work, device):
@@ -68,65 +100,180 @@ def seconds(work, device):
 
 
 def in_turn(ours, reference, device, rounds):
-    """Median seconds of each, run alternately after one round that does not count, and the median of the rounds' ratios."""
-    times = [(seconds(ours, device), seconds(reference, device)) for _ in range(rounds + 1)][1:]
-    return *(median(column) for column in zip(*times)), median(a / b for a, b in times)
+    """Median seconds of each, run alternately after one round that does not count, and the median
+    of the rounds' ratios."""
+    own, other, ratios = [], [], []
+    for _ in range(rounds + 1):
+        own.append(seconds(ours, device))
+        other.append(seconds(reference, device))
+        ratios.append(own[-1] / other[-1])
+    return median(own[1:]), median(other[1:]), median(ratios[1:])
 
+
+# ------------------------------------------------------------------------------ SimCLR and its like
 
 def pretext(device, arch, image_size, batch_size):
-    config = dict(precision="float32", hidden=256, dim=128, temperature=0.2, crop=0.2, jitter=VIEWS["jitter"], grey=0.2, blur=0.5, image_size=image_size)
-    model = simclr.make_model(common.build_backbone(arch, image_size <= 40), config).to(device)
+    """SimCLR's model, the flags of its views and loss, and a Store of two batches of noise."""
+    args = SimpleNamespace(precision="float32", hidden=256, dim=128, temperature=0.2,
+                           crop=VIEWS["crop"][0], jitter=VIEWS["jitter"], grey=VIEWS["grey_p"],
+                           blur=VIEWS["blur_p"], image_size=image_size)
+    backbone = common.build_backbone(arch, image_size <= 40)
+    model = simclr.make_model(backbone, args).to(device)
     side = common.store_side(image_size)
     images = torch.randint(0, 256, (2 * batch_size, 3, side, side), dtype=torch.uint8).to(device)
     labels = torch.zeros(len(images), dtype=torch.long, device=device)
-    return model, config, common.Store(images, labels, torch.arange(len(images)), ["none"])
+    return model, args, common.Store(images, labels, torch.arange(len(images)), ["none"])
+
+
+def pretext_epoch(script, model, args, data, batch_size):
+    """A function that goes through the data once as the script's train() does."""
+    optimizer = common.make_optimizer("adamw", [model], 1e-3, 1e-4)
+    batches = common.Batches(data, batch_size, whole_only=True)
+
+    def epoch():
+        for x, _ in batches:
+            loss = script.loss(model, script.make_views(x, args), args)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            script.after_step(model, args, 0, len(batches))
+
+    return epoch
 
 
 def step_row(device):
-    arch, size, batch, precision = ("resnet50", 96, 1024, "bfloat16") if device == "cuda" else ("resnet18", 64, 128, "float32")
-    model, config, data = pretext(device, arch, size, batch)
-    optimizer, config["precision"] = common.make_optimizer("adamw", [model], 1e-3, 1e-4), precision
+    size = sizes(device)
+    model, args, data = pretext(device, size.arch, size.size, size.batch)
+    args.precision = size.precision
+    fixed = []
+    for _ in range(2):
+        view = torch.randn(size.batch, 3, size.size, size.size, device=device)
+        fixed.append(view.contiguous(memory_format=torch.channels_last))
 
-    def descend(views):
-        loss = simclr.loss(model, views, config)
-        optimizer.zero_grad()
-        loss.backward()
+    def descend():
+        for _ in range(2):
+            model.zero_grad()
+            simclr.loss(model, fixed, args).backward()
 
-    def step():
-        for x, _ in common.batches(data, batch, whole_only=True):
-            descend(simclr.make_views(x, config))
-            optimizer.step()
-
-    fixed = [torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2)]
-    ours, reference, ratio = in_turn(step, lambda: [descend(fixed) for _ in range(2)], device, 5)
-    images = 2 * batch
-    return dict(row="step", setting=f"{arch}, {size} px, batch {batch}, {precision}", ours=images / ours,
-                reference=images / reference, unit="images/s", ratio=1 / ratio, aim=">= 0.97" if device == "cuda" else ">= 0.90")
+    step = pretext_epoch(simclr, model, args, data, size.batch)
+    ours, reference, ratio = in_turn(step, descend, device, 5)
+    images = 2 * size.batch
+    return dict(row="step", setting=setting_of(size, size.batch), ours=images / ours,
+                reference=images / reference, unit="images/s", ratio=1 / ratio, aim=size.step_aim)
 
 
-class TwoViews(torch.utils.data.Dataset):
-    """The usual way: a picture at a time, each operation by torchvision.transforms.v2."""
+def setting_of(size, batch):
+    return f"{size.arch}, {size.size} px, batch {batch}, {size.precision}"
 
-    def __init__(self, images):
-        self.images = images
-        b, c, s, h = VIEWS["jitter"]
-        self.view = v2.Compose([
-            v2.RandomResizedCrop(96, scale=VIEWS["crop"], antialias=True), v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(b, c, s, h)], p=0.8), v2.RandomGrayscale(VIEWS["grey_p"]),
-            v2.RandomApply([v2.GaussianBlur(9, (0.1, 2))], p=VIEWS["blur_p"]),
-            v2.ToDtype(torch.float32, scale=True), v2.Normalize(common.MEAN, common.STD)])
+
+def byol_row(device):
+    size = sizes(device)
+    model, args, data = pretext(device, size.arch, size.size, size.batch)
+    args.precision = size.precision
+    byol_args = SimpleNamespace(**vars(args))
+    byol_args.hidden, byol_args.decay = 512, 0.99
+    byol_args.blur, byol_args.solarise = [1.0, 0.1], [0.0, 0.2]
+    byol_model = byol.make_model(copy.deepcopy(model.backbone), byol_args).to(device)
+    own_epoch = pretext_epoch(byol, byol_model, byol_args, data, size.batch)
+    other_epoch = pretext_epoch(simclr, model, args, data, size.batch)
+    ours, reference, ratio = in_turn(own_epoch, other_epoch, device, 5)
+    return dict(row="byol step", setting=f"{setting_of(size, size.batch)}, against simclr",
+                ours=ours / 2, reference=reference / 2, unit="s", ratio=ratio, aim="<= 1.45")
+
+
+# ------------------------------------------------------------------------------------------ lightly
+
+class Pictures(Dataset):
+    """Decoded pictures for a DataLoader, each `times` an epoch, made into views one at a time."""
+
+    def __init__(self, pictures, transform, times=1):
+        self.pictures, self.transform, self.times = pictures, transform, times
 
     def __len__(self):
-        return len(self.images)
+        return len(self.pictures) * self.times
 
     def __getitem__(self, i):
-        return self.view(self.images[i]), self.view(self.images[i])
+        return self.transform(self.pictures[i % len(self.pictures)])
+
+
+def lightly_epoch(size, data, times, device):
+    """A function that trains SimCLR for an epoch with lightly's parts, as its documentation puts
+    them together. ImportError where it is not installed."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+
+    brightness, contrast, saturation, hue = VIEWS["jitter"]
+    transform = SimCLRTransform(
+        input_size=size.size, cj_prob=0.8, cj_strength=1.0, cj_bright=brightness,
+        cj_contrast=contrast, cj_sat=saturation, cj_hue=hue, min_scale=VIEWS["crop"][0],
+        random_gray_scale=VIEWS["grey_p"], gaussian_blur=VIEWS["blur_p"], sigmas=(0.1, 2))
+    pictures = [v2.functional.to_pil_image(image) for image in data.images.cpu()]
+    loader = DataLoader(Pictures(pictures, transform, times), size.batch, shuffle=True,
+                        drop_last=True, num_workers=os.cpu_count(), persistent_workers=True,
+                        pin_memory=device == "cuda")
+    backbone = common.build_backbone(size.arch, size.size <= 40)
+    head = SimCLRProjectionHead(backbone.num_features, 256, 128)
+    model = nn.Sequential(backbone, head).to(device)
+    criterion = NTXentLoss(temperature=0.2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
+
+    def epoch():
+        for first, second in loader:
+            first = first.to(device, non_blocking=True)
+            second = second.to(device, non_blocking=True)
+            with common.autocast(device, size.precision):
+                z1, z2 = model(first), model(second)
+            loss = criterion(z1.float(), z2.float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return epoch
+
+
+def lightly_row(device):
+    size = sizes(device)
+    model, args, data = pretext(device, size.arch, size.size, size.batch)
+    args.precision = size.precision
+    times = size.lightly_batches // 2
+    try:
+        other_epoch = lightly_epoch(size, data, times, device)
+    except ImportError as error:
+        print(f"lightly: row left out, it cannot be imported ({error})", flush=True)
+        return []
+    again = replace(data, rows=data.rows.repeat(times), labels=data.labels.repeat(times))
+    own_epoch = pretext_epoch(simclr, model, args, again, size.batch)
+    ours, reference, ratio = in_turn(own_epoch, other_epoch, device, 3)
+    images = 2 * times * size.batch
+    return dict(row="lightly", setting=f"{setting_of(size, size.batch)}, {os.cpu_count()} workers",
+                ours=images / ours, reference=images / reference, unit="images/s", ratio=1 / ratio,
+                aim=">= 1")
+
+
+# -------------------------------------------------------------------------------------------- views
+
+def usual_views(image):
+    """The usual way: a picture at a time, each operation by torchvision.transforms.v2."""
+    return USUAL_VIEW(image), USUAL_VIEW(image)
+
+
+USUAL_VIEW = v2.Compose([
+    v2.RandomResizedCrop(96, scale=VIEWS["crop"], antialias=True),
+    v2.RandomHorizontalFlip(),
+    v2.RandomApply([v2.ColorJitter(*VIEWS["jitter"])], p=0.8),
+    v2.RandomGrayscale(VIEWS["grey_p"]),
+    v2.RandomApply([v2.GaussianBlur(9, (0.1, 2))], p=VIEWS["blur_p"]),
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize(common.MEAN, common.STD)])
 
 
 def views_row(device):
-    images = torch.randint(0, 256, (1024, 3, 128, 128), dtype=torch.uint8)
+    count = sizes(device).pictures
+    images = torch.randint(0, 256, (count, 3, 128, 128), dtype=torch.uint8)
     here = images.to(device)
-    loader = torch.utils.data.DataLoader(TwoViews(images), 256, num_workers=os.cpu_count(), persistent_workers=True)
+    loader = DataLoader(Pictures(images, usual_views), 256, num_workers=os.cpu_count(),
+                        persistent_workers=True)
 
     def ours():
         for x in here.split(256):
@@ -135,69 +282,102 @@ def views_row(device):
 
     def reference():
         for views in loader:
-            [view.to(device) for view in views]
+            for view in views:
+                view.to(device)
 
     ours, reference, ratio = in_turn(ours, reference, device, 3)
-    return dict(row="views", setting="two views, uint8 128 px -> 96 px, batch 256", ours=1024 / ours, reference=1024 / reference,
-                unit="pictures/s", ratio=1 / ratio, aim=">= 3")
+    return dict(row="views", setting="two views, uint8 128 px -> 96 px, batch 256",
+                ours=count / ours, reference=count / reference, unit="pictures/s", ratio=1 / ratio,
+                aim=">= 3")
 
+
+# ------------------------------------------------------------------------ products with the Hessian
 
 def hessian_rows(device):
-    arch, size, batch = ("resnet50", 96, 256) if device == "cuda" else ("resnet18", 64, 32)
-    model, config, data = pretext(device, arch, size, batch)
-    planar = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # the layout that bissl.py takes products in
-    views = simclr.make_views(data.images[:batch], config)  # channels_last, the faster layout for forward + backward
-    planar_views, theta = [view.contiguous() for view in views], tuple(planar.backbone.parameters())
+    size = sizes(device)
+    batch = size.hessian_batch
+    model, args, data = pretext(device, size.arch, size.size, batch)
+    # bissl.py takes products in the one layout; the other is faster for forward + backward.
+    planar = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    views = simclr.make_views(data.images[:batch], args)
+    planar_views = [view.contiguous() for view in views]
+    theta, weights = tuple(planar.backbone.parameters()), tuple(model.backbone.parameters())
     vector = tuple(torch.randn_like(p) for p in theta)
-    first_order = lambda: torch.autograd.grad(simclr.loss(planar, planar_views, config), theta, create_graph=True)
-    product = lambda gradient: bissl.damped_hessian(gradient, theta, 100)(vector)
-    kept = first_order()
-    plain = lambda: torch.autograd.grad(simclr.loss(model, views, config), tuple(model.backbone.parameters()))
-    setting = f"{arch}, {size} px, batch {batch}, float32"
-    one = in_turn(lambda: product(kept), plain, device, 7)
 
-    def once():
+    def first_order():
+        loss = simclr.loss(planar, planar_views, args)
+        return torch.autograd.grad(loss, theta, create_graph=True)
+
+    def product(gradient):
+        bissl.damped_hessian(gradient, theta, 100)(vector)
+
+    def forward_and_backward():
+        torch.autograd.grad(simclr.loss(model, views, args), weights)
+
+    def forty_on_one_graph():
         gradient = first_order()
         for _ in range(40):
             product(gradient)
 
-    forty = in_turn(once, lambda: [product(first_order()) for _ in range(40)], device, 1)
-    return [dict(row=row, setting=setting, ours=ours, reference=reference, unit="s", ratio=ratio, aim=aim)
-            for row, (ours, reference, ratio), aim in (("hvp", one, "<= 2.6"), ("products", forty, "<= 0.75"))]
+    def forty_on_a_graph_each():
+        for _ in range(40):
+            product(first_order())
+
+    kept = first_order()
+    one = in_turn(lambda: product(kept), forward_and_backward, device, 7)
+    del kept
+    forty = in_turn(forty_on_one_graph, forty_on_a_graph_each, device, 1)
+    rows, setting = [], f"{size.arch}, {size.size} px, batch {batch}, float32"
+    for row, measured, aim in (("hvp", one, "<= 2.6"), ("products", forty, "<= 0.75")):
+        ours, reference, ratio = measured
+        rows.append(dict(row=row, setting=setting, ours=ours, reference=reference, unit="s",
+                         ratio=ratio, aim=aim))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- Bi-tuning
+
+def slow_share_with_class(own, anchor, y, queue, tau):
+    """KL between the uniform target and the softmax over all candidates, of one sample of class y:
+    the sample itself, own (D,), then the keys of queue (C, K, D)."""
+    logits = torch.cat([(own * anchor).sum()[None], queue.flatten(0, 1) @ anchor])  # (1 + C K,)
+    size = queue.shape[1]
+    target = torch.zeros_like(logits)
+    target[0] = 1 / (size + 1)
+    target[1 + y * size:1 + (y + 1) * size] = 1 / (size + 1)
+    return F.kl_div((logits / tau).log_softmax(0), target, reduction="sum")
 
 
 def slow_bi_losses(h, z_q, z_k, weight, bias, y, queue_h, queue_z, tau):
-    """Both losses of Bi-tuning a sample at a time: KL between the uniform target and the softmax over all candidates."""
+    """Both losses of Bi-tuning a sample at a time."""
     total = 0
-    for i in range(len(y)):
-        c = int(y[i])
+    for i, c in enumerate(y.tolist()):
         w = F.normalize(torch.cat([weight[c], bias[c:c + 1]]).detach(), dim=0)
-        for anchor, own, queue in ((w, F.normalize(torch.cat([h[i], h.new_ones(1)]), dim=0), queue_h),
-                                   (F.normalize(z_q[i], dim=0), F.normalize(z_k[i], dim=0), queue_z)):
-            logits = torch.cat([(own * anchor).sum()[None], queue.flatten(0, 1) @ anchor])  # the image itself, then C x K keys
-            size = queue.shape[1]
-            target = torch.zeros(len(logits), device=h.device)
-            target[0] = 1 / (size + 1)
-            target[1 + c * size:1 + (c + 1) * size] = 1 / (size + 1)
-            log_p = (logits / tau).log_softmax(0)
-            total = total + F.kl_div(log_p, target, reduction="sum")
+        own = F.normalize(torch.cat([h[i], h.new_ones(1)]), dim=0)
+        total = total + slow_share_with_class(own, w, c, queue_h, tau)
+        query, key = F.normalize(z_q[i], dim=0), F.normalize(z_k[i], dim=0)
+        total = total + slow_share_with_class(key, query, c, queue_z, tau)
     return total / len(y)
 
 
 def bi_row(device):
     B, C, K, D, d, tau = 48, 200, 40, 512, 128, 0.07
-    h, z_q = (torch.randn(B, width, device=device, requires_grad=True) for width in (D, d))
-    h_k, z_k, y = torch.randn(B, D, device=device), torch.randn(B, d, device=device), torch.randint(C, (B,), device=device)
+    h = torch.randn(B, D, device=device, requires_grad=True)
+    z_q = torch.randn(B, d, device=device, requires_grad=True)
+    h_k, z_k = torch.randn(B, D, device=device), torch.randn(B, d, device=device)
+    y = torch.randint(C, (B,), device=device)
     weight, bias = torch.randn(C, D, device=device), torch.randn(C, device=device)
-    queues = [bi_tuning.ClassQueue(C, K, width, random=True).to(device) for width in (D + 1, d)]
-    rings = [queue.keys.clone() for queue in queues]
+    queue_h = bi_tuning.ClassQueue(C, K, D + 1, random=True).to(device)
+    queue_z = bi_tuning.ClassQueue(C, K, d, random=True).to(device)
+    rings = [queue_h.keys.clone(), queue_z.keys.clone()]
     keys = bi_tuning.unit_with_one(h_k), F.normalize(z_k, dim=1)
     value = {}
 
     def ours():
-        queue_h, queue_z = queues
-        loss = bi_tuning.contrastive_cross_entropy(h, weight, bias, y, queue_h.keys, tau, queue_h.filled()) \
-            + bi_tuning.categorical_contrastive(z_q, z_k, y, queue_z.keys, tau, queue_z.filled())
+        cce = bi_tuning.contrastive_cross_entropy(h, weight, bias, y, queue_h.keys, tau,
+                                                  queue_h.filled())
+        ccl = bi_tuning.categorical_contrastive(z_q, z_k, y, queue_z.keys, tau, queue_z.filled())
+        loss = cce + ccl
         loss.backward()
         queue_h.enqueue(keys[0], y)
         queue_z.enqueue(keys[1], y)
@@ -212,125 +392,146 @@ def bi_row(device):
         value["reference"] = loss.item()
 
     ours, reference, ratio = in_turn(ours, reference, device, 15)
-    assert abs(value["ours"] - value["reference"]) < 1e-3 * abs(value["reference"])  # the same work was done
-    return dict(row="bi losses", setting=f"B {B}, C {C}, K {K}, D {D}, d {d}, losses + enqueue, forward + backward", ours=ours,
-                reference=reference, unit="s", ratio=ratio, aim="<= 0.2")
+    difference = abs(value["ours"] - value["reference"])
+    assert difference < 1e-3 * abs(value["reference"])  # the same work was done
+    setting = f"B {B}, C {C}, K {K}, D {D}, d {d}, losses + enqueue, forward + backward"
+    return dict(row="bi losses", setting=setting, ours=ours, reference=reference, unit="s",
+                ratio=ratio, aim="<= 0.2")
+
+
+# ----------------------------------------------------------------------------- learning from labels
+
+def short_trial(args, data):
+    """A trial of the fine-tuning protocol that trains on `data` and, where finetune.Run.end_epoch
+    is patched, is neither scored nor saved."""
+    return finetune.Trial("bench", args, args, data, judge=None, watch=None, history=[],
+                          results=[], resume=False)
+
+
+def do_nothing(*ignored, **named):
+    pass
 
 
 def tuning_rows(device):
     """Two steps of each script's own train(), on a store in memory."""
-    arch, size, batch, precision = ("resnet50", 96, 256, "bfloat16") if device == "cuda" else ("resnet18", 64, 128, "float32")
-    classes, side = 100, common.store_side(size)
+    size, classes, folder = sizes(device), 100, tempfile.gettempdir()
+    batch, side = size.tuning_batch, common.store_side(size.size)
     images = torch.randint(0, 256, (2 * batch, 3, side, side), dtype=torch.uint8).to(device)
     labels = (torch.arange(2 * batch) % classes).to(device)
-    data = common.Store(images, labels, torch.arange(2 * batch), [str(label) for label in range(classes)])
-    backbone = common.build_backbone(arch, size <= 40).to(device)
-
-    folder = tempfile.gettempdir()
+    names = [str(label) for label in range(classes)]
+    data = common.Store(images, labels, torch.arange(2 * batch), names)
+    backbone = common.build_backbone(size.arch, size.size <= 40).to(device)
 
     def two_steps(script, *flags):
-        argv = ["--data", "petals", "--arch", arch, "--image-size", str(size), "--batch-size", str(batch), "--epochs", "1", "--lr", "1e-4",
-                "--device", device, "--precision", precision, "--out", f"{folder}/x", *flags]
-        args = script.parser().parse_args(argv)
-        run = SimpleNamespace(args=args, data=data, results=[1], start=lambda *ignored: 0, finish_epoch=lambda *ignored: True)
-        return lambda: script.train(run)
+        argv = f"--data petals --arch {size.arch} --image-size {size.size} --batch-size {batch} "
+        argv += f"--epochs 1 --lr 1e-4 --device {device} --precision {size.precision}"
+        args = script.parser().parse_args([*argv.split(), "--out", f"{folder}/bench", *flags])
+        return lambda: script.train(short_trial(args, data))
 
     def coin_steps():
         projector = coin.make_projector(backbone.num_features, 256).to(device)
         optimizer = common.make_optimizer("sgd", [backbone, projector], 1e-4, 5e-4)
-        for x, y in common.batches(data, batch):
-            with common.autocast(device, precision):
-                z = projector(backbone(common.augment(x, size, crop=(0.5, 1))))
+        for x, y in common.Batches(data, batch):
+            with common.autocast(device, size.precision):
+                z = projector(backbone(common.augment(x, size.size, crop=(0.5, 1))))
             loss = coin.supcon(z, y, 0.3)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    plain, start_backbone = two_steps(finetune), common.start_backbone
-    common.start_backbone = lambda args, say=True: (backbone, None)  # the same one for all, and no time spent on making it
-    rows = []
-    for name, work, aim in (("core_tuning", two_steps(core_tuning), "<= 1.15"), ("bi_tuning", two_steps(bi_tuning), "<= 1.45"),
-                            ("coin", coin_steps, "<= 1.05"), ("finetune --eta", two_steps(finetune, "--eta", "0.1"), "<= 1.05")):
-        ours, reference, ratio = in_turn(work, plain, device, 7)
-        rows.append(dict(row=f"{name} step", setting=f"{arch}, {size} px, batch {batch}, {classes} classes, {precision}",
-                         ours=ours / 2, reference=reference / 2, unit="s", ratio=ratio, aim=aim))
-    common.start_backbone = start_backbone
+    works = [("core_tuning", two_steps(core_tuning), "<= 1.15"),
+             ("bi_tuning", two_steps(bi_tuning), "<= 1.45"),
+             ("coin", coin_steps, "<= 1.05"),
+             ("finetune --eta", two_steps(finetune, "--eta", "0.1"), "<= 1.05")]
+    plain, rows = two_steps(finetune), []
+    setting = f"{size.arch}, {size.size} px, batch {batch}, {classes} classes, {size.precision}"
+    # The same backbone for all, and no time spent on making it.
+    with mock.patch.object(common, "start_backbone", lambda args, say=True: (backbone, None)), \
+            mock.patch.object(finetune.Run, "end_epoch", do_nothing), \
+            mock.patch.object(coin, "say_positives", do_nothing):
+        for name, work, aim in works:
+            ours, reference, ratio = in_turn(work, plain, device, 7)
+            rows.append(dict(row=f"{name} step", setting=setting, ours=ours / 2,
+                             reference=reference / 2, unit="s", ratio=ratio, aim=aim))
     return rows
 
 
-def byol_row(device):
-    arch, size, batch, precision = ("resnet50", 96, 1024, "bfloat16") if device == "cuda" else ("resnet18", 64, 128, "float32")
-    model, config, data = pretext(device, arch, size, batch)
-    config["precision"] = precision
-    config_byol = dict(config, hidden=512, blur=[1.0, 0.1], solarise=[0.0, 0.2])
-    model_byol = byol.make_model(copy.deepcopy(model.backbone), config_byol).to(device)
+# ----------------------------------------------------------------------------------------- decoding
 
-    def steps(script, model, config):
-        optimizer = common.make_optimizer("adamw", [model], 1e-3, 1e-4)
-
-        def step():
-            for x, _ in common.batches(data, batch, whole_only=True):
-                loss = script.loss(model, script.make_views(x, config), config)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                if script is byol:
-                    model.update_target(0.99)
-        return step
-
-    ours, reference, ratio = in_turn(steps(byol, model_byol, config_byol), steps(simclr, model, config), device, 5)
-    return dict(row="byol step", setting=f"{arch}, {size} px, batch {batch}, {precision}, against simclr", ours=ours / 2,
-                reference=reference / 2, unit="s", ratio=ratio, aim="<= 1.45")
+def save_photographs(folder, count):
+    """JPEGs of smooth noise with detail of all sizes, the coarse the stronger, as photographs have
+    it."""
+    rng = torch.Generator().manual_seed(0)
+    for i in range(count):
+        noise = 0
+        for cell in (64, 16, 4):
+            coarse = torch.rand(1, 3, 375 // cell, 500 // cell, generator=rng) - 0.5
+            noise = noise + cell ** 0.5 * F.interpolate(coarse, (375, 500), mode="bicubic")[0]
+        pixels = (128 + 20 * noise).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        common.Image.fromarray(pixels).save(f"{folder}/{i}.jpg", quality=90)
 
 
-def decoding(device):
+def decode_row(device):
     """On one core: the threads that decode are held to this process's."""
-    side, count = common.store_side(64), 2 * common.DECODE_CHUNK
+    side, count = common.store_side(64), sizes(device).pictures // 2
     with tempfile.TemporaryDirectory() as folder:
-        os.makedirs(f"{folder}/pictures/test/class")
-        rough = torch.Generator().manual_seed(0)
-        for i in range(count):  # smooth noise: detail of all sizes, the coarse the stronger, as in photographs
-            coarse = [(cell, torch.rand(1, 3, 375 // cell, 500 // cell, generator=rough) - 0.5) for cell in (64, 16, 4)]
-            noise = sum(cell ** 0.5 * F.interpolate(x, (375, 500), mode="bicubic")[0] for cell, x in coarse)
-            image = (128 + 20 * noise).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-            common.Image.fromarray(image).save(f"{folder}/pictures/test/class/{i}.jpg", quality=90)
-        plain = torchvision.datasets.ImageFolder(
-            f"{folder}/pictures/test", v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()]))
+        pictures = f"{folder}/pictures"
+        os.makedirs(f"{pictures}/test/class")
+        save_photographs(f"{pictures}/test/class", count)
+        args = SimpleNamespace(data=pictures, root=folder, image_size=64)
+        view = v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.PILToTensor()])
+        plain = torchvision.datasets.ImageFolder(f"{pictures}/test", view)
 
         def ours():
-            common.decode(SimpleNamespace(data=f"{folder}/pictures", root=folder, image_size=64), ["test"])
+            common.build_cache(common.cache_path(args, ["test"]), args, ["test"])
             shutil.rmtree(f"{folder}/cache")
+
+        def reference():
+            for i in range(count):
+                plain[i]
 
         cores = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {min(cores)})
         try:
-            ours, reference, ratio = in_turn(ours, lambda: [plain[i] for i in range(count)], "cpu", 5)
+            ours, reference, ratio = in_turn(ours, reference, "cpu", 5)
         finally:
             os.sched_setaffinity(0, cores)
-    return dict(row="decode", setting=f"{count} JPEGs 500 x 375 -> {side} px, one core", ours=count / ours,
-                reference=count / reference, unit="images/s", ratio=1 / ratio, aim=">= 1.5")
+    return dict(row="decode", setting=f"{count} JPEGs 500 x 375 -> {side} px, one core",
+                ours=count / ours, reference=count / reference, unit="images/s", ratio=1 / ratio,
+                aim=">= 1.5")
 
 
-GROUPS = {"step": step_row, "views": views_row, "hvp": hessian_rows, "bi": bi_row, "tuning": tuning_rows, "byol": byol_row,
-          "decode": decoding}
+GROUPS = {"step": step_row, "lightly": lightly_row, "views": views_row, "hvp": hessian_rows,
+          "bi": bi_row, "tuning": tuning_rows, "byol": byol_row, "decode": decode_row}
 
 
 def main(groups):
-    if unknown := set(groups) - GROUPS.keys():
+    unknown = set(groups) - GROUPS.keys()
+    if unknown:
         raise SystemExit(f"no rows {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = device_name(device)
-    measured = [GROUPS[group](device) for group in groups or GROUPS]
-    rows = [dict(row, device=name) for part in measured for row in (part if isinstance(part, list) else [part])]
-    for row in rows:
-        for key in ("ours", "reference", "ratio"):
-            row[key] = f"{row[key]:.4g}"
-        print("  ".join(f"{row[key]}" for key in FIELDS[1:]), flush=True)
-    others = []
+    name, rows = device_name(device), []
+    for group in groups or GROUPS:
+        measured = GROUPS[group](device)
+        if isinstance(measured, dict):
+            measured = [measured]
+        for row in measured:
+            row["device"] = name
+            for key in ("ours", "reference", "ratio"):
+                row[key] = f"{row[key]:.4g}"
+            print("  ".join(row[key] for key in FIELDS[1:]), flush=True)
+            rows.append(row)
+    write(rows)
+
+
+def write(rows):
+    """The table with these rows; those of other devices and other rows stay in it."""
+    new, others = {(row["device"], row["row"]) for row in rows}, []
     if RESULTS.exists():
         with open(RESULTS, newline="") as file:
-            new = {(row["device"], row["row"]) for row in rows}
-            others = [row for row in csv.DictReader(file) if (row["device"], row["row"]) not in new]
+            for row in csv.DictReader(file):
+                if (row["device"], row["row"]) not in new:
+                    others.append(row)
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
