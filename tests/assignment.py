@@ -267,7 +267,7 @@ class Recorder:
         elif call.when == "teardown" and item.nodeid not in self.failed:
             self.report(passed=1)
         outcome = "failed" if call.excinfo is not None else "passed"
-        # pytest's own formats a traceback
+        # pytest's own function would format a traceback.
         return pytest.TestReport(item.nodeid, item.location, {}, outcome, None, call.when)
 
 
@@ -359,7 +359,7 @@ def judge(name, code, path, limit):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         child = process(target=examine, args=(name, code, path, folder))
         child.start()
-        # a spawned one has to import torch and the tests first
+        # A spawned one has to import torch and the tests first.
         child.join(limit if fork else limit + 60)
         late = child.is_alive()
         with contextlib.suppress(OSError, AttributeError):
@@ -372,7 +372,7 @@ def judge(name, code, path, limit):
             lines = []
     happened = {}
     for line in lines:
-        # a line cut off by the end of the process
+        # A line can be cut off by the end of the process.
         with contextlib.suppress(ValueError, AttributeError):
             for key, value in json.loads(line).items():
                 happened.setdefault(key, []).append(value)

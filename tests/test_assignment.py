@@ -73,7 +73,7 @@ def test_strip_takes_the_named_bodies_and_nothing_else(tmp_path, capsys):
         tail = was[file_of(name)].splitlines()[old.end_lineno:]
         lines = now[file_of(name)].splitlines()
         assert lines[:new.lineno] == head and lines[new.end_lineno:] == tail
-    # the comments of a body go with it
+    # The comments of a body go with it.
     assert "# k != i" not in now["simclr.py"].split('"""', 2)[2]
 
 
@@ -202,7 +202,7 @@ def test_a_planted_fault_costs_its_own_function_and_no_other(sheets, patch):
     assert lost == [name]
     assert functions[name]["points"] == 0 and functions[name]["passed"] < functions[name]["cases"]
     assert sheets[patch.stem]["points"] == sheets["untouched"]["points"] - FUNCTIONS[name][0]
-    # wrong, not unable to run
+    # It is wrong, not unable to run.
     assert re.fullmatch(r"[\w ,.():\[\]'-]+: (?!\w*Error).{5,200}", functions[name]["why"])
 
 

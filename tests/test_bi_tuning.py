@@ -224,7 +224,7 @@ def test_a_ring_holds_what_a_deque_of_its_class_holds(classes, size, seed):
     assert_like(queue, deques)
     for _ in range(12):
         batch = rng.randint(1, 3 * size)
-        # the others get nothing; one class alone gets all
+        # The other classes get nothing; one class alone gets all.
         among = rng.sample(range(classes), rng.randint(1, classes))
         keys, y = torch.randn(batch, 2), torch.tensor([rng.choice(among) for _ in range(batch)])
         queue.enqueue(keys, y)
@@ -482,8 +482,7 @@ def test_the_loss_of_the_first_step_is_cross_entropy_plus_gamma_times_both(
         return entropy(logits, y)
 
     monkeypatch.setattr(F, "cross_entropy", listen)
-    # the one step moves nothing
-    run("--batch-size", "36", "--gamma", "2.5", "--lr", "1e-12", *flags)
+    run("--batch-size", "36", "--gamma", "2.5", "--lr", "1e-12", *flags)  # moves nothing
     (cce, ccl), ((logits, y),) = seen.losses, parts
     assert cce.filled.all() == ccl.filled.all() == bool(flags)
     head = common.load_checkpoint("bi_tuning.pt")["head"]

@@ -302,8 +302,12 @@ def part(state, *prefixes, buffers=None):
     alone."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     is_buffer = lambda key: key.rpartition(".")[2] in names
-    return [value for prefix in prefixes for key, value in state.items()
-            if key.startswith(prefix) and buffers in (None, is_buffer(key))]
+    found = []
+    for prefix in prefixes:
+        for key, value in state.items():
+            if key.startswith(prefix) and buffers in (None, is_buffer(key)):
+                found.append(value)
+    return found
 
 
 ONLINE, TARGET = ("backbone.", "head.projector."), ("head.target.0.", "head.target.1.")
@@ -445,11 +449,11 @@ def slow_hessian_product(model, views, vector, step=1e-5):
     return [(above - below) / (2 * step) for above, below in zip(gradient(1), gradient(-1))]
 
 
-# is the target still a copy of the online network?
+# False: the target is still a copy of the online network.
 @pytest.mark.parametrize("moved", [False, True])
 def test_the_hessian_treats_the_target_as_a_constant(moved, monkeypatch):
     monkeypatch.setattr(byol, "mlp", lambda width, hidden, out: nn.Sequential(
-        # smooth, and without BatchNorm
+        # Smooth, and without BatchNorm.
         nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, out)))
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh())
     backbone.num_features = 4

@@ -36,7 +36,7 @@ def write(path, **changes):
     return contents
 
 
-# -------------------------------------------------------------------------------- our own files
+# ------------------------------------------------------------------------------------ our own files
 
 def test_what_was_saved_is_loaded(tmp_path):
     saved = write(tmp_path / "a.pt")

@@ -17,7 +17,7 @@ SMALL = ["--root", "root", "--image-size", "16", "--device", "cpu", "--precision
 USUAL = ["--data", "pictures", *SMALL, "--batch-size", "8"]
 NEW = [*USUAL, "--arch", "resnet10"]
 AFTER_COIN = ["--data", "pictures", *SMALL]  # what is left of the budget comes from the checkpoint
-# flags of the run that makes coin.pt
+# Flags of the run that makes coin.pt.
 GIVEN = dict(lr=0.02, weight_decay=0.001, crop=0.4, eta=0.25, temperature=0.6)
 IMAGES = 21  # of 3 classes of 7: batches of at most 8 are three of 7
 
@@ -132,7 +132,7 @@ def test_supcon_does_not_depend_on_the_length_of_an_embedding():
         coin.supcon(lengths * z, y, 0.2), coin.supcon(z, y, 0.2), rtol=0, atol=1e-12)
 
 
-# exp(1 / 0.005) is more than float32 can hold
+# exp(1 / 0.005) is more than float32 can hold.
 def test_supcon_does_not_overflow_in_float32_at_a_low_temperature():
     z, y = embeddings(8), torch.arange(8) % 3
     expected = coin.supcon(z, y, 0.005).item()
@@ -186,7 +186,7 @@ def test_s_dbw_takes_labels_with_gaps_and_float32():
     assert coin.s_dbw(x.float(), y) == pytest.approx(slow_s_dbw(x.float(), y), rel=1e-9)
 
 
-# not a rotation: ||sigma|| is the norm of the variances along the axes
+# Not a rotation: ||sigma|| is the norm of the variances along the axes.
 @pytest.mark.parametrize("change", ["scale", "reflection", "translation", "names", "order"])
 def test_s_dbw_does_not_depend_on(change):
     x, y = clusters([15, 20, 8, 11], distance=1)
@@ -228,7 +228,7 @@ def labels_of(sizes, names=None):
     ([20] * 10, 32, 4, 8, 4),
     ([5, 50, 3, 30, 1, 44], 8, 2, 4, 2),
     ([16] * 16, 16, 16, 2, 8),
-    # three classes are too few for a batch of eight: each gives more
+    # Three classes are too few for a batch of eight: each gives more.
     ([9, 9, 30], 32, 4, 3, 10),
     ([30, 30, 3], 8, 2, 3, 2),
     ([20] * 10, 8, 3, 2, 3)])
@@ -471,7 +471,7 @@ def test_what_was_finetuned_after_coin_leaves_no_budget(inside):
 
 # ----------------------------------------------------------------------- cross-entropy + eta SupCon
 
-# so that the logged loss is that of the weights that a run starts from
+# The logged loss is then that of the weights that a run starts from.
 ONE_STEP = ["--epochs", "1", "--batch-size", "64", "--cosine-start", "0"]
 
 

@@ -107,7 +107,7 @@ def test_the_hardest_pairs_do_not_depend_on_the_length_of_a_feature():
 
 # ----------------------------------------------------------------------------------------- mixtures
 
-# several classes, one class, hardly two of a class, one image
+# Several classes, one class, hardly two of a class, one image.
 BATCHES = [(12, 4), (12, 1), (5, 3), (1, 2)]
 
 
@@ -158,8 +158,8 @@ def partner(f, i, mixed):
         share = float((mixed - f[i]) @ way / (way @ way).clamp(min=1e-12))
         if (f[i] + share * way - mixed).norm() < 1e-9:
             found.append((r, share))
-    # mixed with itself: every row fits, with a share of 0
-    return found[-1] if len(found) == 1 else (i, 1.0)
+    # Mixed with itself, every row fits, with a share of 0.
+    return found[0] if len(found) == 1 else (i, 1.0)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
@@ -231,7 +231,7 @@ def mixed_labels(batch, classes, dtype=torch.float64):
     return torch.cat([F.one_hot(y, classes).to(dtype), y_pos, y_neg])
 
 
-# l + (1 - l) need not be exactly 1
+# l + (1 - l) need not be exactly 1.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch, classes", [*BATCHES, (20, 2), (30, 100)])
 def test_positives_are_those_of_a_slow_loop(batch, classes, dtype):
@@ -240,7 +240,7 @@ def test_positives_are_those_of_a_slow_loop(batch, classes, dtype):
 
 
 def test_positives_written_out_for_two_images():
-    # images, their hard positives, negatives
+    # Two images, their hard positives, their negatives.
     labels = torch.tensor([[1, 0], [0, 1], [0.3, 0.7], [0, 1], [1, 0], [0.3, 0.7]])
     positives = [set(row.nonzero()[:, 0].tolist()) for row in core_tuning.positive_pairs(labels, 2)]
     assert positives == [{4, 2}, {3}, set(), {1}, {0}, set()]
@@ -392,7 +392,7 @@ def test_the_loss_of_a_step_is_that_of_images_and_mixtures_together(
         return mixtures
 
     monkeypatch.setattr(core_tuning, "hard_pairs", listen)
-    # the one step moves nothing
+    # The one step moves nothing.
     run("--batch-size", "36", "--eta", eta, "--temperature", temperature, "--lr", "1e-12")
     (f, y, f_pos, y_pos, f_neg, y_neg), = seen
     features = torch.cat([f, f_pos, f_neg]).detach()

@@ -442,8 +442,12 @@ def test_task_loss_against_a_slow_loop():
     rng = np.random.default_rng(1)
     logits = torch.tensor(rng.normal(size=(7, 5)) * 3, requires_grad=True)
     y = torch.tensor(rng.choice([-1, 0, 1], (7, 5)))
-    terms = [-torch.log(torch.sigmoid(logits[i, c] if y[i, c] == 1 else -logits[i, c]))
-             for i in range(7) for c in range(5) if y[i, c] >= 0]
+    terms = []
+    for i in range(7):
+        for c in range(5):
+            if y[i, c] >= 0:
+                sign = 1 if y[i, c] == 1 else -1
+                terms.append(-torch.log(torch.sigmoid(sign * logits[i, c])))
     loss = common.task_loss(logits, y)
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-12)

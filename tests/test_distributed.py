@@ -165,7 +165,7 @@ def test_two_processes_log_what_one_logs(folders, name):
     for line, other in zip(one, two):
         assert line.keys() == other.keys()
         for key, value in line.items():
-            # a deviation within each process's share
+            # `spread` is a deviation within each process's share.
             if isinstance(value, (int, float)) and key != "spread":
                 assert other[key] == pytest.approx(value, rel=1e-6, abs=1e-6), key
 

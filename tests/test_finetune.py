@@ -28,7 +28,7 @@ def new_finetune(*more):
     return from_scratch("finetune", *more)
 
 
-# -------------------------------------------------------------------------------------- accuracy
+# ----------------------------------------------------------------------------------------- accuracy
 
 def slow_metrics(logits, labels):
     """Top-1, top-5 and mean per-class accuracy in per cent, image by image."""
@@ -69,7 +69,7 @@ def test_the_confusion_matrix_has_true_classes_as_rows():
     assert confusion.tolist() == [[0, 2, 0], [0, 0, 0], [0, 0, 1]]
 
 
-# -------------------------------------------------------------------------- average precision
+# -------------------------------------------------------------------------------- average precision
 
 def test_average_precision_of_an_example_worked_by_hand():
     # present, ignored, absent, present, absent

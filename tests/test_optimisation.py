@@ -24,7 +24,7 @@ def slow_lars(w, gradients, lr, momentum, decay, eta, adapt):
     return w
 
 
-# a zero weight has no norm to adapt to: its trust ratio is 1
+# A zero weight has no norm to adapt to: its trust ratio is 1.
 @pytest.mark.parametrize("start", ["random", "zero"])
 @pytest.mark.parametrize("adapt", [True, False])
 @pytest.mark.parametrize("decay", [0, 0.1])

@@ -74,7 +74,7 @@ def test_nt_xent_keeps_the_dtype(dtype):
     assert simclr.nt_xent(*random_views(4, 3, dtype), 0.2).dtype == dtype
 
 
-# exp(1 / 0.005) is more than float32 can hold
+# exp(1 / 0.005) is more than float32 can hold.
 @pytest.mark.parametrize("temperature", [0.05, 0.005])
 def test_nt_xent_does_not_overflow_in_float32_at_a_low_temperature(temperature):
     z1, z2 = random_views(8, 4)
