@@ -62,6 +62,7 @@ VALUES = {
     "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
     "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight",
                     "fine-tuning")}
+DAMPINGS, STEPS = (1.0, 10.0, 100.0, 1000.0), (1, 2, 3, 5, 8)  # of the group residual
 BI_LOSSES = {"no CCE": ["contrastive_cross_entropy"], "no CCL": ["categorical_contrastive"],
              "neither": ["contrastive_cross_entropy", "categorical_contrastive"]}
 
@@ -272,10 +273,10 @@ def residuals(args, device):
         logits = head(backbone(common.augment(pictures, flags.image_size)))
         v = torch.autograd.grad(common.task_loss(logits, y), theta)
     rows, whole = [], bissl.as_vector(v)
-    for damping in (1.0, 10.0, 100.0, 1000.0):
+    for damping in DAMPINGS:
         matvec = bissl.damped_hessian(gradient, theta, damping)
         for name, solver in (("plain", bissl.conjugate_gradient), ("layer-wise", layerwise)):
-            for steps in (1, 2, 3, 5, 8):
+            for steps in STEPS:
                 Ax = bissl.as_vector(matvec(solver(matvec, v, steps)))
                 left = ((whole - Ax).norm() / whole.norm()).item()
                 rows.append(dict(group="residual", variant=f"{name}, damping {damping:g}",
