@@ -202,8 +202,8 @@ def test_every_kind_of_row_of_the_accuracy_bench_runs(few_petals, ckpt, tmp_path
     bench.pretext = lambda name, seed, shorter: (ckpt, 1.0)
     main = bench.main
 
-    def short(script, out, *flags):  # BiSSL's alone: the scores on val do not come this way
-        return main(script, out, *flags, *SHORT_BISSL.split())
+    def short(script, out, flags):  # BiSSL's alone: the scores on val do not come this way
+        return main(script, out, flags + SHORT_BISSL.split())
 
     bench.main = short
     for row in (("simclr", "bissl", "core_tuning"), ("simclr", "bissl", "bi_tuning")):
