@@ -62,6 +62,7 @@ VALUES = {
     "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
     "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight",
                     "fine-tuning")}
+DAMPINGS, STEPS = (1.0, 10.0, 100.0, 1000.0), (1, 2, 3, 5, 8)  # of the group residual
 BI_LOSSES = {"no CCE": ["contrastive_cross_entropy"], "no CCL": ["categorical_contrastive"],
              "neither": ["contrastive_cross_entropy", "categorical_contrastive"]}
 
@@ -114,7 +115,7 @@ class Ablation:
         self.pairs = []
         for pair in args.pairs:
             lr, decay = pair.split(",")
-            self.pairs.append(("--lr", lr, "--weight-decay", decay))
+            self.pairs.append(["--lr", lr, "--weight-decay", decay])
         self.labels = ["--fraction", 1]
         if args.labels:
             self.labels = ["--labels-per-class", args.labels]
@@ -122,34 +123,34 @@ class Ablation:
     def default(self, group):
         """What the flag of a group is where nothing is varied."""
         script = {"alpha": coin, "eta": core_tuning, "keys": bi_tuning}.get(group, bissl)
-        more = self.args.bissl if script is bissl else ()
-        flags = self.bench.flags("flags", "--ckpt", self.args.ckpt, *more)
-        args = script.parser().parse_args(flags)
+        flags = ["--ckpt", self.args.ckpt]
+        if script is bissl:
+            flags = flags + self.args.bissl
+        args = script.parser().parse_args(self.bench.flags("flags", flags))
         return getattr(args, FLAG[group].strip("-").replace("-", "_"))
 
-    def stage(self, script, seed, *flags):
+    def stage(self, script, seed, flags=()):
         """A run of bissl.py or coin.py from --ckpt: its checkpoint and its line in the book."""
-        if script == "bissl":
-            flags = (*self.args.bissl, *flags)
         flags = [str(flag) for flag in flags]
-        out = "".join([script, *flags, f"-{seed}"]).replace("--", "-")
+        if script == "bissl":
+            flags = self.args.bissl + flags
+        out = f"{script}{''.join(flags)}-{seed}".replace("--", "-")
+        start = ["--ckpt", self.args.ckpt, "--seed", seed]
 
         def make():
-            last = self.bench.main(script, out, "--ckpt", self.args.ckpt, "--seed", seed,
-                                   *self.labels, *flags)
+            last = self.bench.main(script, out, start + self.labels + flags)
             return {name: last.get(name) for name in ("residual", "knn", "distance")}
 
         return self.bench.place / f"{out}.pt", self.bench.once(out, make)
 
-    def score(self, method, ckpt, seed, *flags, part=None):
+    def score(self, method, ckpt, seed, flags=(), part=None):
         """Score on val of a fine-tuning run, and its line in the book."""
-        ckpt = Path(ckpt)
-        if not ckpt.stem.startswith("coin"):  # which tells the epochs that are left
-            flags = ("--epochs", self.args.epochs, *flags)
-        flags = [str(flag) for flag in flags]
-        name = "".join([method, part or "", *flags, f"-{seed}"])
-        out = f"{ckpt.stem}-" + name.replace("--", "-").replace(" ", "_")
-        argv = ["--ckpt", ckpt, "--seed", seed, *self.labels, *flags]
+        stem, flags = Path(ckpt).stem, [str(flag) for flag in flags]
+        if not stem.startswith("coin"):  # which tells the epochs that are left
+            flags = ["--epochs", str(self.args.epochs)] + flags
+        name = f"{method}{part or ''}{''.join(flags)}-{seed}"
+        out = f"{stem}-" + name.replace("--", "-").replace(" ", "_")
+        argv = ["--ckpt", ckpt, "--seed", seed] + self.labels + flags
 
         def make():
             with without(part):
@@ -157,11 +158,11 @@ class Ablation:
 
         return self.bench.once(out, make)
 
-    def scores(self, method, ckpt, seed, *flags, part=None):
+    def scores(self, method, ckpt, seed, flags=(), part=None):
         """score() with each of --pairs."""
         lines = []
         for pair in self.pairs:
-            lines.append(self.score(method, ckpt, seed, *pair, *flags, part=part))
+            lines.append(self.score(method, ckpt, seed, pair + list(flags), part))
         return lines
 
     def control(self, value, seed):
@@ -173,16 +174,16 @@ class Ablation:
         if value == "BiSSL":
             return self.stage("bissl", seed)
         if value == "J = I":
-            return self.stage("bissl", seed, "--damping", 1e12)
+            return self.stage("bissl", seed, ["--damping", 1e12])
         if value == "pretext, same steps":
-            return self.stage("bissl", seed, *same_steps)
+            return self.stage("bissl", seed, same_steps)
         _, whole = self.stage("bissl", seed)
-        _, part = self.stage("bissl", seed, *same_steps)
+        _, part = self.stage("bissl", seed, same_steps)
         # What a run takes whatever its steps:
-        _, one = self.stage("bissl", seed, *same_steps, "--lower-steps", 1)
+        _, one = self.stage("bissl", seed, same_steps + ["--lower-steps", 1])
         share = (whole["seconds"] - one["seconds"]) / (part["seconds"] - one["seconds"])
         lower_steps = 1 + round(share * (self.default("N_L") - 1))
-        return self.stage("bissl", seed, *same_steps, "--lower-steps", lower_steps)
+        return self.stage("bissl", seed, same_steps + ["--lower-steps", lower_steps])
 
     def run(self, group, value, seed):
         """Lines of the book: the stage before fine-tuning ({} without), and the fine-tuning runs,
@@ -196,16 +197,17 @@ class Ablation:
         if group in FLAG and value != self.default(group):
             flags = [FLAG[group], value]
         if group == "alpha":  # its search begins before fine-tuning
-            lines = []
+            stages, lines = [], []
             for pair in self.pairs:
                 budget = ["--epochs", self.args.epochs]
-                ckpt, stage = self.stage("coin", seed, *budget, *pair, *flags)
+                ckpt, stage = self.stage("coin", seed, budget + pair + flags)
+                stages.append(stage)
                 lines.append(self.score("finetune", ckpt, seed))
-            return stage, lines
+            return stages[0], lines
         if group in SCRIPT:
             part = value if group in ("ingredients", "losses") else None
-            return {}, self.scores(SCRIPT[group], self.args.ckpt, seed, *flags, part=part)
-        ckpt, stage = self.stage("bissl", seed, *flags)
+            return {}, self.scores(SCRIPT[group], self.args.ckpt, seed, flags, part)
+        ckpt, stage = self.stage("bissl", seed, flags)
         return stage, self.scores("finetune", ckpt, seed)
 
     def reference(self, group):
@@ -272,10 +274,10 @@ def residuals(args, device):
         logits = head(backbone(common.augment(pictures, flags.image_size)))
         v = torch.autograd.grad(common.task_loss(logits, y), theta)
     rows, whole = [], bissl.as_vector(v)
-    for damping in (1.0, 10.0, 100.0, 1000.0):
+    for damping in DAMPINGS:
         matvec = bissl.damped_hessian(gradient, theta, damping)
         for name, solver in (("plain", bissl.conjugate_gradient), ("layer-wise", layerwise)):
-            for steps in (1, 2, 3, 5, 8):
+            for steps in STEPS:
                 Ax = bissl.as_vector(matvec(solver(matvec, v, steps)))
                 left = ((whole - Ax).norm() / whole.norm()).item()
                 rows.append(dict(group="residual", variant=f"{name}, damping {damping:g}",

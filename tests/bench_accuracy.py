@@ -112,7 +112,7 @@ class Bench:
             print(f"{run}: {self.done[run]}", flush=True)
         return self.done[run]
 
-    def flags(self, out, *flags):
+    def flags(self, out, flags=()):
         args = self.args
         shared = ["--data", args.data, "--root", args.root, "--device", args.device]
         shared += ["--out", self.place / out]
@@ -120,10 +120,10 @@ class Bench:
             shared += ["--precision", args.precision]
         if args.image_size:
             shared += ["--image-size", args.image_size]
-        return [str(flag) for flag in (*shared, *flags)]
+        return [str(flag) for flag in shared + list(flags)]
 
-    def main(self, script, out, *flags):
-        return SCRIPTS[script].main([*self.flags(out, *flags), "--resume"])
+    def main(self, script, out, flags):
+        return SCRIPTS[script].main(self.flags(out, flags) + ["--resume"])
 
     def pretext(self, name, seed, shorter):
         """Checkpoint of a pretext run (None for scratch) with `shorter` epochs less than
@@ -134,7 +134,7 @@ class Bench:
         out = f"{name}-{seed}-{epochs}"
 
         def make():
-            last = self.main(name, out, "--seed", seed, "--epochs", epochs)
+            last = self.main(name, out, ["--seed", seed, "--epochs", epochs])
             return dict(knn=last["knn"])
 
         return self.place / f"{out}.pt", self.once(out, make)["seconds"]
@@ -150,19 +150,19 @@ class Bench:
         labels = ["--seed", seed, "--labels-per-class", rate]
         if rate == "all":
             labels = ["--seed", seed, "--fraction", 1]
-        tuning = ["--lr", lr, "--weight-decay", weight_decay, *labels]
+        tuning = ["--lr", lr, "--weight-decay", weight_decay] + labels
         budget = ["--epochs", epochs]
         if stage == "bissl":  # its own flags, not searched: one run for all pairs
             out = f"bissl-{pretext}-{rate}-{seed}"
-            line = self.once(out, lambda: self.main("bissl", out, *start, *labels))
+            line = self.once(out, lambda: self.main("bissl", out, start + labels))
             start, seconds = ["--ckpt", self.place / f"{out}.pt"], line["seconds"]
         run = f"{name_of(row)}-{rate}-{seed}-{epochs}-lr{lr:.3g}-wd{weight_decay:.3g}"
         if stage == "coin":
             out = f"coin-{run}"
-            line = self.once(out, lambda: self.main("coin", out, *start, *tuning, *budget))
+            line = self.once(out, lambda: self.main("coin", out, start + tuning + budget))
             start, seconds = ["--ckpt", self.place / f"{out}.pt"], line["seconds"]
             budget = []  # its checkpoint says what is left of it
-        flags = [*start, *tuning, *budget]
+        flags = start + tuning + budget
         if judge == "test":
             line = self.once(f"{run}-test", lambda: self.on_test(method, run, flags))
             score = line[f"test_{self.metric()}"]
@@ -173,14 +173,14 @@ class Bench:
         return score, pretext_seconds, seconds + line["seconds"]
 
     def on_test(self, method, out, flags):
-        summary = self.main(method, out, *flags)
+        summary = self.main(method, out, flags)
         return {name: value for name, value in summary.items() if "test_" in name}
 
     def on_val(self, method, out, flags):
         """The score on val after a run's last epoch: what the protocol's search does, for a chain
         with stages before it."""
         script = SCRIPTS[method]
-        args = script.parser().parse_args(self.flags(f"{out}-val", *flags))
+        args = script.parser().parse_args(self.flags(f"{out}-val", flags))
         args.search = 1  # a pair that diverges is bad, not an error
         common.start_backbone(args, say=False)  # settles arch and image size
         data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
@@ -213,19 +213,20 @@ def cell(bench, row, rate, args):
     """Search on val with seed 0, then every seed once on test: its csv row."""
     tried = []
     for pair in pairs_to_search(args.search):
-        score, _, _ = bench.chain(row, rate, 0, *pair, "val")
+        lr, decay = pair
+        score, _, _ = bench.chain(row, rate, 0, lr, decay, "val")
         tried.append((score, pair))
-    _, best = max(tried)
+    _, (lr, decay) = max(tried)
     scores, pretext, rest = [], [], []
     for seed in range(args.seeds):
-        score, pretext_seconds, seconds = bench.chain(row, rate, seed, *best, "test")
+        score, pretext_seconds, seconds = bench.chain(row, rate, seed, lr, decay, "test")
         scores.append(score)
         pretext.append(pretext_seconds)
         rest.append(seconds)
     return dict(device=device_name(args.device), row=name_of(row), labels=rate,
                 metric=bench.metric(), mean=round(float(np.mean(scores)), 2),
                 std=round(spread_of(scores), 2), scores=" ".join(f"{s:.2f}" for s in scores),
-                lr=f"{best[0]:.3g}", weight_decay=f"{best[1]:.3g}",
+                lr=f"{lr:.3g}", weight_decay=f"{decay:.3g}",
                 pretext_seconds=round(float(np.mean(pretext)), 1),
                 seconds=round(float(np.mean(rest)), 1))
 

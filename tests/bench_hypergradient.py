@@ -47,6 +47,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "hypergradient.csv"
 FIELDS = ("device", "data", "setting", "idea", "hessian_batch", "products", "seconds", "ratio",
           "error", "residual", "graph_mb")
 N_L, N_U, ROUNDS = 20, 8, 5
+EXACT = 1e-4  # residual of the float64 solves
 
 
 class Counted:
@@ -246,7 +247,7 @@ def solve_exactly(levels, exact, views, vectors):
     gradient = levels.first_order(1, exact, [view.double() for view in views])
     product = bissl.damped_hessian(gradient, theta, levels.damping)
     vectors = [tuple(t.double() for t in v) for v in vectors]
-    solutions, count = recycled(product, vectors, 1e-4, steps=100, most=200)
+    solutions, count = recycled(product, vectors, EXACT, steps=100, most=200)
     print(f"float64 solutions: {count} products", flush=True)
     return [bissl.as_vector(x) for x in solutions]
 

@@ -554,6 +554,7 @@ def draw(rows, name):
         if axis.lines:  # whole decades, so that no slope looks larger than it is
             low, high = axis.get_ylim()
             axis.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
+        if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
         ticks = sorted({float(row["value"]) for row in rows if row["quantity"] == quantity})
         if len(ticks) > 6:

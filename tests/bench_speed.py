@@ -12,6 +12,8 @@ file.
   lightly   images/s of the SimCLR step / of lightly's: its views, head and loss, one DataLoader
             worker a core; same backbone, batch, precision and images, which it gets decoded. Left
             out where lightly (pip install lightly) is not there: it is no requirement
+            (on a CPU its workers take the cores from the training, the more so on a busy machine:
+            with OMP_NUM_THREADS=1 the network alone decides there)
   views     two views a picture, uint8 128 -> 96 px / torchvision.transforms.v2 an image at a time,
             one DataLoader worker a core
   hvp       one Hessian-vector product on a kept graph / forward + backward of the same batch

@@ -1,35 +1,52 @@
-"""The benches' own arithmetic, and one of them run from end to end on a few pictures. What they measure is never asserted."""
+"""The benches' own arithmetic, and each of them run from end to end on a few pictures. What they
+measure is never asserted."""
 import csv
+import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_ablation
 import bench_accuracy
 import bench_alignment
+import bench_hypergradient
+import bench_scale
+import bench_speed
+import common
+import simclr
+
+FEW = {"unlabeled": 128, "train": 60, "val": 20, "test": 20}  # petals
+SHORT_BISSL = ("--alternations 1 --lower-steps 1 --upper-steps 1 --head-epochs 1 "
+               "--pretext-batch-size 16")
 
 
 def points(n=24, dim=3, classes=4):
     return torch.randn(n, dim, dtype=torch.float64), torch.arange(n) % classes
 
 
+# --------------------------------------------------------------------------------- their arithmetic
+
 def slow_silhouette(x, y):
     scores = []
     for i in range(len(x)):
-        mean = {c: [math.dist(x[i], x[j]) for j in range(len(x)) if y[j] == c and j != i] for c in set(y.tolist())}
-        own = mean.pop(int(y[i]))
-        if not own:
+        mean = {}
+        for c in set(y.tolist()):
+            distances = [math.dist(x[i], x[j]) for j in range(len(x)) if y[j] == c and j != i]
+            mean[c] = sum(distances) / len(distances) if distances else None
+        a = mean.pop(int(y[i]))
+        if a is None:
             scores.append(0.0)
             continue
-        a, b = sum(own) / len(own), min(sum(d) / len(d) for d in mean.values())
+        b = min(mean.values())
         scores.append((b - a) / max(a, b))
     return sum(scores) / len(scores)
 
@@ -39,7 +56,8 @@ def test_silhouette_against_a_loop(alone):
     x, y = points()
     if alone:
         y[0] = 9
-    assert bench_alignment.silhouette(x, y) == pytest.approx(slow_silhouette(x.tolist(), y), abs=1e-12)
+    expected = slow_silhouette(x.tolist(), y)
+    assert bench_alignment.silhouette(x, y) == pytest.approx(expected, abs=1e-12)
 
 
 def test_silhouette_of_two_far_points_is_1_and_of_mixed_ones_below_0():
@@ -51,12 +69,18 @@ def test_silhouette_of_two_far_points_is_1_and_of_mixed_ones_below_0():
 def test_alignment_and_uniformity_against_a_loop():
     x, y = points()
     x = F.normalize(x, dim=1)
-    pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if i != j]
-    squared = {(i, j): math.dist(x[i], x[j]) ** 2 for i, j in pairs}
-    same = [squared[i, j] for i, j in pairs if y[i] == y[j]]
+    squared, same = [], []
+    for i in range(len(x)):
+        for j in range(len(x)):
+            if i == j:
+                continue
+            squared.append(math.dist(x[i], x[j]) ** 2)
+            if y[i] == y[j]:
+                same.append(squared[-1])
+    mean = sum(math.exp(-2 * d) for d in squared) / len(squared)
     alignment, uniformity = bench_alignment.alignment_and_uniformity(x, y)
     assert alignment == pytest.approx(sum(same) / len(same), abs=1e-12)
-    assert uniformity == pytest.approx(math.log(sum(math.exp(-2 * d) for d in squared.values()) / len(squared)), abs=1e-12)
+    assert uniformity == pytest.approx(math.log(mean), abs=1e-12)
 
 
 def test_linear_probe_tells_what_a_plane_separates():
@@ -70,16 +94,20 @@ def test_linear_probe_tells_what_a_plane_separates():
 def test_the_search_has_one_pair_in_each_part_of_either_range(count):
     lr, weight_decay = np.log10(bench_accuracy.pairs_to_search(count)).T
     for values, low, width in ((lr, -2.5, 2), (weight_decay, -5, 3)):
-        assert sorted(np.floor((values - low) / width * count).astype(int)) == list(range(count))
+        parts = np.floor((values - low) / width * count).astype(int)
+        assert sorted(parts) == list(range(count))
 
 
 def line(row, labels, scores):
-    return dict(row=row, labels=labels, scores=" ".join(map(str, scores)), mean=float(np.mean(scores)), std=float(np.std(scores, ddof=1)))
+    return dict(row=row, labels=labels, scores=" ".join(map(str, scores)),
+                mean=float(np.mean(scores)), std=float(np.std(scores, ddof=1)))
 
 
 def test_a_row_is_marked_if_it_is_best_and_beats_the_plain_one_by_more_than_the_spread():
-    cells = [line("simclr-finetune", "20", (50, 60, 70)), line("simclr-bissl-finetune", "20", (52, 61, 72)),
-             line("simclr-bi_tuning", "20", (70, 80, 90)), line("simclr-core_tuning", "20", (69, 79, 89)),
+    cells = [line("simclr-finetune", "20", (50, 60, 70)),
+             line("simclr-bissl-finetune", "20", (52, 61, 72)),
+             line("simclr-bi_tuning", "20", (70, 80, 90)),
+             line("simclr-core_tuning", "20", (69, 79, 89)),
              line("simclr-bi_tuning", "5", (9, 9, 9))]
     plain, bissl, best, second, no_plain = bench_accuracy.mark(cells)
     assert [cell["marked"] for cell in cells] == [False, False, True, False, False]
@@ -89,28 +117,71 @@ def test_a_row_is_marked_if_it_is_best_and_beats_the_plain_one_by_more_than_the_
 
 
 def test_an_ablation_takes_each_variants_best_pair_and_compares_seed_by_seed():
-    scores = {"all": [[50, 60], [52, 66]], "no focal weight": [[49, 10], [51, 10]]}  # variant: seeds of pairs
+    # A list of pairs for each seed.
+    scores = {"all": [[50, 60], [52, 66]], "no focal weight": [[49, 10], [51, 10]]}
     ablation = object.__new__(bench_ablation.Ablation)
     ablation.args = SimpleNamespace(seeds=2, pairs=["0.1,0", "0.2,0"])
-    ablation.run = lambda group, value, seed: (dict(residual=0.5), [
-        dict(val=val, seconds=3) for val in scores.get(value, [[40, 41], [40, 41]])[seed]])
+
+    def run(group, value, seed):
+        of_variant = scores.get(value, [[40, 41], [40, 41]])
+        return dict(residual=0.5), [dict(val=val, seconds=3) for val in of_variant[seed]]
+
+    ablation.run = run
     rows = {row["variant"]: row for row in ablation.rows("ingredients")}
-    assert (rows["all"]["val"], rows["all"]["pair"], rows["all"]["gain"]) == (63, "0.2,0", 0)
-    assert (rows["no focal weight"]["val"], rows["no focal weight"]["pair"]) == (50, "0.1,0")
-    assert (rows["no focal weight"]["gain"], rows["no focal weight"]["gain_std"]) == (-13, 2.83)  # -11 and -15
-    assert rows["all"]["residual"] == 0.5 and rows["all"]["scores"] == "60.0 66.0"
+    whole, unweighted = rows["all"], rows["no focal weight"]
+    assert (whole["val"], whole["pair"], whole["gain"]) == (63, "0.2,0", 0)
+    assert (unweighted["val"], unweighted["pair"]) == (50, "0.1,0")
+    assert (unweighted["gain"], unweighted["gain_std"]) == (-13, 2.83)  # -11 and -15
+    assert whole["residual"] == 0.5 and whole["scores"] == "60.0 66.0"
+
+
+# -------------------------------------------------------------------------------- each bench, small
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A checkpoint of an epoch of SimCLR on a few petals."""
+    out = tmp_path_factory.mktemp("ckpt") / "simclr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "PETAL_SPLITS", FEW)
+        simclr.main(["--image-size", "16", "--epochs", "1", "--batch-size", "16", "--device",
+                     "cpu", "--out", str(out)])
+    return f"{out}.pt"
+
+
+@pytest.fixture
+def few_petals(monkeypatch):
+    monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
 
 
 def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys):
-    """Two rows, two seeds, a search of two, from drawing the pretext's views to the figure; then once more, from the book."""
+    """Two rows, two seeds, a search of two, from drawing the pretext's views to the figure; then
+    once more, from the book."""
     monkeypatch.setattr(bench_accuracy, "RESULTS", tmp_path)
-    flags = ["--data", str(folder), "--root", str(tmp_path / "root"), "--runs", str(tmp_path / "runs"), "--device", "cpu",
-             "--image-size", "16", "--pretext-epochs", "1", "--epochs", "4", "--search", "2", "--seeds", "2", "--labels", "5"]
+    flags = ("--device cpu --image-size 16 --pretext-epochs 1 --epochs 4 --search 2 --seeds 2 "
+             "--labels 5").split()
+    flags += ["--data", str(folder), "--root", str(tmp_path / "root")]
+    flags += ["--runs", str(tmp_path / "runs")]
     parser = bench_accuracy.simclr.parser
-    monkeypatch.setattr(bench_accuracy.simclr, "parser", lambda: small_batches(parser()))
+
+    def small_batches():
+        p = parser()
+        p.set_defaults(batch_size=8)
+        return p
+
+    monkeypatch.setattr(bench_accuracy.simclr, "parser", small_batches)
     for row in ("simclr-finetune", "simclr-coin"):
         bench_accuracy.main([*flags, "--rows", row])
-    table = list(csv.DictReader((tmp_path / "accuracy-pictures.csv").open()))
+    table = read(tmp_path / "accuracy-pictures.csv")
     assert [cell["row"] for cell in table] == ["simclr-finetune", "simclr-coin-finetune"]
     assert all(len(cell["scores"].split()) == 2 for cell in table)
     assert (tmp_path / "accuracy-pictures.png").exists()
@@ -123,6 +194,163 @@ def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys)
     assert (tmp_path / "runs" / "runs.jsonl").read_text() == book
 
 
-def small_batches(parser):
-    parser.set_defaults(batch_size=8)
-    return parser
+def test_every_kind_of_row_of_the_accuracy_bench_runs(few_petals, ckpt, tmp_path):
+    """The chains of one seed and pair that the test above leaves out, judged on val."""
+    args = SimpleNamespace(runs=tmp_path / "runs", data="petals", root="root", device="cpu",
+                           precision="float32", image_size=None, epochs=1, bissl_epochs=0)
+    bench = bench_accuracy.Bench(args)
+    bench.pretext = lambda name, seed, shorter: (ckpt, 1.0)
+    main = bench.main
+
+    def short(script, out, flags):  # BiSSL's alone: the scores on val do not come this way
+        return main(script, out, flags + SHORT_BISSL.split())
+
+    bench.main = short
+    for row in (("simclr", "bissl", "core_tuning"), ("simclr", "bissl", "bi_tuning")):
+        score, _, seconds = bench.chain(row, "all", 0, 0.01, 1e-4, "val")
+        assert 0 <= score <= 100 and seconds > 0
+
+
+@pytest.mark.parametrize("group", ["residual", "damping", "alpha", "ingredients", "losses"])
+def test_the_ablation_bench_runs(group, few_petals, ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_ablation, "RESULTS", tmp_path)
+    values = dict(bench_ablation.VALUES, damping=(10, 100), alpha=(0, 0.5))
+    monkeypatch.setattr(bench_ablation, "VALUES", values)
+    monkeypatch.setattr(bench_ablation, "DAMPINGS", (10.0,))
+    monkeypatch.setattr(bench_ablation, "STEPS", (1, 2))
+    bench_ablation.main([group, "--ckpt", ckpt, "--device", "cpu", "--runs", str(tmp_path / "runs"),
+                         "--seeds", "1", "--epochs", "2", "--labels", "2", "--pairs", "0.01,0",
+                         "--bissl", SHORT_BISSL])
+    rows = read(tmp_path / "ablation-petals.csv")
+    if group != "residual":
+        assert [row["variant"] for row in rows] == [str(value) for value in values[group]]
+    assert (tmp_path / f"ablation-petals-{group}.png").exists()
+
+
+def test_the_alignment_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_alignment, "RESULTS", tmp_path)
+    bench_alignment.main(["--device", "cpu", f"one={ckpt}", f"one={ckpt}", f"two={ckpt}"])
+    one, two = read(tmp_path / "alignment-petals.csv")
+    assert (one["backbone"], one["runs"], one["knn_std"]) == ("one", "2", "0")
+    assert (two["backbone"], two["runs"], two["knn_std"]) == ("two", "1", "")
+    assert (tmp_path / "alignment-petals.png").exists()
+
+
+def test_the_hypergradient_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_hypergradient, "RESULTS", tmp_path / "hypergradient.csv")
+    for name, value in dict(N_L=2, N_U=2, ROUNDS=1, EXACT=0.1).items():
+        monkeypatch.setattr(bench_hypergradient, name, value)
+    flags = "--device cpu --pretext-batch-size 16 --batch-size 8 --head-epochs 1 "
+    flags += "--labels-per-class 2 --damping 1000"
+    bench_hypergradient.main(["--ckpt", ckpt, *flags.split()])
+    rows = read(tmp_path / "hypergradient.csv")
+    assert [row["idea"] for row in rows] == [idea[0] for idea in bench_hypergradient.IDEAS]
+    assert (tmp_path / "hypergradient.png").exists()
+
+
+@pytest.fixture
+def small_speed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_speed, "RESULTS", tmp_path / "speed.csv")
+    for name, value in dict(arch="resnet10", size=16, batch=8, tuning_batch=8, hessian_batch=4,
+                            pictures=8, lightly_batches=2).items():
+        monkeypatch.setattr(bench_speed.CPU, name, value)
+
+    def once(ours, reference, device, rounds):
+        spent = bench_speed.seconds(ours, device), bench_speed.seconds(reference, device)
+        return *spent, spent[0] / spent[1]
+
+    monkeypatch.setattr(bench_speed, "in_turn", once)
+    return tmp_path / "speed.csv"
+
+
+@pytest.mark.parametrize("group", [group for group in bench_speed.GROUPS if group != "lightly"])
+def test_the_speed_bench_runs(group, small_speed, monkeypatch):
+    bench_speed.main([group])
+    rows = read(small_speed)
+    assert len(rows) == dict(hvp=2, tuning=4).get(group, 1)
+    for row in rows:
+        assert list(row) == list(bench_speed.FIELDS) and float(row["ratio"]) > 0
+
+
+def test_the_row_against_lightly_is_left_out_where_it_is_not_there(
+        small_speed, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lightly.loss", None)  # which makes its import fail
+    bench_speed.main(["lightly"])
+    assert read(small_speed) == []
+    out, = capsys.readouterr().out.splitlines()
+    assert out.startswith("lightly: row left out")
+
+
+def test_the_row_against_lightly_runs(small_speed, monkeypatch):
+    """With stand-ins that have the signatures of lightly 1.6, so that this runs without it."""
+    class SimCLRTransform:
+        def __init__(self, input_size, cj_prob, cj_strength, cj_bright, cj_contrast, cj_sat, cj_hue,
+                     min_scale, random_gray_scale, gaussian_blur, sigmas):
+            self.size = input_size
+
+        def __call__(self, image):
+            assert image.mode == "RGB"
+            return [torch.rand(3, self.size, self.size) for _ in range(2)]
+
+    class NTXentLoss:
+        def __init__(self, temperature):
+            self.temperature = temperature
+
+        def __call__(self, z1, z2):
+            return simclr.nt_xent(z1, z2, self.temperature)
+
+    parts = dict(loss=dict(NTXentLoss=NTXentLoss), transforms=dict(SimCLRTransform=SimCLRTransform))
+    parts["models.modules"] = dict(
+        SimCLRProjectionHead=lambda width, hidden, out: nn.Linear(width, out))
+    for name in ("lightly", "lightly.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, contents in parts.items():
+        module = ModuleType(f"lightly.{name}")
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, f"lightly.{name}", module)
+    bench_speed.main(["lightly"])
+    row, = read(small_speed)
+    assert row["row"] == "lightly" and float(row["ratio"]) > 0
+
+
+@pytest.fixture
+def small_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_scale, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_scale, "DATA", tmp_path / "data")
+    monkeypatch.setattr(bench_scale, "alone", bench_speed.seconds)
+    for name, value in dict(size=16, batch=8, budget=0.05, batches=[8, 16], sides=[48, 64],
+                            side_batch=4, classes=[3, 5], class_batch=8, stores=[16, 32], epoch=64,
+                            rounds=1, disk_steps=1).items():
+        monkeypatch.setattr(bench_scale.CPU, name, value)
+    return bench_scale.CPU
+
+
+def test_the_scale_bench_runs(small_scale, tmp_path, capsys):
+    bench_scale.main(["batch", "side", "classes", "store"])
+    rows = read(tmp_path / "scale.csv")
+    counts = {}
+    for row in rows:
+        counts[row["quantity"]] = counts.get(row["quantity"], 0) + 1
+    assert counts == dict(batch=6, side=4, classes=4, store=4)
+    assert "batch, whole: s go with exponent" in capsys.readouterr().out
+    assert (tmp_path / "scale.png").exists()
+
+
+def test_the_scale_bench_measures_a_process_of_several(small_scale, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    bench_scale.one_of("cpu", tmp_path / "row")
+    row = json.loads((tmp_path / "row").read_text())
+    assert row["value"] == 1 and row["seconds"] > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_scale_bench_measures_a_file(small_scale, capsys):
+    with bench_scale.file_of(240, common.store_side(16)) as path:
+        rows = bench_scale.rows_from_disk("cpu", small_scale, path)
+    assert len(rows) == 7 and all(row["seconds"] > 0 for row in rows)
+    mapped = [row for row in rows if "ratio" in row]
+    assert len(mapped) == 2
+    for row in mapped:
+        bench_scale.say_disk(bench_scale.as_text(row))
+    assert capsys.readouterr().out.count("against images in memory") == 2
