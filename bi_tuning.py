@@ -18,10 +18,9 @@ however small the batch.
      alike; then the keys enter their classes' rings in place of the oldest.
 
     python bi_tuning.py --ckpt simclr.pt
-    python bi_tuning.py --ckpt simclr.pt --search 20 --seeds 5     search and seeds as in
-    finetune.py
-    python finetune.py --ckpt bi_tuning.pt --eval                  its checkpoint is a fine-tuned
-    one python bi_tuning.py --ckpt resnet50.pth --data flowers --image-size 224 --backbone-lr 0.1
+    python bi_tuning.py --ckpt simclr.pt --search 20 --seeds 5       as finetune.py does it
+    python finetune.py --ckpt bi_tuning.pt --eval                    its test accuracy once more
+    python bi_tuning.py --ckpt resnet50.pth --data flowers --image-size 224 --backbone-lr 0.1
 """
 import copy
 

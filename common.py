@@ -187,7 +187,7 @@ class Parser(argparse.ArgumentParser):
             if not getattr(args, "eval", False) and same_file(args.ckpt, f"{args.out}.pt"):
                 fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
             defaults.update(arch=None, image_size=None)
-            config = load_checkpoint(args.ckpt, args.prefix)["config"]
+            config = load_checkpoint(args.ckpt)["config"]
             rest = config.get("rest", {})
             if same_data(config.get("data"), args.data):
                 defaults.update({name: rest[name] for name in self.from_coin if name in rest})

@@ -16,10 +16,8 @@ classifier's boundary with the same mixtures.
      own hard positive is one of its positives.
 
     python core_tuning.py --ckpt simclr.pt
-    python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     search and seeds as in
-    finetune.py
-    python finetune.py --ckpt core_tuning.pt --eval                  its checkpoint is a fine-tuned
-    one
+    python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     as finetune.py does it
+    python finetune.py --ckpt core_tuning.pt --eval                  its test accuracy once more
 """
 import torch
 import torch.nn.functional as F

@@ -7,8 +7,7 @@ decay are searched at random on a validation split, the best pair is trained wit
 the test split is looked at once, at the end of each such run.
 
     python finetune.py --ckpt simclr.pt                      without --ckpt: the same from scratch
-    python finetune.py --ckpt simclr.pt --freeze             linear probe: only the classifier
-    learns
+    python finetune.py --ckpt simclr.pt --freeze             linear probe: the backbone stays
     python finetune.py --ckpt simclr.pt --search 20 --seeds 5     what a table needs: mean +- std
     python finetune.py --ckpt coin.pt                        COIN's second stage: its last epochs
     python finetune.py --ckpt finetune.pt --eval             test accuracy of a finished run, of
