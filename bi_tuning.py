@@ -139,7 +139,7 @@ def train(trial):
     """L_CE + gamma_cl (L_CCE + L_CCL) with a key encoder and two queues."""
     args, data = trial.args, trial.data
     common.need_one_label(args, data)
-    backbone, _ = common.start_backbone(args, aloud=False)
+    backbone, _ = common.start_backbone(args, say=False)
     model, query = make_model(backbone, len(data.classes), args)
     head, key, queue_h, queue_z = model.head, model.key, model.queue_h, model.queue_z
     optimizer = common.make_optimizer("sgd", [backbone, head, model.projector], args.lr,

@@ -180,8 +180,8 @@ def start_pretext(args, backbone, ckpt):
         name = config.get("pretext", ckpt["method"])  # this script's checkpoints have the flag
     fresh_head = name not in PRETEXTS
     if fresh_head:
-        common.say(f"{args.ckpt or 'a random backbone'} has no pretext head: warms up a new one "
-                   f"for {args.pretext}")
+        common.tell(f"{args.ckpt or 'a random backbone'} has no pretext head: warms up a new one "
+                    f"for {args.pretext}")
         flags = ["--data", args.data, "--out", args.out, "--device", args.device,
                  "--batch-size", str(args.pretext_batch_size)]
         config = common.run_config(PRETEXTS[args.pretext].parser().parse_args(flags))

@@ -166,8 +166,8 @@ def say_positives(labels, batch_size, balanced=0):
     others = n / common.steps_of(n, batch_size) - 1
     expected = others * pairs / (n * (n - 1))
     if expected < 1 and not balanced:
-        common.say(f"an anchor has {expected:.2f} positives in a batch of {batch_size} on average: "
-                   "a larger --batch-size has more, and so has coin.py --balanced 4")
+        common.tell(f"an anchor has {expected:.2f} positives in a batch of {batch_size} on "
+                    "average: a larger --batch-size has more, and so has coin.py --balanced 4")
 
 
 def train(args):
@@ -177,8 +177,8 @@ def train(args):
     common.need_one_label(args, data)
     val = common.load_held_out(args, data)
     say_positives(data.labels, args.batch_size, args.balanced)
-    common.say(f"{coin_epochs} of {args.epochs} epochs: {len(data):,} labelled images of "
-               f"{len(data.classes)} classes")
+    common.tell(f"{coin_epochs} of {args.epochs} epochs: {len(data):,} labelled images of "
+                f"{len(data.classes)} classes")
     before = common.features(backbone, test, args)
     projector = make_projector(backbone.num_features, args.dim)
     model = nn.ModuleDict(dict(backbone=backbone, projector=projector)).to(args.device)
@@ -208,8 +208,8 @@ def train(args):
 
     after = common.features(backbone, test, args)
     indices = dict(s_dbw_before=s_dbw(*before), s_dbw_after=s_dbw(*after))
-    common.say(f"test features: S_Dbw {indices['s_dbw_before']:.3f} before, "
-               f"{indices['s_dbw_after']:.3f} after")
+    common.tell(f"test features: S_Dbw {indices['s_dbw_before']:.3f} before, "
+                f"{indices['s_dbw_after']:.3f} after")
     common.write_lines(args, [*run.history, indices])
     draw(args, run.history, before, after, indices)
     return {**run.history[-1], **indices}

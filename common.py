@@ -61,7 +61,7 @@ def fail(message):
     raise SystemExit(2)
 
 
-def say(text, end="\n"):
+def tell(text, end="\n"):
     """Print at once, what the screen's encoding lacks as \\x..; quiet end where nobody reads on."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
@@ -74,8 +74,8 @@ def say(text, end="\n"):
 
 
 @cache
-def say_once(text):
-    say(text)
+def tell_once(text):
+    tell(text)
 
 
 def bounded(kind, low, high=math.inf):
@@ -681,8 +681,8 @@ def list_pictures(classes):
                 elif real == path or real not in label_of:  # its own place goes before a link
                     label_of[real] = label
     if left_out:
-        say_once(f"{folder.parent}: {len(left_out)} files are no pictures by their ending"
-                 f"{some_names(':', sorted(left_out))}")
+        tell_once(f"{folder.parent}: {len(left_out)} files are no pictures by their ending"
+                  f"{some_names(':', sorted(left_out))}")
     pictures = sorted(label_of.items(), key=itemgetter(1, 0))  # class after class, by name
     return [path for path, _ in pictures], [label for _, label in pictures]
 
@@ -726,7 +726,7 @@ def write_images(path, pictures, side):
             if now - shown > 5 or ready == n:
                 shown, speed = now, ready / (now - began)
                 left = timedelta(seconds=int((n - ready) / speed))
-                say(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {left}")
+                tell(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {left}")
 
 
 def build_cache(path, args, splits):
@@ -746,7 +746,7 @@ def build_cache(path, args, splits):
         sizes.append(len(its_labels))
     about = dict(labels=torch.from_numpy(np.concatenate(labels)), sizes=sizes, classes=[*classes])
     side, names = store_side(args.image_size), " and ".join(splits)
-    say(f"decoding {len(pictures):,} images of {args.data} {names} to {side} px")
+    tell(f"decoding {len(pictures):,} images of {args.data} {names} to {side} px")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
         write_images(f"{folder}/images", pictures, side)
@@ -822,7 +822,7 @@ def load_petals(args, splits):
 def own_splits(name):
     """The splits that a data set has of its own."""
     if name in KNOWN_DATA and Path(name).is_dir():
-        say_once(f"--data {name} is the known data set; --data ./{name} would be the folder here")
+        tell_once(f"--data {name} is the known data set; --data ./{name} would be the folder here")
     if name == "petals":
         return list(PETAL_SPLITS)
     if name in DATASETS:
@@ -871,8 +871,8 @@ def say_absent(store, name):
         present = set(store.labels.tolist())
         absent = [name for label, name in enumerate(store.classes) if label not in present]
         if absent:
-            say_once(f"{name} has no image of {len(absent)} of {len(store.classes)} classes"
-                     f"{some_names(':', absent)}")
+            tell_once(f"{name} has no image of {len(absent)} of {len(store.classes)} classes"
+                      f"{some_names(':', absent)}")
 
 
 def load_val(args):
@@ -1199,12 +1199,12 @@ ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2,
          "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3])}
 
 
-def build_backbone(arch, small_stem, stem_padding=1):
+def build_backbone(arch, small_stem):
     """torchvision's ResNet without its last layer: (B, 3, H, W) -> (B, num_features).
 
     small_stem, for images of 40 px and less: a 3x3 convolution of stride 1 and no max-pool (SimCLR,
-    appendix B.9); stem_padding: of that convolution. resnet10 is for small machines: half the
-    channels, and a stride of 2 in its small stem.
+    appendix B.9). resnet10 is for small machines: half the channels, and a stride of 2 in its small
+    stem.
     """
     block, layers = ARCHS[arch]
     width_per_group = 128 if arch.startswith("wide") else 64
@@ -1214,7 +1214,7 @@ def build_backbone(arch, small_stem, stem_padding=1):
     narrow = arch == "resnet10"
     width, stride = (32, 2) if narrow else (64, 1)
     if small_stem:
-        model.conv1 = nn.Conv2d(3, width, 3, stride, stem_padding, bias=False)
+        model.conv1 = nn.Conv2d(3, width, 3, stride, 1, bias=False)
         model.maxpool = nn.Identity()
     elif narrow:
         model.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
@@ -1237,16 +1237,16 @@ def halve_channels(model, width):
     model.layer4 = model._make_layer(BasicBlock, 8 * width, 1, stride=2)
 
 
-def start_backbone(args, aloud=True):
+def start_backbone(args, say=True):
     """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles
     args.arch and args.image_size."""
-    if aloud:
-        say(f"{args.device}, {args.precision}")
+    if say:
+        tell(f"{args.device}, {args.precision}")
     torch.manual_seed(args.seed)
     ckpt = None
     if args.ckpt:
         ckpt = load_checkpoint(args.ckpt, getattr(args, "prefix", None))
-        backbone = load_backbone(ckpt, args, aloud)
+        backbone = load_backbone(ckpt, args, say)
     else:
         backbone = build_backbone(args.arch, args.image_size <= 40)
     backbone = place(backbone, args.device)
@@ -1259,7 +1259,7 @@ HEADS = ("fc.", "classifier", "linear", "last_linear", "head", "proj", "pred", "
          "queue")  # how the names begin of what files hold after the backbone
 
 
-def load_backbone(ckpt, args, aloud):
+def load_backbone(ckpt, args, say):
     """The checkpoint's backbone. Every tensor but BatchNorm's counts has to be there in the right
     shape, and nothing else but a head: what has no place here belongs to another network."""
     state = ckpt["backbone"]
@@ -1269,8 +1269,10 @@ def load_backbone(ckpt, args, aloud):
     small_stem = state["conv1.weight"].shape[-1:] == (3,)
     if args.arch is None:
         args.arch = ckpt["arch"] or most_similar_arch(state, small_stem)
+    backbone = build_backbone(args.arch, small_stem)
     args.stem_padding = ckpt["config"].get("stem_padding", 1)
-    backbone = build_backbone(args.arch, small_stem, args.stem_padding)
+    if small_stem:
+        backbone.conv1.padding = (args.stem_padding, args.stem_padding)
     found, needed = shapes(state), shapes(backbone.state_dict())
     misfit = f"{args.ckpt} does not fit --arch {args.arch}"
     for key, shape in needed.items():
@@ -1286,14 +1288,14 @@ def load_backbone(ckpt, args, aloud):
         if key in state:  # old files lack BatchNorm's counts
             whole[key] = state[key]
     backbone.load_state_dict(whole)
-    if aloud:
+    if say:
         stem = ""
         if ckpt["arch"] is None:  # tensors do not tell these
             conv, pool = backbone.conv1, "no max-pool" if small_stem else "max-pool"
             stem = (f"; taken to have a {conv.kernel_size[0]}x{conv.kernel_size[0]} stem: stride "
                     f"{conv.stride[0]}, padding {conv.padding[0]}, {pool}")
-        say(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors "
-            f"matched{some_names(', left out', left)}{stem}")
+        tell(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors "
+             f"matched{some_names(', left out', left)}{stem}")
     return backbone
 
 
@@ -1823,8 +1825,8 @@ class Run:
         spent, images = self.shown - self.began, self.images - self.images_before
         left = timedelta(seconds=int(spent / self.steps_done * (self.steps - self.steps_done)))
         means = [f"{name} {sums / self.counts[name]:.4g}" for name, sums in self.sums.items()]
-        say(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(means)}  "
-            f"{images:,} images  {images / spent:,.0f} images/s  left in it {left}\033[K", end="")
+        tell(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(means)}  "
+             f"{images:,} images  {images / spent:,.0f} images/s  left in it {left}\033[K", end="")
 
     def means(self):
         """The averages so far over the images of all processes, as numbers."""
@@ -1868,8 +1870,8 @@ class Run:
         spent = time.perf_counter() - self.started
         left = timedelta(seconds=int(spent / (done - self.first) * (self.epochs - done)))
         start_of_line = "\r\033[K" if sys.stdout.isatty() else ""
-        say(f"{start_of_line}{self.unit} {done}/{self.epochs}  {'  '.join(shown)}  "
-            f"{self.images / spent:,.0f} images/s  left {left}")
+        tell(f"{start_of_line}{self.unit} {done}/{self.epochs}  {'  '.join(shown)}  "
+             f"{self.images / spent:,.0f} images/s  left {left}")
         write_lines(self.args, self.history)
 
     def save(self):

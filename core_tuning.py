@@ -96,7 +96,7 @@ def train(trial):
     """L_ce^m + eta L_con^f over originals, hard positives and semi-hard negatives."""
     args, data = trial.args, trial.data
     common.need_one_label(args, data)
-    backbone, _ = common.start_backbone(args, aloud=False)
+    backbone, _ = common.start_backbone(args, say=False)
     width, classes = backbone.num_features, len(data.classes)
     head = nn.Linear(width, classes, bias=False)
     projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, args.dim))

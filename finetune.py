@@ -39,7 +39,7 @@ MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_clas
 def train(trial):
     """Cross-entropy, and with --eta what COIN's second stage adds to it."""
     args, data = trial.args, trial.data
-    backbone, ckpt = common.start_backbone(args, aloud=False)
+    backbone, ckpt = common.start_backbone(args, say=False)
     head = nn.Linear(backbone.num_features, len(data.classes))
     model = nn.ModuleDict(dict(backbone=backbone, head=head))
     if args.eta:
@@ -230,9 +230,9 @@ def protocol(args, method, train, panel=None):
         searching, now = number < args.search, choose_settings(args, results, number)
         data = common.load_labelled(args, now.seed, hold_out=searching)
         watch = val if searching or common.few_labels(args) else None
-        common.say(f"run {number + 1}/{trials}: {len(data):,} labelled images of "
-                   f"{len(data.classes)} classes, lr {now.lr:.2g}, weight decay "
-                   f"{now.weight_decay:.2g}, seed {now.seed}")
+        common.tell(f"run {number + 1}/{trials}: {len(data):,} labelled images of "
+                    f"{len(data.classes)} classes, lr {now.lr:.2g}, weight decay "
+                    f"{now.weight_decay:.2g}, seed {now.seed}")
         train(Trial(method, args, now, data, judge=val if searching else test, watch=watch,
                     history=history, results=results, resume=number == first))
 
@@ -270,14 +270,14 @@ def say_what_was_seen(args, ckpt):
         same = (seen.labels_per_class, seen.fraction, seen.seed) == (
             args.labels_per_class, args.fraction, args.seed)
         if few and (args.seeds > 1 or not same):
-            common.say(f"{args.ckpt} has learnt from other labelled images than these flags draw: "
-                       "make one for each seed")
+            common.tell(f"{args.ckpt} has learnt from other labelled images than these flags draw: "
+                        "make one for each seed")
         if args.search and not common.few_labels(seen):
-            common.say(f"{args.ckpt} has learnt from val, on which this search is judged: "
-                       "accuracies on val are too high")
+            common.tell(f"{args.ckpt} has learnt from val, on which this search is judged: "
+                        "accuracies on val are too high")
     if args.cosine_start:
-        common.say(f"{args.epochs} epochs are left of the budget: goes on at "
-                   f"{args.cosine_start:.0%} of the cosine")
+        common.tell(f"{args.epochs} epochs are left of the budget: goes on at "
+                    f"{args.cosine_start:.0%} of the cosine")
 
 
 def report(args, results):
@@ -296,16 +296,16 @@ def report(args, results):
             spread = f" +- {std:.2f}"
         summary.update({f"test_{name}": mean, f"test_{name}_std": std})
         said.append(f"{name} {mean:.2f}{spread} %")
-    common.say("test  " + "  ".join(said))
+    common.tell("test  " + "  ".join(said))
     return summary
 
 
-def load_classifier(args, aloud=True):
+def load_classifier(args, say=True):
     """Backbone and linear head of --ckpt, a fine-tuning checkpoint, and the classes that they tell
     apart."""
     if not args.ckpt:
         common.fail("--eval needs --ckpt, of finetune.py, core_tuning.py or bi_tuning.py")
-    backbone, ckpt = common.start_backbone(args, aloud)
+    backbone, ckpt = common.start_backbone(args, say)
     state = ckpt["head"] or {}
     if "weight" not in state:
         common.fail(f"--ckpt {args.ckpt} has no classifier: fine-tune it first")
@@ -330,8 +330,8 @@ def draw(args, history, test, panel):
     the test features before and after, and the method's own panel."""
     finished = copy.copy(args)
     finished.ckpt, finished.prefix = f"{args.out}.pt", None
-    backbone, head, classes = load_classifier(finished, aloud=False)
-    before, _ = common.start_backbone(args, aloud=False)
+    backbone, head, classes = load_classifier(finished, say=False)
+    before, _ = common.start_backbone(args, say=False)
     x, y = common.features(backbone, test, args)
     _, confusion = metrics(head(x), y)  # or precision
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
