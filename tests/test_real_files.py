@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import numpy as np
@@ -354,46 +355,70 @@ def test_files_that_are_left_out_for_their_ending_are_counted(folder, tmp_path, 
     assert "2 files are no pictures by their ending: one.txt, two.gif" in said
 
 
-# -------------------------------------------------- E. whatever is raised where the world comes in
-
-def run(command, place, **more):
-    return subprocess.run(command, shell=True, executable="/bin/bash", cwd=place,
-                          capture_output=True, text=True, **more)
-
+# ------------------------------- E. whatever is raised where the world comes in, as real commands
 
 PYTHON = f"{sys.executable} {ROOT}"
 SIMCLR = (f"{PYTHON}/simclr.py --data pictures --root root --epochs 1 --device cpu "
           "--image-size 16 --batch-size 8 --out out")
+FINETUNE = SIMCLR.replace("simclr.py", "finetune.py --arch resnet10")
+
+
+def add_a_picture_in_latin_1(place):
+    with open(os.fsencode(place) + b"/pictures/train/a/caf\xe9.png", "wb") as file:
+        file.write((place / "pictures/train/a/0.png").read_bytes())
+
+
+def name_a_class_in_latin_1(place):
+    for split in ("train", "test"):
+        folder = os.fsencode(place / "pictures" / split)
+        os.rename(folder + b"/b", folder + b"/caf\xe9")
+
+
+def name_the_folder_in_chinese(place):
+    (place / "pictures").rename(place / "图片")
+
+
+def nothing(place):
+    """The folder stays as it is."""
+
+
+COMMANDS = {  # what happens to the folder, and the command that is typed there
+    "full disk": (nothing, f"ulimit -f 900 && {SIMCLR}"),
+    "full disk of the cache": (nothing, f"ulimit -f 8 && {SIMCLR}"),
+    "closed pipe": (nothing, f"{SIMCLR} | head -1"),
+    "closed pipe of help": (nothing, f"{PYTHON}/simclr.py --help | head -1"),
+    "full screen": (nothing, f"{SIMCLR} > /dev/full"),
+    "picture in Latin-1": (add_a_picture_in_latin_1, SIMCLR),
+    "class in Latin-1": (name_a_class_in_latin_1, FINETUNE),
+    "Chinese": (name_the_folder_in_chinese,
+                "export PYTHONIOENCODING=cp1252; "
+                f"{SIMCLR.replace('--data pictures', '--data 图片').replace(' out', ' 结果')} && "
+                f"{PYTHON}/finetune.py --ckpt 结果.pt --data 图片 --root root --epochs 1"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commands(tmp_path_factory):
+    """All of them run beside the other tests of this file, since a new Python takes seconds to
+    start: of each, its folder and what it will have printed."""
+    def run(place, command):
+        return subprocess.run(command, shell=True, executable="/bin/bash", cwd=place,
+                              capture_output=True, text=True)
+
+    running = {}
+    with ThreadPoolExecutor(2) as pool:
+        for name, (prepare, command) in COMMANDS.items():
+            place = tmp_path_factory.mktemp("typed")
+            write_folder(place / "pictures")
+            (place / "out.pt").write_text("of an older run")
+            prepare(place)
+            running[name] = place, pool.submit(run, place, command)
+        yield running
 
 
 def assert_one_line(done, said):
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 1 and said in lines[0], done.stderr
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(here):
-    (here / "out.pt").write_text("of an older run")
-    done = run(f"ulimit -f 900 && {SIMCLR}", here)
-    assert_one_line(done, "out.pt")
-    assert (here / "out.pt").read_text() == "of an older run"
-    assert not list(here.glob("*.tmp"))
-
-
-def test_a_full_disk_while_images_are_decoded(here):
-    done = run(f"ulimit -f 8 && {SIMCLR}", here)
-    assert_one_line(done, "root")
-    assert not list((here / "root").rglob("*.npy"))
-
-
-@pytest.mark.parametrize("command", [SIMCLR, f"{PYTHON}/simclr.py --help"],
-                         ids=["a run", "help"])
-def test_a_closed_pipe_is_a_quiet_end(here, command):
-    done = run(f"{command} | head -1", here)
-    assert done.stderr == "" and done.stdout.count("\n") == 1
-
-
-def test_a_screen_that_cannot_be_written_is_not_blamed_on_the_cache(here):
-    assert_one_line(run(f"{SIMCLR} > /dev/full", here), "cannot print")
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "nonsense", "xpu", "cpu:x"])
@@ -403,35 +428,6 @@ def test_a_device_that_cannot_compute_is_refused(here, capsys, device):
 
 
 # ---------------------------------------------------------------------- F. text beyond plain ASCII
-
-def test_a_name_in_latin_1_is_a_name(here):
-    name = os.fsencode(here) + b"/pictures/train/a/caf\xe9.png"
-    with open(name, "wb") as file:
-        file.write((here / "pictures/train/a/0.png").read_bytes())
-    done = run(f"{SIMCLR}", here)
-    assert done.returncode == 0, done.stderr
-    assert len(np.load(next((here / "root" / "cache").glob("*-train-*.npy")))) == 37
-
-
-def test_a_class_in_latin_1_is_a_class(here):
-    for split in ("train", "test"):
-        place = os.fsencode(here) + f"/pictures/{split}/".encode()
-        os.rename(place + b"b", place + b"caf\xe9")
-    command = SIMCLR.replace("simclr.py", "finetune.py") + " --arch resnet10"
-    done = run(command, here)
-    assert done.returncode == 0, done.stderr
-    assert common.load_checkpoint(here / "out.pt")["classes"] == ["a", "c", "caf\\xe9"]
-
-
-def test_a_screen_that_lacks_letters_shows_their_numbers(here):
-    (here / "pictures").rename(here / "图片")
-    command = SIMCLR.replace("--data pictures", "--data 图片").replace("--out out", "--out 结果")
-    done = run(f"export PYTHONIOENCODING=cp1252; {command} && {PYTHON}/finetune.py --ckpt 结果.pt "
-               "--data 图片 --root root --epochs 1 --device cpu", here)
-    assert done.returncode == 0, done.stderr
-    assert "\\u7ed3\\u679c.pt: simclr" in done.stdout
-    assert (here / "结果.pt").exists() and (here / "finetune.pt").exists()
-
 
 def test_an_accent_is_the_same_composed_or_not(tmp_path):
     write_folder(tmp_path / "x", classes=("\u00e9", "b"), splits=("train",))
@@ -562,3 +558,48 @@ def test_data_that_could_be_either_says_which_one_it_is(here, monkeypatch, capsy
     (here / "petals").mkdir()
     common.load_data(argparse.Namespace(data="petals", image_size=8, device="cpu"), "test")
     assert "--data ./petals would be the folder here" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------- what the commands above have done
+
+def test_a_full_disk_leaves_the_old_checkpoint(commands):
+    place, done = commands["full disk"]
+    assert_one_line(done.result(), "out.pt")
+    assert (place / "out.pt").read_text() == "of an older run"
+    assert not list(place.glob("*.tmp"))
+
+
+def test_a_full_disk_while_images_are_decoded(commands):
+    place, done = commands["full disk of the cache"]
+    assert_one_line(done.result(), "root")
+    assert not list((place / "root").rglob("*.npy"))
+
+
+@pytest.mark.parametrize("name", ["closed pipe", "closed pipe of help"])
+def test_a_closed_pipe_is_a_quiet_end(commands, name):
+    done = commands[name][1].result()
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_a_screen_that_cannot_be_written_is_not_blamed_on_the_cache(commands):
+    assert_one_line(commands["full screen"][1].result(), "cannot print")
+
+
+def test_a_name_in_latin_1_is_a_name(commands):
+    place, done = commands["picture in Latin-1"]
+    assert done.result().returncode == 0, done.result().stderr
+    assert len(np.load(next((place / "root" / "cache").glob("*-train-*.npy")))) == 37
+
+
+def test_a_class_in_latin_1_is_a_class(commands):
+    place, done = commands["class in Latin-1"]
+    assert done.result().returncode == 0, done.result().stderr
+    assert common.load_checkpoint(place / "out.pt")["classes"] == ["a", "c", "caf\\xe9"]
+    assert "\r" not in done.result().stdout  # no line is rewritten in a pipe
+
+
+def test_a_screen_that_lacks_letters_shows_their_numbers(commands):
+    place, done = commands["Chinese"]
+    assert done.result().returncode == 0, done.result().stderr
+    assert "\\u7ed3\\u679c.pt: simclr" in done.result().stdout
+    assert (place / "结果.pt").exists() and (place / "finetune.pt").exists()

@@ -1,6 +1,5 @@
 """common.Run, and what the command line settles before a run begins."""
 import io
-import subprocess
 import sys
 from argparse import Namespace
 
@@ -12,7 +11,6 @@ import bissl
 import byol
 import common
 import simclr
-from conftest import ROOT
 
 CPU = ["--device", "cpu"]
 
@@ -163,13 +161,6 @@ def test_into_a_file_nothing_makes_the_device_wait_within_an_epoch(tmp_path, mon
     monkeypatch.setattr(common.Run, "show_progress", reads.append)
     toy_run(tmp_path, monkeypatch, terminal=False)
     assert not reads
-
-
-def test_a_real_command_into_a_pipe_prints_whole_lines(tmp_path):
-    command = [sys.executable, str(ROOT / "simclr.py"), "--epochs", "1", "--device", "cpu",
-               "--image-size", "8", "--batch-size", "2048", "--out", str(tmp_path / "x")]
-    printed = subprocess.run(command, capture_output=True, cwd=tmp_path, check=True).stdout
-    assert b"\r" not in printed and printed.count(b"\n") == 2  # device, precision; epoch 1/1
 
 
 def test_the_means_of_uneven_batches_count_images_and_not_batches(tmp_path, monkeypatch):
