@@ -876,11 +876,9 @@ def say_absent(store, name):
 
 
 def load_val(args):
-    """val, where it is needed."""
+    """val, or None where each class has one image, which stays in train."""
     store = load_data(args, "val")
-    if not len(store):
-        fail(f"{args.data} has one image a class, so that none is left for val: add a folder val")
-    return store
+    return store if len(store) else None
 
 
 def load_unlabeled(args, flag="batch_size"):
@@ -1255,8 +1253,8 @@ def start_backbone(args, say=True):
     return backbone, ckpt
 
 
-HEADS = ("fc.", "classifier", "linear", "last_linear", "head", "proj", "pred", "prototypes", "mlp",
-         "queue")  # how the names begin of what files hold after the backbone
+HEADS = ("fc", "cls", "classifier", "linear", "last_linear", "logit", "head", "embed", "proj",
+         "pred", "prototypes", "mlp", "queue")  # how the names of what follows the backbone begin
 
 
 def load_backbone(ckpt, args, say):

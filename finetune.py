@@ -221,6 +221,9 @@ def protocol(args, method, train, panel=None):
     test, val = common.load_data(args, "test"), None
     if args.search or common.few_labels(args):
         val = common.load_val(args)
+    if args.search and val is None:
+        common.fail(f"--search is judged on val, and no image of {args.data} is left for it: each "
+                    "class has one. Add a folder val")
     results, history = [], []
     if stopped:
         results, history = stopped["resume"]["results"], stopped["resume"]["history"]
@@ -331,6 +334,7 @@ def draw(args, history, test, panel):
     finished = copy.copy(args)
     finished.ckpt, finished.prefix = f"{args.out}.pt", None
     backbone, head, classes = load_classifier(finished, say=False)
+    classes = [name.replace("$", r"\$") for name in classes]  # else matplotlib reads formulas
     before, _ = common.start_backbone(args, say=False)
     x, y = common.features(backbone, test, args)
     _, confusion = metrics(head(x), y)  # or precision

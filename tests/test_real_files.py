@@ -22,8 +22,8 @@ import coin
 import common
 import finetune
 import simclr
-from conftest import (ROOT, SCRIPTS, draw_nothing, error_line, files, json_lines, options,
-                      write_folder)
+from conftest import (FINE_TUNING, ROOT, SCRIPTS, draw_nothing, error_line, files, json_lines,
+                      options, write_folder)
 
 TINY = ["--device", "cpu", "--precision", "float32", "--image-size", "16", "--batch-size", "8"]
 FAST = [*TINY, "--data", "pictures", "--root", "root", "--epochs", "1"]
@@ -437,6 +437,13 @@ def test_an_accent_is_the_same_composed_or_not(tmp_path):
     assert train.classes == test.classes == ["b", "\u00e9"]
 
 
+def test_a_class_whose_name_looks_like_a_formula_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "pictures", classes=("$\\no$", "b"), per_class=4)
+    finetune.main([*FAST, "--arch", "resnet10"])
+    assert (tmp_path / "finetune.png").exists()
+
+
 # ------------------------------------------------------------------- G. paths are checked as used
 
 @pytest.mark.parametrize("out", [
@@ -473,15 +480,16 @@ def singles(here):
     return here
 
 
-def needs_val(script):
-    return {"finetune": ["--search", "1"], "core_tuning": ["--labels-per-class", "1"],
-            "bi_tuning": ["--search", "1"]}[script]
-
-
-@pytest.mark.parametrize("script", ["finetune", "core_tuning", "bi_tuning"])
+@pytest.mark.parametrize("script", FINE_TUNING)
 def test_where_val_would_be_empty_but_is_needed_one_line_says_so(singles, capsys, script):
-    flags = [*FAST, "--arch", "resnet10", *needs_val(script)]
-    assert "val" in error_line(capsys, SCRIPTS[script].main, flags)
+    flags = [*FAST, "--arch", "resnet10", "--search", "1"]
+    assert "judged on val" in error_line(capsys, SCRIPTS[script].main, flags)
+
+
+def test_where_val_is_only_watched_it_may_be_empty(singles, monkeypatch):
+    draw_nothing(monkeypatch)
+    finetune.main([*FAST, "--arch", "resnet10", "--batch-size", "4", "--labels-per-class", "1"])
+    assert json_lines("finetune.jsonl")[0]["val_top1"] is None
 
 
 @pytest.mark.parametrize("script", ["simclr", "byol", "finetune", "core_tuning", "bi_tuning"])
