@@ -392,6 +392,20 @@ def test_thirty_images_a_class_of_caltech_are_always_the_same_for_training(roots
     assert [int(path[-8:-4]) for path in first[0][:30]] != list(range(1, 31))
 
 
+def test_stray_files_among_caltechs_pictures_change_nothing(tmp_path):
+    for place in ("clean", "stray"):
+        caltech101(tmp_path / place, 4)
+    folder = tmp_path / "stray" / "caltech101" / "101_ObjectCategories"
+    for name in (".DS_Store", "Faces/.DS_Store", "Faces/._image_0001.jpg",
+                 "Faces/.ipynb_checkpoints/image_0001-checkpoint.jpg", "notes.txt"):
+        write(folder / name, "no picture")
+    for split in ("train", "test"):
+        clean = common.open_dataset("caltech101", tmp_path / "clean", split)
+        stray = common.open_dataset("caltech101", tmp_path / "stray", split)
+        assert stray[1:] == clean[1:]
+        assert [path[-20:] for path in stray[0]] == [path[-20:] for path in clean[0]]
+
+
 # ------------------------------------------------------------ several labels an image
 
 @pytest.mark.parametrize("script, flags", [
