@@ -512,7 +512,7 @@ def main(groups):
     if unknown:
         raise SystemExit(f"no rows {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, rows = device_name(device), []
+    name = device_name(device)
     for group in groups or GROUPS:
         measured = GROUPS[group](device)
         if isinstance(measured, dict):
@@ -522,23 +522,22 @@ def main(groups):
             for key in ("ours", "reference", "ratio"):
                 row[key] = f"{row[key]:.4g}"
             print("  ".join(row[key] for key in FIELDS[1:]), flush=True)
-            rows.append(row)
-    write(rows)
+            write(row)  # at once, so that a run that is stopped loses nothing
 
 
-def write(rows):
-    """The table with these rows; those of other devices and other rows stay in it."""
-    new, others = {(row["device"], row["row"]) for row in rows}, []
+def write(new):
+    """The table with this row; those of other devices and other rows stay in it."""
+    rows = []
     if RESULTS.exists():
         with open(RESULTS, newline="") as file:
             for row in csv.DictReader(file):
-                if (row["device"], row["row"]) not in new:
-                    others.append(row)
+                if (row["device"], row["row"]) != (new["device"], new["row"]):
+                    rows.append(row)
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        writer.writerows(others + rows)
+        writer.writerows([*rows, new])
 
 
 if __name__ == "__main__":
