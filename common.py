@@ -167,6 +167,8 @@ class Parser(argparse.ArgumentParser):
                     "to train on")
 
     def parse_args(self, argv=None):
+        if sys.stdout is None:  # the command was started with a closed one
+            sys.stdout = open(os.devnull, "w")
         args = super().parse_args(argv)
         for name, value in self.defaults_for(args).items():
             if name in vars(args) and getattr(args, name) is None:

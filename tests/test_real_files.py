@@ -388,6 +388,7 @@ COMMANDS = {  # what happens to the folder, and the command that is typed there
     "closed pipe": (nothing, f"{SIMCLR} | head -1"),
     "closed pipe of help": (nothing, f"{PYTHON}/simclr.py --help | head -1"),
     "full screen": (nothing, f"{SIMCLR} > /dev/full"),
+    "no screen": (nothing, f"{SIMCLR} >&-"),
     "picture in Latin-1": (add_a_picture_in_latin_1, SIMCLR),
     "class in Latin-1": (name_a_class_in_latin_1, FINETUNE),
     "Chinese": (name_the_folder_in_chinese,
@@ -591,6 +592,12 @@ def test_a_closed_pipe_is_a_quiet_end(commands, name):
 
 def test_a_screen_that_cannot_be_written_is_not_blamed_on_the_cache(commands):
     assert_one_line(commands["full screen"][1].result(), "cannot print")
+
+
+def test_without_a_screen_a_run_goes_on(commands):
+    place, done = commands["no screen"]
+    assert done.result().returncode == 0 and done.result().stderr == ""
+    assert len(json_lines(place / "out.jsonl")) == 1
 
 
 def test_a_name_in_latin_1_is_a_name(commands):
