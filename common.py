@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import socket
@@ -742,7 +743,7 @@ def build_cache(path, args, splits):
     for split in splits:
         of_split, its_labels, classes = open_dataset(args.data, args.root, split)
         if not len(its_labels):
-            fail(f"{args.data} has no images for {split}")
+            fail(f"{args.data} has no images for {split}: those of a folder lie in {split}/CLASS/")
         pictures.extend(of_split)
         labels.append(np.asarray(its_labels, np.int64))
         sizes.append(len(its_labels))
@@ -779,12 +780,15 @@ def load_cached(args, splits):
         about_path = path.with_suffix(".pt")
         if rank() == 0 and not (path.exists() and about_path.exists()):
             build_cache(path, args, splits)
-        if world() > 1:
-            dist.barrier()  # the others wait until process 0 has built it
+    except Exception as error:  # whatever a picture or a disk leads to
+        fail(f"{args.data} and its cache under --root {args.root}: {first_line(error)}")
+    if world() > 1:
+        dist.barrier()  # the others wait until process 0 has built it
+    try:
         about = torch.load(about_path, weights_only=True)
         images = shared_images(path, torch.device(args.device))
-    except Exception as error:  # whatever a picture, a disk or a broken cache leads to
-        fail(f"{args.data} and its cache under --root {args.root}: {error}")
+    except Exception as error:
+        fail(f"cannot read the cache {path}: delete it, and it is built anew ({first_line(error)})")
     return images, about["labels"], about["sizes"], about["classes"]
 
 
@@ -1669,7 +1673,7 @@ def read_file(path):
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             reason = f"it would run code of {refused[1]} when read: save its tensors alone"
-        elif "Unsupported" in str(error):
+        elif "Unsupported" in str(error) and Path(path).read_bytes()[:1] == pickle.PROTO:
             reason = "it is a plain pickle, which would run code when read"
         elif "TorchScript" in str(error):
             reason = "it is a TorchScript program: save torch.jit.load(FILE).state_dict() instead"

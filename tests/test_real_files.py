@@ -4,12 +4,14 @@ import argparse
 import json
 import os
 import pathlib
+import pickle
 import struct
 import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,7 +113,7 @@ HARMLESS = {
     "numpy number": np.float64(1.5), "numpy integer": np.int64(3), "numpy truth": np.bool_(True),
     "numpy text": np.str_("a"), "numpy array": np.arange(3), "random state": np.random.get_state(),
     "simple namespace": types.SimpleNamespace(a=1), "time": datetime(2020, 1, 2),
-    "a path of this system": pathlib.Path("/a/b"), "set": {1, 2}, "device": torch.device("cpu"),
+    "a path of this system": Path("/a/b"), "set": {1, 2}, "device": torch.device("cpu"),
 }
 
 
@@ -169,6 +171,10 @@ def scripted(path):
     ("none.safetensors", lambda path: None, "no checkpoint"),
     ("program.pt", scripted, "TorchScript"),
     ("text.pt", lambda path: path.write_text("hello"), "no checkpoint"),
+    ("page.pth", lambda path: path.write_text("<html>not found</html>"), "no checkpoint"),
+    ("pointer.pt", lambda path: path.write_text("version https://git-lfs"), "no checkpoint"),
+    ("plain.pt", lambda path: path.write_bytes(pickle.dumps({"a": 1})), "plain pickle"),
+    ("module.pt", lambda path: torch.save(nn.Linear(2, 2), path), "torch.nn.modules.linear.Linear"),
     ("number.pt", lambda path: torch.save(3, path), "no ResNet backbone"),
     ("list.pt", lambda path: torch.save([torch.zeros(2)], path), "no ResNet backbone"),
 ])
@@ -549,6 +555,19 @@ def test_a_checkpoint_that_is_not_finite_names_the_tensor_at_once(
     line = error_line(capsys, finetune.main, [*FAST, "--ckpt", "in.pt"])
     assert "in.pt" in line and tensor in line and "not finite" in line
     assert not (here / "finetune.pt").exists()
+
+
+def test_a_broken_cache_says_how_to_get_a_whole_one(here, capsys, monkeypatch):
+    draw_nothing(monkeypatch)
+    flags = [*FAST, "--arch", "resnet10"]
+    finetune.main(flags)
+    for path in Path("root/cache").iterdir():
+        path.write_bytes(b"half of it")
+    common.shared_images.cache_clear()
+    assert "delete it, and it is built anew" in error_line(capsys, finetune.main, flags)
+    for path in Path("root/cache").iterdir():
+        path.unlink()
+    finetune.main(flags)
 
 
 # ------------------------------------------------------------------------------ which data is meant
