@@ -1799,8 +1799,9 @@ class Run:
             part.load_state_dict(states[name])
         self.history = states["history"]
 
-    def epochs_left(self, steps):
-        """The numbers of the epochs to come; steps: how often add() is called in each of them."""
+    def epochs_left(self, steps=None):
+        """The numbers of the epochs to come; steps: how often add() is called in each of them, if
+        the progress line is to tell the time left."""
         self.started = time.perf_counter()
         for epoch in range(len(self.history), self.epochs):
             seed_epoch(self.stage, self.args.seed, epoch)
@@ -1827,10 +1828,13 @@ class Run:
         makes the device wait."""
         self.shown = time.perf_counter()
         spent, images = self.shown - self.began, self.images - self.images_before
-        left = timedelta(seconds=int(spent / self.steps_done * (self.steps - self.steps_done)))
+        left = ""
+        if self.steps:
+            seconds = spent / self.steps_done * (self.steps - self.steps_done)
+            left = f"  left in it {timedelta(seconds=int(seconds))}"
         means = [f"{name} {sums / self.counts[name]:.4g}" for name, sums in self.sums.items()]
         tell(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(means)}  "
-             f"{images:,} images  {images / spent:,.0f} images/s  left in it {left}\033[K", end="")
+             f"{images:,} images  {images / spent:,.0f} images/s{left}\033[K", end="")
 
     def means(self):
         """The averages so far over the images of all processes, as numbers."""

@@ -169,7 +169,7 @@ class Run(common.Run):
     def epochs_done(self):
         return sum(line["run"] == self.number for line in self.trial.history)
 
-    def epochs_left(self, steps):
+    def epochs_left(self, steps=None):
         args, self.started = self.trial.args, time.perf_counter()
         spent = round(args.epochs * args.cosine_start / (1 - args.cosine_start))  # by coin.py
         for epoch in range(self.epochs_done(), args.epochs):
