@@ -652,8 +652,7 @@ def open_folder(folder, split):
         fail(f"{folder}: {split} does not have the classes of the other splits"
              f"{some_names(':', odd)}")
     paths, labels = list_pictures(classes)
-    present = set(labels)
-    empty = [name for label, name in enumerate(classes) if label not in present]
+    empty = absent_classes(classes, labels)
     if empty and split == "train":
         fail(f"{folder / split} has no pictures of {some_names('classes', empty)}")
     return paths, labels, list(classes)
@@ -677,8 +676,7 @@ def list_pictures(classes):
     label_of, left_out = {}, []  # label_of: by the real path
     for label, folders in enumerate(classes.values()):
         for folder in folders:
-            for path in files_below(folder):
-                real = os.path.realpath(path)
+            for path, real in files_below(folder):
                 if not path.lower().endswith(sets.folder.IMG_EXTENSIONS):
                     left_out.append(os.path.basename(path))
                 elif real == path or real not in label_of:  # its own place goes before a link
@@ -691,7 +689,8 @@ def list_pictures(classes):
 
 
 def files_below(top):
-    """Paths of the files in a folder and those inside, but for what begins with a dot."""
+    """Paths and real paths of the files in a folder and those inside, but for what begins with a
+    dot."""
     been = set()
     for folder, inner, names in os.walk(top, followlinks=True):
         place = os.path.realpath(folder)
@@ -701,8 +700,12 @@ def files_below(top):
         been.add(place)
         inner[:] = [name for name in inner if not name.startswith(".")]
         for name in names:
-            if not name.startswith("."):
-                yield os.path.join(folder, name)
+            if name.startswith("."):
+                continue
+            real = os.path.join(place, name)
+            if os.path.islink(real):
+                real = os.path.realpath(real)
+            yield os.path.join(folder, name), real
 
 
 DECODE_CHUNK = 256  # images that are held decoded until they are written
@@ -874,11 +877,16 @@ def load_data(args, split):
 def say_absent(store, name):
     """Say which classes have no image in a store: in a mean over classes they do not count."""
     if store.labels.ndim == 1:
-        present = set(store.labels.tolist())
-        absent = [name for label, name in enumerate(store.classes) if label not in present]
+        absent = absent_classes(store.classes, store.labels.unique().tolist())
         if absent:
             tell_once(f"{name} has no image of {len(absent)} of {len(store.classes)} classes"
                       f"{some_names(':', absent)}")
+
+
+def absent_classes(classes, labels):
+    """The names of the classes that are not among the labels, a list of positions."""
+    present = set(labels)
+    return [name for label, name in enumerate(classes) if label not in present]
 
 
 def load_val(args):
@@ -1565,8 +1573,16 @@ def state_of(part):
     return part.state_dict() if hasattr(part, "state_dict") else part
 
 
+def not_finite(state):
+    """The first name in a state dict (or None) whose tensor is not finite; None where all are."""
+    for key, value in (state or {}).items():
+        if not value.isfinite().all():
+            return key
+    return None
+
+
 def is_finite(module):
-    return all(value.isfinite().all() for value in module.state_dict().values())
+    return not_finite(module.state_dict()) is None
 
 
 def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, config, resume=None,
@@ -1580,10 +1596,10 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
     """
     parts = dict(backbone=state_of(backbone), head=state_of(head), projector=state_of(projector))
     for state in parts.values():
-        for key, value in (state or {}).items():
-            if not value.isfinite().all():
-                fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as "
-                     "it was")
+        key = not_finite(state)
+        if key:
+            fail(f"{key} is not finite any more: try a lower learning rate. {path} was left as it "
+                 "was")
     contents = dict(method=method, arch=arch, image_size=image_size, **parts, classes=classes,
                     config=config, resume=resume)
     if rank() == 0:
@@ -1624,10 +1640,10 @@ def load_checkpoint(path, wanted=None):
     content = read_file(path)
     if not isinstance(content, dict):
         content = {}
-    ours = OURS <= content.keys()
-    state, backbones = flat_tensors(content), {}
+    ours, searched, backbones = OURS <= content.keys(), content, {}
     if ours:
-        state = flat_tensors(dict(content["backbone"] or {}))
+        searched = content["backbone"] or {}
+    state = flat_tensors(searched)
     for key in state:
         found = FIRST_BLOCK.fullmatch(key)
         if found and found[1] not in backbones:
@@ -1652,9 +1668,9 @@ def load_checkpoint(path, wanted=None):
                     config=dict(stem_padding=stem_padding(content)), resume=None)
     ckpt["backbone"] = backbones[prefix]
     for part in ("backbone", "head", "projector"):
-        for key, value in (ckpt[part] or {}).items():
-            if not value.isfinite().all():
-                fail(f"{path} cannot be used: {key} of its {part} is not finite")
+        key = not_finite(ckpt[part])
+        if key:
+            fail(f"{path} cannot be used: {key} of its {part} is not finite")
     return ckpt
 
 
