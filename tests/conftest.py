@@ -81,6 +81,12 @@ def options(data, root, image_size=16, **more):
     return Namespace(data=str(data), root=str(root), image_size=image_size, device="cpu", **more)
 
 
+def backbone_flags(ckpt, arch=None, image_size=64, prefix=None):
+    """The flags that starting a backbone from a checkpoint takes."""
+    return Namespace(ckpt=str(ckpt), arch=arch, image_size=image_size, prefix=prefix, seed=0,
+                     device="cpu", precision="float32", compile=False)
+
+
 def error_line(capsys, function, *args, **named):
     """The one line on stderr with which function ends the program, as bad input does."""
     capsys.readouterr()

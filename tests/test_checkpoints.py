@@ -2,7 +2,6 @@
 refused in one line."""
 import io
 import pickle
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,7 @@ import torchvision
 from torch import nn
 
 import common
-from conftest import error_line
-
-
-def settings(ckpt, arch=None, image_size=64):
-    return Namespace(ckpt=str(ckpt), arch=arch, image_size=image_size, seed=0, device="cpu",
-                     precision="float32", compile=False)
+from conftest import backbone_flags, error_line
 
 
 def assert_same(state, expected):
@@ -57,14 +51,14 @@ def test_a_checkpoint_of_before_there_were_projectors_is_read_as_one_without(tmp
 
 
 def test_a_checkpoint_starts_the_backbone_that_it_holds(tmp_path):
-    saved, args = write(tmp_path / "a.pt"), settings(tmp_path / "a.pt", image_size=None)
+    saved, args = write(tmp_path / "a.pt"), backbone_flags(tmp_path / "a.pt", image_size=None)
     backbone, _ = common.start_backbone(args)
     assert (args.arch, args.image_size) == ("resnet10", 32)
     assert_same(backbone.state_dict(), saved["backbone"].state_dict())
 
 
 def test_a_checkpoint_keeps_its_first_layer_at_another_image_size(tmp_path):
-    saved, args = write(tmp_path / "a.pt"), settings(tmp_path / "a.pt", image_size=224)
+    saved, args = write(tmp_path / "a.pt"), backbone_flags(tmp_path / "a.pt", image_size=224)
     backbone, _ = common.start_backbone(args)
     assert args.image_size == 224
     assert torch.equal(backbone.conv1.weight, saved["backbone"].conv1.weight)
@@ -198,7 +192,7 @@ def resnets():
 @pytest.mark.parametrize("style", STYLES)
 def test_a_foreign_file_gives_exactly_its_backbone(tmp_path, resnets, style):
     torch.save(STYLES[style](*resnets), tmp_path / "foreign.pt")
-    backbone, _ = common.start_backbone(settings(tmp_path / "foreign.pt", "resnet18"))
+    backbone, _ = common.start_backbone(backbone_flags(tmp_path / "foreign.pt", "resnet18"))
     assert_same(backbone.state_dict(), without_fc(resnets[0].state_dict()))
 
 
@@ -206,7 +200,7 @@ def test_a_file_of_before_batchnorm_counted_its_batches_loads(tmp_path, resnets)
     state = {key: value for key, value in resnets[0].state_dict().items()
              if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "old.pt")
-    backbone, _ = common.start_backbone(settings(tmp_path / "old.pt", "resnet18"))
+    backbone, _ = common.start_backbone(backbone_flags(tmp_path / "old.pt", "resnet18"))
     name = "layer4.1.conv2.weight"
     assert torch.equal(backbone.state_dict()[name], state[name])
 
@@ -216,14 +210,14 @@ def test_a_file_of_before_batchnorm_counted_its_batches_loads(tmp_path, resnets)
 def test_the_arch_of_a_foreign_file_is_found(tmp_path, arch, with_fc):
     state = getattr(torchvision.models, arch)().state_dict()
     torch.save(state if with_fc else without_fc(state), tmp_path / "foreign.pt")
-    args = settings(tmp_path / "foreign.pt")
+    args = backbone_flags(tmp_path / "foreign.pt")
     common.start_backbone(args)
     assert args.arch == arch
 
 
 def test_a_foreign_file_needs_an_image_size(tmp_path, capsys, resnets):
     torch.save(resnets[0].state_dict(), tmp_path / "foreign.pt")
-    args = settings(tmp_path / "foreign.pt", image_size=None)
+    args = backbone_flags(tmp_path / "foreign.pt", image_size=None)
     assert "--image-size" in error_line(capsys, common.start_backbone, args)
 
 
@@ -247,20 +241,20 @@ def test_a_missing_or_misshapen_key_is_named(tmp_path, capsys, resnets, name, ar
     key, value = SPOILED[name]
     state = {**resnets[0].state_dict(), key: value}
     torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "foreign.pt")
-    line = error_line(capsys, common.start_backbone, settings(tmp_path / "foreign.pt", arch))
+    line = error_line(capsys, common.start_backbone, backbone_flags(tmp_path / "foreign.pt", arch))
     assert key in line.split()
 
 
 @pytest.mark.parametrize("arch", ["resnet10", "resnet34", "resnet50"])
 def test_another_arch_than_the_files_is_bad_input(tmp_path, capsys, resnets, arch):
     torch.save(resnets[0].state_dict(), tmp_path / "foreign.pt")
-    args = settings(tmp_path / "foreign.pt", arch)
+    args = backbone_flags(tmp_path / "foreign.pt", arch)
     assert arch in error_line(capsys, common.start_backbone, args)
 
 
 def test_another_arch_than_our_own_files_is_bad_input(tmp_path, capsys):
     write(tmp_path / "a.pt")
-    args = settings(tmp_path / "a.pt", "resnet18")
+    args = backbone_flags(tmp_path / "a.pt", "resnet18")
     assert "resnet18" in error_line(capsys, common.start_backbone, args)
 
 

@@ -24,16 +24,11 @@ import coin
 import common
 import finetune
 import simclr
-from conftest import (FINE_TUNING, ROOT, SCRIPTS, draw_nothing, error_line, files, json_lines,
-                      options, write_folder)
+from conftest import (FINE_TUNING, ROOT, SCRIPTS, backbone_flags, draw_nothing, error_line, files,
+                      json_lines, options, write_folder)
 
 TINY = ["--device", "cpu", "--precision", "float32", "--image-size", "16", "--batch-size", "8"]
 FAST = [*TINY, "--data", "pictures", "--root", "root", "--epochs", "1"]
-
-
-def settings(ckpt, arch=None, image_size=32, prefix=None):
-    return argparse.Namespace(ckpt=str(ckpt), arch=arch, image_size=image_size, prefix=prefix,
-                              seed=0, device="cpu", precision="float32", compile=False)
 
 
 # ------------------------------------------------------------------------- A. another network fits
@@ -59,7 +54,7 @@ OTHER_NETWORKS = {  # a state dict, and the tensor that gives it away
 def test_another_network_is_no_fit(tmp_path, capsys, name):
     make, tensor = OTHER_NETWORKS[name]
     torch.save(make(), tmp_path / "in.pt")
-    line = error_line(capsys, common.start_backbone, settings(tmp_path / "in.pt"))
+    line = error_line(capsys, common.start_backbone, backbone_flags(tmp_path / "in.pt"))
     assert tensor in line and "another network" in line
 
 
@@ -67,7 +62,7 @@ def test_another_network_is_no_fit(tmp_path, capsys, name):
                                   "projector.0.weight", "prototypes.weight", "queue"])
 def test_a_head_beside_the_backbone_is_left_out(tmp_path, capsys, head):
     torch.save(with_extra(**{head: torch.zeros(2)}), tmp_path / "in.pt")
-    common.start_backbone(settings(tmp_path / "in.pt"))
+    common.start_backbone(backbone_flags(tmp_path / "in.pt"))
     assert f"backbone tensors matched, left out {head}" in capsys.readouterr().out
 
 
@@ -80,10 +75,10 @@ def small_stem_resnet(padding=1):
 
 def test_what_is_assumed_of_the_stem_is_said(tmp_path, capsys):
     torch.save(small_stem_resnet().state_dict(), tmp_path / "small.pt")
-    common.start_backbone(settings(tmp_path / "small.pt"))
+    common.start_backbone(backbone_flags(tmp_path / "small.pt"))
     assert "3x3 stem: stride 1, padding 1, no max-pool" in capsys.readouterr().out
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "large.pt")
-    common.start_backbone(settings(tmp_path / "large.pt"))
+    common.start_backbone(backbone_flags(tmp_path / "large.pt"))
     assert "7x7 stem: stride 2, padding 3, max-pool" in capsys.readouterr().out
 
 
@@ -100,7 +95,7 @@ def test_solo_learns_cifar_stem_is_recognised_and_stays_in_the_chain(tmp_path, c
             "--lr", "1e-12", "--alpha", "0.5"]
     coin.main(argv)
     assert "3x3 stem: stride 1, padding 2" in capsys.readouterr().out
-    after, _ = common.start_backbone(settings(tmp_path / "coin.pt", image_size=None))
+    after, _ = common.start_backbone(backbone_flags(tmp_path / "coin.pt", image_size=None))
     x = torch.rand(4, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(after.train()(x), model.train()(x), atol=1e-4)
@@ -123,7 +118,7 @@ def test_harmless_types_beside_the_weights_are_read(tmp_path, name, zipped):
     model = common.build_backbone("resnet10", True)
     content = {"state_dict": model.state_dict(), "args": HARMLESS[name]}
     torch.save(content, tmp_path / "in.pt", _use_new_zipfile_serialization=zipped)
-    backbone, _ = common.start_backbone(settings(tmp_path / "in.pt"))
+    backbone, _ = common.start_backbone(backbone_flags(tmp_path / "in.pt"))
     assert torch.equal(backbone.conv1.weight, model.conv1.weight)
 
 
@@ -133,7 +128,7 @@ class Unknown:
 
 def test_the_type_that_is_not_run_is_named(tmp_path, capsys):
     torch.save({"state_dict": with_extra(), "x": Unknown()}, tmp_path / "in.pt")
-    line = error_line(capsys, common.start_backbone, settings(tmp_path / "in.pt"))
+    line = error_line(capsys, common.start_backbone, backbone_flags(tmp_path / "in.pt"))
     assert "Unknown" in line and "would run code" in line
 
 
@@ -157,7 +152,7 @@ def test_safetensors_are_read_without_a_package(tmp_path, dtype):
     for key, value in backbone.state_dict().items():
         state[key] = value.to(dtype) if value.is_floating_point() else value
     write_safetensors(tmp_path / "in.safetensors", state)
-    read, _ = common.start_backbone(settings(tmp_path / "in.safetensors"))
+    read, _ = common.start_backbone(backbone_flags(tmp_path / "in.safetensors"))
     for key, value in read.state_dict().items():
         assert torch.equal(value, state[key].to(value.dtype))
 
@@ -181,7 +176,7 @@ def scripted(path):
 @pytest.mark.filterwarnings("ignore")
 def test_other_files_are_called_what_they_are(tmp_path, capsys, name, write, said):
     write(tmp_path / name)
-    assert said in error_line(capsys, common.start_backbone, settings(tmp_path / name))
+    assert said in error_line(capsys, common.start_backbone, backbone_flags(tmp_path / name))
 
 
 TWO = {
@@ -196,13 +191,14 @@ def test_of_several_networks_the_line_says_which_and_how_to_take_the_other(
     places, taken, other = TWO[name]
     models = common.build_backbone("resnet10", True), common.build_backbone("resnet10", True)
     torch.save({key: models[i].state_dict() for key, i in places.items()}, tmp_path / "in.pt")
-    first, _ = common.start_backbone(settings(tmp_path / "in.pt"))
+    first, _ = common.start_backbone(backbone_flags(tmp_path / "in.pt"))
     said = capsys.readouterr().out
     assert f"under {taken}" in said and f"--prefix {other}" in said
     assert torch.equal(first.conv1.weight, models[0].conv1.weight)
-    second, _ = common.start_backbone(settings(tmp_path / "in.pt", prefix=other))
+    second, _ = common.start_backbone(backbone_flags(tmp_path / "in.pt", prefix=other))
     assert torch.equal(second.conv1.weight, models[1].conv1.weight)
-    line = error_line(capsys, common.start_backbone, settings(tmp_path / "in.pt", prefix="no."))
+    args = backbone_flags(tmp_path / "in.pt", prefix="no.")
+    line = error_line(capsys, common.start_backbone, args)
     assert taken in line and other in line
 
 
@@ -215,7 +211,7 @@ def test_lightlys_own_resnet_is_read(tmp_path):
         rest = rest.replace("downsample", "shortcut")
         state[f"backbone.{numbers[part]}.{rest}"] = value
     torch.save({"state_dict": state}, tmp_path / "in.pt")
-    backbone, _ = common.start_backbone(settings(tmp_path / "in.pt"))
+    backbone, _ = common.start_backbone(backbone_flags(tmp_path / "in.pt"))
     for key, value in model.state_dict().items():
         assert torch.equal(backbone.state_dict()[key], value), key
 
