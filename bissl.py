@@ -30,6 +30,7 @@ lambda/(lambda + gamma).
 
     python bissl.py --ckpt simclr.pt --data flowers --out runs/bissl
     python finetune.py --ckpt runs/bissl.pt --data flowers
+    python bissl.py --ckpt simclr.pt --task detect; python finetune.py --ckpt bissl.pt --task detect
 
 Look at `residual` in the log: ||g_theta - A x|| / ||g_theta|| of the worst solve of an
 alternation, as the solver's recurrence has it without a further product, exact but for rounding.
@@ -47,6 +48,7 @@ from torch import nn
 
 import byol
 import common
+import finetune
 import simclr
 
 PRETEXTS = {"byol": byol, "simclr": simclr}
@@ -206,7 +208,7 @@ def load_pretext_data(args, pretext_args):
             common.fail(f"no pretext images at {args.pretext_data}, where {args.ckpt} was trained: "
                         "give --pretext-data")
     lower_args = Namespace(**vars(args))
-    lower_args.data = args.pretext_data
+    lower_args.data, lower_args.task = args.pretext_data, "classify"
     return common.load_unlabeled(lower_args, "pretext_batch_size")
 
 
@@ -292,24 +294,24 @@ def train(args):
 
 
 def make_upper(args, backbone, classes):
-    """phi: phi_B, a copy of theta_B, and phi_H, a new classifier."""
+    """phi: phi_B, a copy of theta_B, and phi_H, a new head."""
     phi_backbone = copy.deepcopy(backbone)
     if args.compile:
         phi_backbone.compile()  # a copy is not compiled
-    phi_head = nn.Linear(phi_backbone.num_features, len(classes)).to(args.device)
+    phi_head = finetune.make_task(args).head(phi_backbone, classes).to(args.device)
     return nn.ModuleList([phi_backbone, phi_head])
 
 
 def downstream_losses(args, theta_backbone, upper, x, y):
-    """L_D(theta_B, phi_H) and L_D(phi_B, phi_H) on crops of images x with labels y. BatchNorm's
+    """L_D(theta_B, phi_H) and L_D(phi_B, phi_H) on views of images x with labels y. BatchNorm's
     averages in theta_B do not move."""
-    phi_backbone, phi_head = upper
-    x = common.augment(x, args.image_size, crop=(args.crop, 1))
-    with common.autocast(args.device, args.precision):
+    task, (phi_backbone, phi_head) = finetune.make_task(args), upper
+    x, y = task.views(x, y)
+    with common.autocast(args.device, args.precision):  # phi_H is rounded once, for both
         with common.frozen_statistics(theta_backbone):
-            theta_logits = phi_head(theta_backbone(x))  # (B, C)
-        phi_logits = phi_head(phi_backbone(x))          # (B, C)
-    return common.task_loss(theta_logits, y), common.task_loss(phi_logits, y)
+            theta_loss, _, _ = task.loss(theta_backbone, phi_head, x, y)
+        phi_loss, _, _ = task.loss(phi_backbone, phi_head, x, y)
+    return theta_loss, phi_loss
 
 
 def check_solves(args, alternation, lower, residual):
@@ -324,14 +326,13 @@ def check_solves(args, alternation, lower, residual):
 def warm_up_head(args, backbone, head, data):
     """Train phi_H alone, so that the first gradients through it mean something: linear probing
     with the backbone frozen."""
+    task = finetune.make_task(args)
     optimizer = common.make_optimizer("sgd", [head], args.lr, args.weight_decay)
     backbone.eval()
     for _ in range(args.head_epochs):
         for x, y in common.Batches(data, args.batch_size):
-            x = common.augment(x, args.image_size, crop=(args.crop, 1))
-            with torch.no_grad(), common.autocast(args.device, args.precision):
-                x = backbone(x)
-            loss = common.task_loss(head(common.upcast(x)), y)
+            x, y = task.views(x, y)
+            loss, _, _ = task.loss(backbone, head, x, y, frozen=True)
             optimizer.zero_grad()
             loss.backward()
             common.average_gradients(head)
@@ -376,8 +377,11 @@ def parser(paper=False):
                   labels_per_class=20)
     others = dict(petals, image_size=64, lr=0.005, alternations=20, lam=0.001,
                   labels_per_class=None)
-    p = common.Parser("bissl.py", __doc__, petals, others)
+    few = dict(batch_size=16, labels_per_class=100)
+    tasks = {"detect": dict(batch_size=16), "detect on petals": few, "segment on petals": few}
+    p = common.Parser("bissl.py", __doc__, petals, others, tasks=tasks)
     p.label_options()
+    finetune.task_option(p)
     p.option("--pretext", str, "pretext task, where --ckpt brings none", "simclr",
              choices=sorted(PRETEXTS))
     p.option("--pretext-data", common.path, "data set of the pretext task; none: the checkpoint's")

@@ -13,6 +13,7 @@ it takes its own_rows(). What a process computes on them becomes the whole batch
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -107,16 +108,17 @@ POSITIVE, NOT_NEGATIVE = bounded(float, 1e-12, 1e12), bounded(float, 0, 1e12)
 class Parser(argparse.ArgumentParser):
     """The flags that all scripts share, in one order.
 
-    petals, others: defaults that depend on --data; optimizers: of each --optimizer, what replaces
-    them; from_coin: names of those that a checkpoint of coin.py, in its config["rest"], replaces
-    for the epochs that are left of its budget.
+    petals, others: defaults that depend on --data; optimizers, tasks: of each --optimizer or
+    --task, of some of them "on petals" too, what replaces them; from_coin: names of those that a checkpoint of coin.py, in its
+    config["rest"], replaces for the epochs that are left of its budget.
     """
 
-    def __init__(self, script, doc, petals, others, optimizers=None, from_coin=()):
+    def __init__(self, script, doc, petals, others, optimizers=None, tasks=None, from_coin=()):
         super().__init__(prog=script, description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.petals, self.others = petals, others
-        self.optimizers, self.from_coin = optimizers or {}, from_coin
+        self.choices = dict(optimizer=optimizers or {}, task=tasks or {})
+        self.from_coin = from_coin
         self.option("--data", path, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png "
                     "and test/CLASS/*.png", "petals")
         self.option("--root", path, "folder of the data sets, downloaded if need be, and of the "
@@ -154,9 +156,10 @@ class Parser(argparse.ArgumentParser):
             shown = self.petals[name]
             if self.others[name] != shown:
                 shown = f"{shown} on petals, else {self.others[name]}"
-        for optimizer, defaults in self.optimizers.items():
-            if name in defaults:
-                shown = f"{shown}; with --optimizer {optimizer} {defaults[name]}"
+        for choice, table in self.choices.items():
+            for value, defaults in table.items():
+                if name in defaults:
+                    shown = f"{shown}; with --{choice} {value} {defaults[name]}"
         help = f"{help} (default: {shown})".replace("%", "%%")  # argparse formats it once more
         metavar = metavar or type.__name__.upper()
         self.add_argument(flag, type=type, default=default, metavar=metavar, help=help, **more)
@@ -184,15 +187,18 @@ class Parser(argparse.ArgumentParser):
         defaults = dict(self.others)
         if args.data == "petals":
             defaults.update(self.petals)
-        if "optimizer" in vars(args):
-            defaults.update(self.optimizers.get(args.optimizer, {}))
+        for choice, table in self.choices.items():
+            value = getattr(args, choice, None)
+            defaults.update(table.get(value, {}))
+            if args.data == "petals":
+                defaults.update(table.get(f"{value} on petals", {}))
         if args.ckpt:  # it tells its architecture and image size
             if not getattr(args, "eval", False) and same_file(args.ckpt, f"{args.out}.pt"):
                 fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
             defaults.update(arch=None, image_size=None)
             config = load_checkpoint(args.ckpt)["config"]
             rest = config.get("rest", {})
-            if same_data(config.get("data"), args.data):
+            if same_data(config.get("data"), args.data) and task_of(args) == "classify":
                 defaults.update({name: rest[name] for name in self.from_coin if name in rest})
         if "labels_per_class" in vars(args):
             if args.labels_per_class is not None and args.fraction is not None:
@@ -214,6 +220,11 @@ def same_data(one, other):
     if one is None or one in KNOWN_DATA or other in KNOWN_DATA:
         return one == other
     return same_file(one, other)
+
+
+def task_of(args):
+    """classify, detect or segment; a script without --task classifies."""
+    return getattr(args, "task", "classify")
 
 
 def settle_device(args):
@@ -395,15 +406,40 @@ def average_statistics(module):
 class Store:
     """Decoded images in memory. Image i of the store is images[rows[i]] with label labels[i]."""
     images: torch.Tensor  # uint8 (N, 3, S, S), on the device where it fits, else on the host
-    labels: torch.Tensor  # int64 (n,) on the device; of voc07 (n, 20): see read_voc07
+    labels: torch.Tensor  # int64 (n,) on the device, or another kind: see classes_shown()
     rows: torch.Tensor    # int64 (n,) on the CPU
     classes: list
 
     def __len__(self):
         return len(self.rows)
 
+    @property
+    def one_label(self):
+        """Whether each image has one class, so that labels is (n,)."""
+        return self.labels.ndim == 1
+
     def subset(self, keep):
         return replace(self, rows=self.rows[keep], labels=self.labels[keep.to(self.labels.device)])
+
+
+def classes_shown(labels):
+    """int64 (n, K): the classes that each image shows, -1 where they are fewer than K.
+
+    labels, of n images: int64 (n,), one class; int64 (n, C), 1 where a class is shown (voc07);
+    float32 (n, M, 6), an object a row: left, top, right, bottom as shares of the image's sides,
+    class, 1 if it is difficult, and -1 throughout where there is none; uint8 (n, S, S), the class
+    of each pixel, 0 for the background and 255 for what counts as nothing.
+    """
+    if labels.ndim == 1:
+        return labels[:, None]
+    if labels.is_floating_point():
+        return labels[:, :, 4].long()
+    present = labels == 1                                                       # (n, C)
+    if labels.dtype == torch.uint8:
+        counts = [torch.bincount(mask.flatten(), minlength=256) for mask in labels]
+        present = torch.stack(counts) > 0                                       # (n, 256)
+        present[:, [0, 255]] = False
+    return torch.where(present, torch.arange(present.shape[1]), -1)
 
 
 def store_side(image_size):
@@ -427,12 +463,43 @@ def petals(count, side, seed):
     rng = torch.Generator().manual_seed(seed)
     in_turn = torch.arange(count) % (len(PETAL_COUNTS) * len(PETAL_FORMS))
     labels = in_turn[torch.randperm(count, generator=rng)]
-    images = [draw_petals(part, side, rng) for part in labels.split(128)]
+    images = [draw_petals(part[:, None], side, rng)[0] for part in labels.split(128)]
     return torch.cat(images), labels
 
 
+@cache
+def mixed_petals(count, side, seed):
+    """petals() for detection and segmentation: the four blooms of an image are of four species, or
+    its class would give all away. Images uint8 (count, 3, side, side), boxes (count, 4, 6) and
+    masks (count, side, side) as in classes_shown()."""
+    rng = torch.Generator().manual_seed(seed)
+    species = torch.rand(count, len(PETAL_COUNTS) * len(PETAL_FORMS), generator=rng)
+    species = species.argsort(1)[:, :4]                                        # (count, 4)
+    images, boxes, masks = [], [], []
+    for part in species.split(128):
+        drawn, outline, petal = draw_petals(part, side, rng)
+        low, high = outline.amin(3), outline.amax(3)                           # (n, 4, 2)
+        corners = ((torch.cat([low, high], 2) + 1) / 2).clamp(0, 1)
+        rest = torch.stack([part, torch.zeros_like(part)], 2)                  # none is difficult
+        mask = torch.zeros(len(part), side, side, dtype=torch.uint8)
+        for i in range(4):  # later blooms lie on top
+            mask = torch.where(petal[:, i] > 0.5, (part[:, i, None, None] + 1).to(mask.dtype), mask)
+        images.append(drawn)
+        boxes.append(torch.cat([corners, rest], 2).float())
+        masks.append(mask)
+    return torch.cat(images), torch.cat(boxes), torch.cat(masks)
+
+
+def petal_reach(angle, petal_count, is_round):
+    """How far a bloom of radius 1 reaches at an angle."""
+    wave = (petal_count * angle / 2).cos().abs()            # 1 on a petal's axis, else less
+    return 0.25 + 0.75 * torch.where(is_round, wave.sqrt(), 1 - wave.acos() * 2 / math.pi)
+
+
 def draw_petals(labels, side, rng):
-    """uint8 (n, 3, side, side): an image for each of the labels (n,), drawn as petals() says."""
+    """An image for each row of labels, (n, 1) or (n, 4): of all four blooms or of each one. Returns
+    uint8 (n, 3, side, side), drawn as petals() says, points x, y on each bloom's outline (n, 4, 2,
+    720), and where its petals are (n, 4, side, side)."""
     def uniform(*shape):  # (*shape, 1, 1), between 0 and 1
         return torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
 
@@ -443,9 +510,9 @@ def draw_petals(labels, side, rng):
         return image + cover * (colour - image)
 
     n = len(labels)
-    label = labels.view(n, 1, 1, 1)
-    petal_count = torch.tensor(PETAL_COUNTS)[label % len(PETAL_COUNTS)]        # (n, 1, 1, 1)
-    is_round = label < len(PETAL_COUNTS)                                       # (n, 1, 1, 1)
+    label = labels[:, :, None, None]
+    petal_count = torch.tensor(PETAL_COUNTS)[label % len(PETAL_COUNTS)]        # as label
+    is_round = label < len(PETAL_COUNTS)
     axis = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1      # (side,), -1 .. 1
     y, x = axis[:, None], axis[None, :]
     grid = torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]], dtype=torch.float64)
@@ -454,10 +521,8 @@ def draw_petals(labels, side, rng):
     radius = 0.42 + 0.2 * uniform(n, 1)                                        # (n, 1, 1, 1)
     tilt = 2 * math.pi * uniform(n, 4)                                         # (n, 4, 1, 1)
     r = torch.hypot(dx, dy) / radius                                           # (n, 4, side, side)
-    angle = torch.atan2(dy, dx) + tilt
-    wave = (petal_count * angle / 2).cos().abs()            # 1 on a petal's axis, else less
-    outline = 0.25 + 0.75 * torch.where(is_round, wave.sqrt(), 1 - wave.acos() * 2 / math.pi)
-    petal = inside((outline - r) * radius)                                     # (n, 4, side, side)
+    reach = petal_reach(torch.atan2(dy, dx) + tilt, petal_count, is_round)
+    petal = inside((reach - r) * radius)                                       # (n, 4, side, side)
     disc = inside((0.22 - r) * radius)
 
     image = (0.5 * uniform(n, 1)).expand(n, 1, side, side)                     # the ground
@@ -471,7 +536,10 @@ def draw_petals(labels, side, rng):
         shade = 1 - 0.45 * r[:, i, None].clamp(0, 1)                           # (n, 1, side, side)
         image = paint(image, petal[:, i, None], colour * shade)                # (n, 3, side, side)
         image = paint(image, disc[:, i, None], 0.4 * colour)
-    return (image * 255).round().to(torch.uint8)
+    turn = torch.arange(720, dtype=torch.float64) * math.pi / 360
+    length = radius * petal_reach(turn + tilt, petal_count, is_round)          # (n, 4, 1, 720)
+    outline = centre[..., 0].flip(2) + length * torch.stack([turn.cos(), turn.sin()])
+    return (image * 255).round().to(torch.uint8), outline, petal
 
 
 def read_image(path, side=None):
@@ -621,7 +689,7 @@ DATASETS = {  # name: its reader, its splits, its folder under root
     "stl10": (read_stl10, ("unlabeled", "train", "test"), "stl10_binary"),
     "imagenet": (read_imagenet, TWO, "imagenet"),
 }
-KNOWN_DATA = ("petals", *DATASETS)
+KNOWN_DATA = ("petals", *DATASETS, "voc")
 
 
 def open_dataset(name, root, split):
@@ -708,16 +776,161 @@ def files_below(top):
             yield os.path.join(folder, name), real
 
 
+# Boxes and masks in the layout of VOC: of each task, the folder below ImageSets of its lists of
+# images, the folder of its targets, and how their names end.
+VOC_LAYOUT = dict(detect=("Main", "Annotations", "xml"),
+                  segment=("Segmentation", "SegmentationClass", "png"))
+
+
+def voc_folders(args):
+    """The folders in that layout that --data stands for; voc is VOC2007 and VOC2012, for masks
+    VOC2012 alone, and is downloaded if need be."""
+    if args.data != "voc":
+        return [Path(args.data)]
+    top = Path(args.root) / "VOCdevkit"
+    archives = [("2007", "trainval"), ("2007", "test"), ("2012", "trainval")]
+    for year, split in archives:
+        if not (top / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt").exists():
+            sets.VOCDetection(args.root, year, split, download=True)
+    folders = [top / "VOC2007", top / "VOC2012"]
+    return folders if args.task == "detect" else folders[1:]
+
+
+def voc_lists(args):
+    """{split: its lists of images}. Without a test.txt, as in VOC2012, val.txt is for the test.
+    Train is train_aug.txt where the further masks that it names are there."""
+    lists = {}
+    for folder in voc_folders(args):
+        for file in sorted((folder / "ImageSets" / VOC_LAYOUT[args.task][0]).glob("*.txt")):
+            lists.setdefault(file.stem.replace("_", ""), []).append(file)
+        if args.task == "segment" and "trainaug" in lists:
+            if (folder / "SegmentationClassAug").is_dir():
+                lists["train"] = lists["trainaug"]
+    if "test" not in lists and "val" in lists:
+        lists["test"] = lists.pop("val")
+    return lists
+
+
+def list_voc(args, split):
+    """Pairs of a picture and the file of its boxes or mask."""
+    lists, (kind, place, ending), pairs = voc_lists(args), VOC_LAYOUT[args.task], []
+    if split not in lists:
+        raise ValueError(f"{args.data} has no ImageSets/{kind}/{split}.txt that names its images")
+    for file in lists[split]:
+        folder = file.parents[2]
+        pictures = {path.stem: path for path in sorted((folder / "JPEGImages").iterdir())}
+        for name in file.read_text().strip().splitlines():
+            name = name.strip()
+            target = folder / f"{place}Aug" / f"{name}.{ending}"
+            if not target.exists():
+                target = folder / place / f"{name}.{ending}"
+            if name not in pictures or not target.exists():
+                raise ValueError(f"{file} names {name}, but {folder} has no JPEGImages/{name}.jpg "
+                                 f"or no {place}/{name}.{ending}")
+            pairs.append((pictures[name], target))
+    return pairs
+
+
+def voc_classes(args):
+    """VOC's; a folder's are the lines of its class_names.txt, or else, of boxes, all that train
+    names."""
+    file, found = Path(args.data) / "class_names.txt", set()
+    if args.data == "voc":
+        return VOC_CLASSES if args.task == "detect" else ["background", *VOC_CLASSES]
+    if file.exists():
+        return file.read_text().strip().split("\n")
+    if args.task == "segment":
+        raise ValueError(f"there is no {file}, which names a class per line, the background first")
+    for _, file in list_voc(args, "train"):
+        for thing in read_xml(file).iter("object"):
+            found.add(thing.findtext("name"))
+    return sorted(found)
+
+
+def read_xml(file):
+    try:
+        return xml.etree.ElementTree.parse(file)
+    except Exception as error:
+        raise ValueError(f"{file}: {first_line(error)}") from None
+
+
+def shown_size(picture):
+    """Width and height of a picture, turned as its camera was."""
+    with Image.open(picture) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return image.size
+
+
+def read_boxes(file, picture, classes):
+    """float32 (m, 6), an object a row as in classes_shown(). What reaches out of the picture is cut
+    off, what has no area is left out."""
+    content, (width, height), objects = read_xml(file), shown_size(picture), []
+    said = [content.findtext("size/width"), content.findtext("size/height")]
+    if said not in ([None, None], ["0", "0"], [str(width), str(height)]):
+        raise ValueError(f"it is for {said[0]} x {said[1]} pixels, {picture} has {width} x {height}")
+    for thing in content.iter("object"):
+        name = thing.findtext("name")
+        if name not in classes:
+            raise ValueError(f"unknown class {name}")
+        box = [float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+        # VOC counts pixels from 1, and the last one belongs to the box.
+        box = np.array([box[0] - 1, box[1] - 1, box[2], box[3]])
+        left, top, right, bottom = (box / [width, height, width, height]).clip(0, 1)
+        if right > left and bottom > top:
+            difficult = thing.findtext("difficult") == "1"
+            objects.append([left, top, right, bottom, classes.index(name), difficult])
+        else:
+            tell_once(f"{file}: a {name} has no area inside the picture and is left out")
+    return torch.tensor(objects, dtype=torch.float32).view(-1, 6)
+
+
+def read_mask(file, picture, classes, side):
+    """uint8 (side, side): numbers of classes, as a palette's image or a grey one holds them."""
+    with Image.open(file) as mask:
+        if mask.mode not in ("P", "L", "1"):
+            raise ValueError(f"mode {mask.mode} is no mask: one number per pixel (P or L)")
+        if mask.size != shown_size(picture):
+            raise ValueError(f"it has {mask.size} pixels, {picture} {shown_size(picture)}")
+        number = np.array(mask, dtype=np.uint8)
+        highest = number[number < 255].max(initial=0)
+        if highest >= len(classes):
+            raise ValueError(f"it has a class {highest}, but there are {len(classes)}")
+        small = mask.resize((side, side), Image.Resampling.NEAREST)
+        return torch.from_numpy(np.array(small, dtype=np.uint8))
+
+
+def read_voc(args, splits, side):
+    """Pictures, labels, sizes and classes as in build_cache(), with boxes or masks as labels."""
+    classes, pictures, targets, sizes = voc_classes(args), [], [], []
+    for split in splits:
+        pairs = list_voc(args, split)
+        sizes.append(len(pairs))
+        for picture, file in pairs:
+            pictures.append(picture)
+            try:
+                if args.task == "detect":
+                    targets.append(read_boxes(file, picture, classes))
+                else:
+                    targets.append(read_mask(file, picture, classes, side))
+            except Exception as error:  # whatever a parser or a decoder raises
+                raise ValueError(f"{file}: {first_line(error)}") from None
+    if args.task == "detect":
+        return pictures, nn.utils.rnn.pad_sequence(targets, True, -1), sizes, classes
+    return pictures, torch.stack(targets), sizes, classes
+
+
 DECODE_CHUNK = 256  # images that are held decoded until they are written
 
 
-def write_images(path, pictures, side):
+def write_images(path, pictures, side, whole=False):
     """Decode the pictures into an .npy file, uint8 (n, 3, side, side), on all cores: Pillow lets
-    other threads run meanwhile."""
-    def decoded(picture):  # its short side resized, the centre cut out
+    other threads run meanwhile. whole: squash a picture to the square instead of cutting its
+    centre out."""
+    def decoded(picture):
         is_array = isinstance(picture, np.ndarray)
         image = Image.fromarray(picture) if is_array else read_image(picture, side)
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+        fit = Image.Image.resize if whole else ImageOps.fit
+        image = fit(image, (side, side), Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1).tobytes()
 
     n = len(pictures)
@@ -735,13 +948,8 @@ def write_images(path, pictures, side):
                 tell(f"decoded {ready:,}/{n:,}  {speed:,.0f} images/s  left {left}")
 
 
-def build_cache(path, args, splits):
-    """Write the images uint8 (n, 3, S, S) of these splits, one after the other, to PATH; their
-    labels int64 (n,) or (n, 20), the splits' sizes and the classes to the .pt file beside it.
-
-    Both are renamed into place when they are whole, the images last. Of two runs that build at
-    once, the second one's files replace the first one's, which hold the same.
-    """
+def read_splits(args, splits):
+    """Pictures, labels, sizes and classes as in build_cache()."""
     pictures, labels, sizes = [], [], []
     for split in splits:
         of_split, its_labels, classes = open_dataset(args.data, args.root, split)
@@ -750,12 +958,27 @@ def build_cache(path, args, splits):
         pictures.extend(of_split)
         labels.append(np.asarray(its_labels, np.int64))
         sizes.append(len(its_labels))
-    about = dict(labels=torch.from_numpy(np.concatenate(labels)), sizes=sizes, classes=[*classes])
+    return pictures, torch.from_numpy(np.concatenate(labels)), sizes, classes
+
+
+def build_cache(path, args, splits):
+    """Write the images uint8 (n, 3, S, S) of these splits, one after the other, to PATH; their
+    labels, the splits' sizes and the classes to the .pt file beside it.
+
+    Both are renamed into place when they are whole, the images last. Of two runs that build at
+    once, the second one's files replace the first one's, which hold the same.
+    """
     side, names = store_side(args.image_size), " and ".join(splits)
+    squash = task_of(args) != "classify"
+    if squash:
+        pictures, labels, sizes, classes = read_voc(args, splits, side)
+    else:
+        pictures, labels, sizes, classes = read_splits(args, splits)
+    about = dict(labels=labels, sizes=sizes, classes=[*classes])
     tell(f"decoding {len(pictures):,} images of {args.data} {names} to {side} px")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
-        write_images(f"{folder}/images", pictures, side)
+        write_images(f"{folder}/images", pictures, side, squash)
         torch.save(about, f"{folder}/about")
         os.replace(f"{folder}/about", path.with_suffix(".pt"))
         os.replace(f"{folder}/images", path)
@@ -764,29 +987,37 @@ def build_cache(path, args, splits):
 def cache_path(args, splits):
     """A published data set's cache goes by name, splits and side alone, so that its own files are
     not opened again; a folder's also by its place and its pictures' names, sizes and times."""
-    folder = Path(args.data).resolve()
+    folder, task = Path(args.data).resolve(), task_of(args)
     name = f"{folder.name}-{'-'.join(splits)}-{store_side(args.image_size)}"
+    if task != "classify":
+        name = f"{task}-{name}"
     if args.data not in DATASETS:
         key = hashlib.sha256(os.fsencode(folder))
         for split in splits:
-            for picture in open_dataset(args.data, args.root, split)[0]:
-                stat = os.stat(picture)
-                key.update(os.fsencode(f"{picture} {stat.st_mtime_ns} {stat.st_size}\n"))
+            if task == "classify":
+                files = open_dataset(args.data, args.root, split)[0]
+            else:
+                files = itertools.chain(*list_voc(args, split))
+            for file in files:
+                stat = os.stat(file)
+                key.update(os.fsencode(f"{file} {stat.st_mtime_ns} {stat.st_size}\n"))
         name = f"{name}-{key.hexdigest()[:12]}"
     return Path(args.root) / "cache" / f"{name}.npy"
 
 
 def load_cached(args, splits):
     """Images, labels, sizes and classes as in build_cache(), which runs where there is no cache."""
+    if rank():
+        dist.barrier()  # waits until process 0 has built it
     try:
         path = cache_path(args, splits)
         about_path = path.with_suffix(".pt")
-        if rank() == 0 and not (path.exists() and about_path.exists()):
+        if not (path.exists() and about_path.exists()):
             build_cache(path, args, splits)
     except Exception as error:  # whatever a picture or a disk leads to
         fail(f"{args.data} and its cache under --root {args.root}: {first_line(error)}")
-    if world() > 1:
-        dist.barrier()  # the others wait until process 0 has built it
+    if world() > 1 and rank() == 0:
+        dist.barrier()
     try:
         about = torch.load(about_path, weights_only=True)
         images = shared_images(path, torch.device(args.device))
@@ -819,27 +1050,42 @@ def fit_on(device, images):
 def load_petals(args, splits):
     """Images, labels, sizes and classes as in build_cache()."""
     side, names, images, labels = store_side(args.image_size), list(PETAL_SPLITS), [], []
-    for split in splits:
-        drawn = petals(PETAL_SPLITS[split], side, seed=1 + names.index(split))
-        images.append(drawn[0])
-        labels.append(drawn[1])
-    images = fit_on(torch.device(args.device), torch.cat(images))
     classes = [f"{count} {form}" for form in PETAL_FORMS for count in PETAL_COUNTS]
+    for split in splits:
+        count, seed = PETAL_SPLITS[split], 1 + names.index(split)
+        if task_of(args) == "classify":
+            drawn, targets = petals(count, side, seed)
+        else:
+            drawn, boxes, masks = mixed_petals(count, side, seed)
+            targets = boxes if args.task == "detect" else masks
+        images.append(drawn)
+        labels.append(targets)
+    if task_of(args) == "segment":
+        classes = ["background", *classes]
+    images = fit_on(torch.device(args.device), torch.cat(images))
     return images, torch.cat(labels), [len(part) for part in labels], classes
 
 
-def own_splits(name):
+def own_splits(args):
     """The splits that a data set has of its own."""
+    name, task = args.data, task_of(args)
     if name in KNOWN_DATA and Path(name).is_dir():
         tell_once(f"--data {name} is the known data set; --data ./{name} would be the folder here")
     if name == "petals":
         return list(PETAL_SPLITS)
+    if name == "voc" and task == "classify":
+        fail("--data voc has boxes and masks, for --task detect and segment; for classes voc07")
+    if name in DATASETS and task != "classify":
+        fail(f"--data {name} has one class per image: --task {task} takes petals, voc, or a folder "
+             "in the layout of VOC")
+    if name == "voc":
+        return THREE if task == "detect" else TWO
     if name in DATASETS:
         return DATASETS[name][1]
     if not Path(name).is_dir():
         fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with "
              "train/CLASS/*.png, test/CLASS/*.png")
-    return os.listdir(name)
+    return os.listdir(name) if task == "classify" else list(voc_lists(args))
 
 
 def load_data(args, split):
@@ -848,7 +1094,7 @@ def load_data(args, split):
     Without a val of the data's own, it is a seeded, stratified fifth of train; without unlabeled,
     it is trainval. train, val and trainval are rows of one array: no image is in two.
     """
-    own = own_splits(args.data)
+    own = own_splits(args)
     if split == "unlabeled" and "unlabeled" not in own:
         split = "trainval"
     if split in ("unlabeled", "test"):
@@ -865,8 +1111,10 @@ def load_data(args, split):
             held_out = rows[sizes[0]:]
         else:
             held_out = labelled_subset(labels, seed=0, fraction=0.2)
-            if labels.ndim == 1:  # the only image of a class stays in train
-                held_out = held_out[torch.bincount(labels)[labels[held_out]] > 1]
+            shown = classes_shown(labels)
+            size = torch.bincount(shown[shown >= 0])
+            alone = (shown >= 0) & (size[shown] == 1)
+            held_out = held_out[~alone[held_out].any(1)]  # the only image of a class stays in train
         rows = held_out if split == "val" else rows[~torch.isin(rows, held_out)]
     store = Store(images, labels[rows].to(args.device), rows, classes)
     if split != "unlabeled":
@@ -876,11 +1124,11 @@ def load_data(args, split):
 
 def say_absent(store, name):
     """Say which classes have no image in a store: in a mean over classes they do not count."""
-    if store.labels.ndim == 1:
-        absent = absent_classes(store.classes, store.labels.unique().tolist())
-        if absent:
-            tell_once(f"{name} has no image of {len(absent)} of {len(store.classes)} classes"
-                      f"{some_names(':', absent)}")
+    absent = absent_classes(store.classes, classes_shown(store.labels.cpu()).unique().tolist())
+    absent = [label for label in absent if label != "background"]
+    if absent:
+        tell_once(f"{name} has no image of {len(absent)} of {len(store.classes)} classes"
+                  f"{some_names(':', absent)}")
 
 
 def absent_classes(classes, labels):
@@ -916,7 +1164,7 @@ def load_probe(args):
     probe = []
     for split, most in zip(("train", "val"), PROBE_IMAGES):
         store = load_data(args, split)
-        if len(store.classes) < 2 or store.labels.ndim == 2 or not len(store):
+        if len(store.classes) < 2 or not store.one_label or not len(store):
             return None
         if len(store) > most:
             store = store.subset(torch.randperm(len(store), generator=rng)[:most])
@@ -925,25 +1173,25 @@ def load_probe(args):
 
 
 def labelled_subset(labels, seed, per_class=None, fraction=None):
-    """Indices of a seeded subset: per_class images of each class, or that fraction of it (at least
-    one). Images with several labels (n, C) belong to no one class: they are not stratified."""
-    rng = torch.Generator().manual_seed(seed)
-    if labels.ndim == 2:
-        if per_class is not None:
-            fail("--labels-per-class wants one class an image, these have several: use --fraction")
-        size = max(1, round(fraction * len(labels)))
-        return torch.randperm(len(labels), generator=rng)[:size]
-    labels = labels.cpu()
-    largest = labels.unique(return_counts=True)[1].max().item()
+    """Indices of a seeded subset: per_class images that show each class, or that fraction of those
+    that do (at least one). What was drawn for one class counts for the others that it shows."""
+    rng, shown, members = torch.Generator().manual_seed(seed), classes_shown(labels.cpu()), []
+    for label in shown.unique():
+        if label >= 0:
+            members.append((shown == label).any(1).nonzero()[:, 0])
+    largest = max(map(len, members), default=0)
     if per_class is not None and per_class > largest:
         fail(f"--labels-per-class {per_class} is more than any class has: at most {largest} images")
-    keep = []
-    for label in labels.unique():
-        rows = (labels == label).nonzero()[:, 0]
+    chosen, keep = torch.zeros(len(shown), dtype=torch.bool), []
+    for rows in members:
         size = per_class  # of a smaller class all
         if per_class is None:
             size = max(1, round(fraction * len(rows)))
-        keep.append(rows[torch.randperm(len(rows), generator=rng)[:size]])
+        others = rows[~chosen[rows]]
+        missing = max(0, size - len(rows) + len(others))
+        drawn = others[torch.randperm(len(others), generator=rng)[:missing]]
+        chosen[drawn] = True
+        keep.append(drawn)
     return torch.cat(keep)
 
 
@@ -956,7 +1204,7 @@ def load_labelled(args, seed, hold_out=False):
     """The labelled images to train on: with --labels-per-class or --fraction a subset of train that
     the seed draws, else train and val. hold_out keeps val out, for a search judged on it."""
     store = load_data(args, "train" if few_labels(args) or hold_out else "trainval")
-    if len(store.classes) < 2:
+    if len(store.classes) < 2 and store.one_label:
         fail(f"{args.data} has only one class, {store.classes[0]}: there is nothing to tell apart")
     if few_labels(args):
         keep = labelled_subset(store.labels, seed, args.labels_per_class, args.fraction)
@@ -966,7 +1214,7 @@ def load_labelled(args, seed, hold_out=False):
 
 
 def need_one_label(args, data):
-    if data.labels.ndim == 2:
+    if not data.one_label:
         fail(f"{args.data} has several classes an image, and this loss needs one: finetune.py "
              "without --eta takes it")
 
@@ -974,7 +1222,7 @@ def need_one_label(args, data):
 def load_held_out(args, data):
     """val for the probe of a stage that trains on the labelled `data`, or None where all labels are
     asked for, val's among them, or an image has several."""
-    if not few_labels(args) or data.labels.ndim == 2:
+    if not few_labels(args) or not data.one_label:
         return None
     return load_val(args)
 
@@ -1081,6 +1329,17 @@ def resample(x, box, flip, size):
     columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
     x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, -1))
     return rows[:, None] @ x
+
+
+def crop_mask(mask, box, flip, size):
+    """The same of masks (B, S, S), whose numbers cannot be mixed -> (B, size, size): each pixel is
+    the nearest one, in row floor(top + (i + 0.5) height / size)."""
+    first, length = box.to(mask.device)[..., None].split(2, dim=1)      # (B, 2, 1): both axes
+    centre = (torch.arange(size, device=mask.device) + 0.5) * length / size
+    rows, columns = (first + centre).long().unbind(1)                   # (B, size)
+    columns = torch.where(flip.to(mask.device)[:, None], columns.flip(1), columns)
+    image = torch.arange(len(mask), device=mask.device)[:, None, None]
+    return mask[image, rows[:, :, None], columns[:, None, :]]
 
 
 def grey(x):
@@ -1363,6 +1622,14 @@ def frozen_statistics(model, second_order=False):
             layer.__dict__.pop("forward", None)
 
 
+def freeze_batch_norm(model):
+    """BatchNorm goes by its running averages, and leaves them as they are, until the next
+    model.train()."""
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eval()
+
+
 def free_memory(device):
     """Bytes that are free on a GPU; for a CPU, all that the machine has."""
     if torch.device(device).type == "cuda":
@@ -1379,19 +1646,6 @@ def autocast(device, precision):
 def upcast(x):
     """Half types to float32; float32 and float64 stay what they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def task_loss(logits, y):
-    """Mean cross-entropy for y (B,). For y (B, C) of 1 present, 0 absent, -1 ignored: binary
-    cross-entropy, mean over the entries that count. logits (B, C) -> scalar, in float32 or
-    better."""
-    logits = upcast(logits)
-    if y.ndim == 1:
-        return F.cross_entropy(logits, y)
-    counts = (y >= 0).to(logits.dtype)                 # (B, C)
-    present = y.clamp(min=0).to(logits.dtype)          # (B, C)
-    total = F.binary_cross_entropy_with_logits(logits, present, counts, reduction="sum")
-    return total * world() / all_sum(counts.sum()).clamp(min=1)
 
 
 @torch.no_grad()
@@ -1945,9 +2199,7 @@ def plot_curves(axes, history, names, x="epoch"):
 
 def plot_features(axes, x, y, title):
     """Features x (n, D) with classes y (n,), normalised, in the plane in which their class means
-    differ most. Of several labels, y (n, C), the first stands for all."""
-    if y.ndim == 2:
-        y = (y == 1).int().argmax(1)
+    differ most."""
     if not x.isfinite().all():  # of a run that diverged just short of infinity
         return
     x = F.normalize(x, dim=1)

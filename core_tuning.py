@@ -16,6 +16,7 @@ classifier's boundary with the same mixtures.
      own hard positive is one of its positives.
 
     python core_tuning.py --ckpt simclr.pt
+    python core_tuning.py --ckpt simclr.pt --task segment            pairs of pixels: see cells()
     python core_tuning.py --ckpt simclr.pt --search 20 --seeds 5     as finetune.py does it
     python finetune.py --ckpt core_tuning.pt --eval                  its test accuracy once more
 """
@@ -92,13 +93,44 @@ def focal_contrastive(z, positives, temperature):
     return per_anchor.sum() / (size > 0).sum().clamp(min=1)
 
 
+def cells(f, y, most=32):
+    """Segmentation: which features are paired the paper does not say; here those of the cells of
+    the head's map, about 32 an image, as many of each class as can be.
+
+    f (B, D, h, w), masks y (B, size, size) -> f (n, D), y (n,) int, the class of the pixel at a
+    cell's centre; what is void, 255, is left out, so that the device has to tell n: a wait a step.
+    """
+    every = torch.tensor([[0, 0, y.shape[-1], y.shape[-1]]]).expand(len(y), 4)
+    centre = common.crop_mask(y, every, torch.zeros(len(y), dtype=torch.bool), f.shape[-1])
+    label = centre.flatten(1).long()                                        # (B, h w)
+    order = torch.rand(label.shape).argsort(1).to(label.device)
+    shuffled = label.gather(1, order)
+    same = shuffled[:, :, None] == shuffled[:, None, :]                     # (B, h w, h w)
+    turn = same.tril().sum(2)                                               # (B, h w)
+    turn = turn.masked_fill(shuffled == 255, label.shape[1])    # first, second, ... of its class
+    chosen = order.gather(1, turn.argsort(dim=1, stable=True)[:, :most])        # (B, 32)
+    label = label.gather(1, chosen).flatten()                               # (32 B,)
+    f = common.upcast(f).flatten(2).mT.gather(1, chosen[..., None].expand(-1, -1, f.shape[1]))
+    return f.flatten(0, 1)[label != 255], label[label != 255]
+
+
+def classify(head, f):
+    """Logits (n, C) of rows of features (n, D), by a linear head or an FCN's last layer."""
+    last = head[-1] if isinstance(head, nn.Sequential) else head
+    return F.linear(f, last.weight.flatten(1), last.bias)
+
+
 def train(trial):
     """L_ce^m + eta L_con^f over originals, hard positives and semi-hard negatives."""
-    args, data = trial.args, trial.data
-    common.need_one_label(args, data)
+    args, data, task = trial.args, trial.data, trial.task
     backbone, _ = common.start_backbone(args, say=False)
     width, classes = backbone.num_features, len(data.classes)
-    head = nn.Linear(width, classes, bias=False)
+    if args.task == "segment":
+        head = task.head(backbone, data.classes)
+        width = width // 4  # of the head's features
+    else:
+        common.need_one_label(args, data)
+        head = nn.Linear(width, classes, bias=False)
     projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, args.dim))
     model = nn.ModuleDict(dict(backbone=backbone, head=head, projector=projector)).to(args.device)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
@@ -110,16 +142,24 @@ def train(trial):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(
                 optimizer, args.lr, step, steps, cosine_start=args.cosine_start)
-            x = common.augment(x, args.image_size, crop=(args.crop, 1))
-            with common.autocast(args.device, args.precision):
-                f = backbone(x)  # (B, D)
-            f, y = common.gather(common.upcast(f)), common.gather(y)  # mixes the whole batch
+            x, y = task.views(x, y)
+            if args.task == "segment":
+                dense, f, _ = task.loss(backbone, head, x, y)
+                f, y = cells(f, y)                                              # (n, D), (n,)
+            else:
+                with common.autocast(args.device, args.precision):
+                    f = backbone(x)                                             # (B, D)
+                f, y = common.gather(common.upcast(f)), common.gather(y)  # mixes the whole batch
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
             features = torch.cat([f, f_pos, f_neg])                                 # (3B, D)
             labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])   # (3B, C)
-            logits, z = head(features), projector(features)                     # (3B, C), (3B, d)
+            logits, z = classify(head, features), projector(features)           # (3B, C), (3B, d)
             contrast = focal_contrastive(z, positive_pairs(labels, len(y)), args.temperature)
-            loss = F.cross_entropy(logits, labels) + args.eta * contrast
+            if args.task == "segment":  # the originals' cross-entropy is that of all pixels
+                loss = dense + F.cross_entropy(logits[len(y):], labels[len(y):])
+            else:
+                loss = F.cross_entropy(logits, labels)
+            loss = loss + args.eta * contrast
             optimizer.zero_grad()
             loss.backward()
             common.average_gradients(model)
@@ -146,8 +186,9 @@ def show_hard_pairs(axes, args, backbone):
 
 def parser():
     p = common.Parser("core_tuning.py", __doc__, finetune.PETALS, finetune.OTHERS,
-                      from_coin=finetune.FROM_COIN)
+                      tasks=finetune.SEGMENT, from_coin=finetune.FROM_COIN)
     finetune.protocol_options(p)
+    finetune.task_option(p, choices=("classify", "segment"))
     p.option("--eta", common.NOT_NEGATIVE, "weight of the focal contrastive loss; the paper tunes "
              "it between 0.1 and 10. The authors' 0.1 is about 0.003 here: they divide by all 3B "
              "columns instead of |P_i|", 1.0)
@@ -161,7 +202,8 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     with common.resumable("core_tuning.py", args, argv):
-        return finetune.protocol(args, "core_tuning", train, show_hard_pairs)
+        panel = show_hard_pairs if args.task == "classify" else None
+        return finetune.protocol(args, "core_tuning", train, panel)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,16 @@ the test split is looked at once, at the end of each such run.
     python finetune.py --ckpt coin.pt                        COIN's second stage: its last epochs
     python finetune.py --ckpt finetune.pt --eval             test accuracy of a finished run, of
                                                              core_tuning.py and bi_tuning.py too
+    python finetune.py --ckpt simclr.pt --task detect        boxes, by Faster R-CNN; segment: a
+                                                             class for each pixel, by an FCN
 
 With all labels a search trains on train, and the final runs on train and val together. With few
 labels all train on a subset of train, drawn anew for each final seed. A search is always judged on
 the whole of val.
+
+What is trained for is a task: a head on the backbone, views, a loss of (backbone, head, x, y), a
+score and a picture. Classify is all that the papers' tables need; Detect and Segment stand at the
+end.
 """
 import argparse
 import copy
@@ -25,22 +31,32 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import coin
 import common
 
-METRICS = ("top1", "top5", "mean_class", "map")
-# What is usually reported, else top1: printed first, and what a search is judged by.
+METRICS = ("top1", "top5", "mean_class", "map", "ap50", "ap", "ap75", "ap50_voc07", "miou",
+           "mean_accuracy", "fwiou", "pixel_accuracy")
+# What is usually reported, else the task's: printed first, and what a search is judged by.
 MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_class",
                    caltech101="mean_class", voc07="map")
 
 
 def train(trial):
     """Cross-entropy, and with --eta what COIN's second stage adds to it."""
-    args, data = trial.args, trial.data
+    args, data, task = trial.args, trial.data, trial.task
     backbone, ckpt = common.start_backbone(args, say=False)
-    head = nn.Linear(backbone.num_features, len(data.classes))
+    head = task.head(backbone, data.classes)
     model = nn.ModuleDict(dict(backbone=backbone, head=head))
     if args.eta:
         common.need_one_label(args, data)
@@ -50,28 +66,87 @@ def train(trial):
     backbone.requires_grad_(not args.freeze)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     batches = common.Batches(data, args.batch_size)
-    steps = args.epochs * len(batches)
+    steps, warmup = args.epochs * len(batches), args.warmup * len(batches)
 
     run = Run(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
         backbone.train(not args.freeze)  # a frozen backbone keeps its BatchNorm statistics too
+        if args.freeze_bn:
+            common.freeze_batch_norm(backbone)
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
-            common.set_learning_rate(
-                optimizer, args.lr, step, steps, cosine_start=args.cosine_start)
-            x = common.augment(x, args.image_size, crop=(args.crop, 1))
-            with common.autocast(args.device, args.precision):
-                f = backbone(x)    # (B, D)
-                logits = head(f)   # (B, C)
-                z = model.projector(f) if args.eta else None
-            loss = common.task_loss(logits, y)
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup, args.cosine_start)
+            x, y = task.views(x, y)
+            loss, f, measured = task.loss(backbone, head, x, y)
             if args.eta:
+                with common.autocast(args.device, args.precision):
+                    z = model.projector(f)  # (B, d)
                 loss = loss + args.eta * coin.supcon(z, y, args.temperature)
             optimizer.zero_grad()
             loss.backward()
             common.average_gradients(model)
             optimizer.step()
-            run.add(len(x), loss=loss, train_top1=accuracy(logits, y))
+            run.add(len(x), loss=loss, **measured)
         run.end_epoch()
+
+
+class Classify:
+    """A linear classifier; where images show several classes (voc07), one for each class."""
+    metric = "top1"
+
+    def __init__(self, args):
+        self.args = args
+
+    def head(self, backbone, classes):
+        return nn.Linear(backbone.num_features, len(classes))
+
+    def views(self, x, y):
+        """uint8 images (B, 3, S, S) and labels -> normalised views (B, 3, size, size), labels"""
+        return common.augment(x, self.args.image_size, crop=(self.args.crop, 1)), y
+
+    def loss(self, backbone, head, x, y, frozen=False):
+        """Views and labels -> the loss, the features f (B, D), and what is logged beside it.
+        frozen: f is a constant, and the head works on it in float32."""
+        with common.autocast(self.args.device, self.args.precision):
+            with torch.set_grad_enabled(not frozen):
+                f = backbone(x)     # (B, D)
+            if not frozen:
+                logits = head(f)    # (B, C)
+        if frozen:
+            logits = head(common.upcast(f))
+        return label_loss(logits, y), f, dict(train_top1=accuracy(logits, y))
+
+    def score(self, backbone, head, store):
+        return evaluate(backbone, head, store, self.args)[0]
+
+    def picture(self, axes, backbone, head, before, store):
+        """Three panels: the confusion matrix (with several labels an image: each class's
+        precision), the store's features before fine-tuning and after."""
+        names = [name.replace("$", r"\$") for name in store.classes]  # else matplotlib sees formulas
+        x, y = common.features(backbone, store, self.args)
+        _, confusion = metrics(head(x), y)  # or precision
+        if y.ndim == 2:
+            axes[0].barh(names, 100 * confusion.numpy())
+            axes[0].set(xlabel="average precision on test, %")
+            y = (y == 1).int().argmax(1)  # the first of an image's classes gives its colour
+        else:
+            show_confusion(axes[0], confusion, names)
+        where = "fine-tuning, where class means differ most"
+        x_before, _ = common.features(before, store, self.args)
+        common.plot_features(axes[1], x_before, y, f"test features before {where}")
+        common.plot_features(axes[2], x, y, f"test features after {where}")
+
+
+def label_loss(logits, y):
+    """Mean cross-entropy for y (B,). For y (B, C) of 1 present, 0 absent, -1 ignored: binary
+    cross-entropy, mean over the entries that count. logits (B, C) -> scalar, in float32 or
+    better."""
+    logits = common.upcast(logits)
+    if y.ndim == 1:
+        return F.cross_entropy(logits, y)
+    counts = (y >= 0).to(logits.dtype)                 # (B, C)
+    present = y.clamp(min=0).to(logits.dtype)          # (B, C)
+    total = F.binary_cross_entropy_with_logits(logits, present, counts, reduction="sum")
+    return total * common.world() / common.all_sum(counts.sum()).clamp(min=1)
 
 
 def hit(logits, y):
@@ -148,6 +223,10 @@ class Trial:
     results: list              # a dict for each finished trial
     resume: bool               # whether --resume goes on inside this one
 
+    @property
+    def task(self):
+        return make_task(self.args)
+
 
 class Run(common.Run):
     """common.Run of one trial: scored on the labelled images that judge it; many trials, one
@@ -180,17 +259,18 @@ class Run(common.Run):
                 return
 
     def score(self):
-        """Accuracy on the judge after the last epoch, on what is watched now and then."""
-        trial, done = self.trial, self.epochs_done() + 1
+        """The score on the judge after the last epoch, on what is watched now and then."""
+        trial, done, model = self.trial, self.epochs_done() + 1, self.model
         last, every = done == trial.args.epochs, max(1, trial.args.epochs // 10)
         watched = None
         if last:
-            judged, _ = evaluate(self.model.backbone, self.model.head, trial.judge, trial.args)
+            judged = trial.task.score(model.backbone, model.head, trial.judge)
             trial.results.append({**self.settings(), **judged})
             watched = judged if trial.watch is trial.judge else None
         if trial.watch is not None and watched is None and (last or done % every == 0):
-            watched, _ = evaluate(self.model.backbone, self.model.head, trial.watch, trial.args)
-        return dict(val_top1=watched and watched["top1"])
+            watched = trial.task.score(model.backbone, model.head, trial.watch)
+        metric = trial.task.metric
+        return {f"val_{metric}": watched and watched[metric]}
 
     def settings(self):
         args = self.trial.args
@@ -200,7 +280,7 @@ class Run(common.Run):
         searching = self.number <= self.trial.flags.search
         finite = np.isfinite(list(self.means().values())).all() and common.is_finite(self.model)
         if searching and not finite:  # a bad pair, not an error: the search goes on with the next
-            self.trial.results.append({**self.settings(), "top1": 0.0})
+            self.trial.results.append({**self.settings(), self.trial.task.metric: 0.0})
             self.over = True
             return
         super().end_epoch(run=self.number)
@@ -246,6 +326,11 @@ def protocol(args, method, train, panel=None):
     return summary
 
 
+def make_task(args):
+    """What the flags ask for: Classify, where a script has no --task."""
+    return TASKS[common.task_of(args)](args)
+
+
 def choose_settings(args, results, number):
     """The flags of a trial: a random pair while the search goes on, then the best with a new
     seed."""
@@ -255,7 +340,7 @@ def choose_settings(args, results, number):
         pairs = 10 ** rng.uniform((-4, -5), (0, -2), (args.search, 2))  # lr 1e-4..1, wd 1e-5..1e-2
         now.lr, now.weight_decay = pairs[number].tolist()
         return now
-    main_metric, highest = MAIN_METRIC.get(args.data, "top1"), -1.0
+    main_metric, highest = MAIN_METRIC.get(args.data, make_task(args).metric), -1.0
     for result in results[:args.search]:
         score = result.get(main_metric, 0.0)  # a pair that diverged has none
         if score > highest:
@@ -286,8 +371,7 @@ def say_what_was_seen(args, ckpt):
 def report(args, results):
     """Print and return mean and standard deviation of each metric over the runs, the data set's
     main metric first."""
-    main_metric = MAIN_METRIC.get(args.data, "top1")
-    names = [main_metric, *METRICS]
+    names = [MAIN_METRIC.get(args.data, make_task(args).metric), *METRICS]
     summary, said = {}, []
     for name in dict.fromkeys(names):  # each once
         if name not in results[0]:
@@ -303,61 +387,57 @@ def report(args, results):
     return summary
 
 
-def load_classifier(args, say=True):
-    """Backbone and linear head of --ckpt, a fine-tuning checkpoint, and the classes that they tell
+def load_fine_tuned(args, task, say=True):
+    """Backbone and head of --ckpt, a fine-tuning checkpoint, and the classes that they tell
     apart."""
     if not args.ckpt:
         common.fail("--eval needs --ckpt, of finetune.py, core_tuning.py or bi_tuning.py")
     backbone, ckpt = common.start_backbone(args, say)
-    state = ckpt["head"] or {}
-    if "weight" not in state:
-        common.fail(f"--ckpt {args.ckpt} has no classifier: fine-tune it first")
-    classes, width = state["weight"].shape
-    head = nn.Linear(width, classes, bias="bias" in state)
+    state, classes = ckpt["head"] or {}, ckpt["classes"] or []
+    head = task.head(backbone, classes)
+    if "weight" in state and "bias" not in state:  # core_tuning.py's classifier
+        head.bias = None
+    if common.shapes(state) != common.shapes(head.state_dict()):
+        common.fail(f"--ckpt {args.ckpt} has no head to {common.task_of(args)}: fine-tune it first, "
+                    "or give the --task that it was fine-tuned for")
     head.load_state_dict(state)
-    return backbone, head.to(args.device), ckpt["classes"]
+    return backbone, head.to(args.device), classes
 
 
 def evaluate_checkpoint(args):
     """What --eval does: the metrics of --ckpt on test, printed and returned."""
-    backbone, head, classes = load_classifier(args)
+    task = make_task(args)
+    backbone, head, classes = load_fine_tuned(args, task)
     test = common.load_data(args, "test")
     if test.classes != classes:
         common.fail(f"{args.ckpt} tells {len(classes)} classes apart, not those of {args.data}")
-    scores, _ = evaluate(backbone, head, test, args)
-    return report(args, [scores])
+    return report(args, [task.score(backbone, head, test)])
 
 
 def draw(args, history, test, panel):
-    """Curves, the confusion matrix on test (with several labels an image: each class's precision),
-    the test features before and after, and the method's own panel."""
-    finished = copy.copy(args)
+    """Curves, the task's picture of the test images, and the method's own panel."""
+    finished, task = copy.copy(args), make_task(args)
     finished.ckpt, finished.prefix = f"{args.out}.pt", None
-    backbone, head, classes = load_classifier(finished, say=False)
-    classes = [name.replace("$", r"\$") for name in classes]  # else matplotlib reads formulas
+    backbone, head, _ = load_fine_tuned(finished, task, say=False)
     before, _ = common.start_backbone(args, say=False)
-    x, y = common.features(backbone, test, args)
-    _, confusion = metrics(head(x), y)  # or precision
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
     last_run = [dict(line, epoch=i + 1) for i, line in enumerate(history[-args.epochs:])]
     common.plot_curves(axes[0, 0], last_run, ["loss"])
-    common.plot_curves(axes[0, 1], last_run, ["train_top1", "val_top1"])
-    if y.ndim == 2:
-        axes[0, 2].barh(classes, 100 * confusion.numpy())
-        axes[0, 2].set(xlabel="average precision on test, %")
-    else:
-        share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-        show_matrix(axes[0, 2], share, classes, vmin=0, vmax=1)
-        axes[0, 2].set(xlabel="predicted", ylabel="true", title="confusion on test")
-    where = "fine-tuning, where class means differ most"
-    x_before, _ = common.features(before, test, args)
-    common.plot_features(axes[1, 0], x_before, y, f"test features before {where}")
-    common.plot_features(axes[1, 1], x, y, f"test features after {where}")
+    measured = [name for name in last_run[-1] if name.startswith(("train_", "val_"))]
+    common.plot_curves(axes[0, 1], last_run, measured)
+    task.picture([axes[0, 2], axes[1, 0], axes[1, 1]], backbone, head, before, test)
     if panel:
         panel(axes[1, 2], args, backbone)
     else:
         axes[1, 2].remove()
     common.save_figure(args, figure)
+
+
+def show_confusion(axes, confusion, names):
+    """Of each true class, the share that was taken for each class: confusion (C, C)."""
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    show_matrix(axes, share, names, vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title="confusion on test")
 
 
 def show_matrix(axes, matrix, classes, **colours):
@@ -366,6 +446,367 @@ def show_matrix(axes, matrix, classes, **colours):
     if len(classes) <= 20:
         axes.set_yticks(range(len(classes)), classes)
         axes.set_xticks(range(len(classes)), classes, rotation=90)
+
+
+# --------------------------------------------------------------------------- objects and pixels
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+SMALL = 128  # pixels up to which anchors and a detector's head are small
+
+
+def feature_maps(backbone, x):
+    """What the stages make of images (B, 3, H, W): {stage: (B, channels, h, w)}"""
+    x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(x))))
+    maps = {}
+    for stage in STAGES:
+        x = getattr(backbone, stage)(x)
+        maps[stage] = x
+    return maps
+
+
+def whole_images(x, flip, size):
+    """uint8 (B, 3, S, S), flip (B,) bool -> normalised (B, 3, size, size)"""
+    box = torch.tensor([[0, 0, x.shape[-1], x.shape[-1]]]).expand(len(x), 4)
+    x = common.normalise(common.crop_resize_flip(x, box, flip, size))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Detector(nn.Module):
+    """The head of a Faster R-CNN with a feature pyramid (Ren et al. 2015, arXiv 1506.01497; Lin et
+    al. 2017, arXiv 1612.03144): all that follows the backbone, of torchvision's parts."""
+
+    def __init__(self, backbone, classes, side):
+        super().__init__()
+        width, units, anchor, more = 256, 1024, 8, {}
+        if side <= SMALL:  # a step takes a thirtieth of the time
+            width, units, anchor = 64, 128, 4
+            more = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
+                        box_batch_size_per_image=32)
+        stem = backbone.conv1.stride[0]
+        if not isinstance(backbone.maxpool, nn.Identity):
+            stem = 2 * stem
+        sizes = [(anchor * stem * 2 ** level,) for level in range(5)]  # four stages, and a pooled one
+        channels = [backbone.num_features // 2 ** level for level in (3, 2, 1, 0)]
+        self.pyramid = FeaturePyramidNetwork(channels, width, LastLevelMaxPool())
+        self.pyramid.out_channels = width
+        parts = FasterRCNN(
+            self.pyramid, rpn_anchor_generator=AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * 5),
+            box_roi_pool=MultiScaleRoIAlign(STAGES, 7, 2), box_head=TwoMLPHead(49 * width, units),
+            box_predictor=FastRCNNPredictor(units, 1 + classes), **more)
+        self.rpn, self.rois = parts.rpn, parts.roi_heads
+
+    def forward(self, x, maps, objects=None):
+        """With objects (B, M, 6), see common.classes_shown(): the sum of the four losses. Without:
+        what it finds, of each image boxes (n, 4) in pixels, labels from 1 and scores (n,)."""
+        side, targets = x.shape[-1], None
+        if objects is not None:
+            targets = []
+            for rows in objects:  # torchvision's parts take an image at a time
+                rows = rows[rows[:, 4] >= 0]
+                targets.append(dict(boxes=side * rows[:, :4], labels=rows[:, 4].long() + 1))
+        images = ImageList(x, [(side, side)] * len(x))
+        maps = {stage: common.upcast(level) for stage, level in self.pyramid(maps).items()}
+        with torch.autocast(x.device.type, enabled=False):  # coordinates need float32's digits
+            proposals, losses = self.rpn(images, maps, targets)
+            found, more = self.rois(maps, proposals, images.image_sizes, targets)
+        return found if targets is None else sum({**losses, **more}.values())
+
+
+class Detect:
+    """Boxes around objects, and their classes."""
+    metric = "ap50"
+
+    def __init__(self, args):
+        self.args = args
+
+    def head(self, backbone, classes):
+        return Detector(backbone, len(classes), self.args.image_size)
+
+    def views(self, x, y):
+        """Whole images, flipped or not: a crop could leave nothing of an object."""
+        flip = common.own_rows(torch.rand(len(x) * common.world()) < 0.5)
+        left, top, right, bottom, label, difficult = y.unbind(2)            # (B, M) each
+        flipped = torch.stack([1 - right, top, 1 - left, bottom, label, difficult], 2)
+        y = torch.where(flip.to(y.device)[:, None, None], flipped, y)
+        return whole_images(x, flip, self.args.image_size), y
+
+    def loss(self, backbone, head, x, y, frozen=False):
+        """The four losses' sum, of the same sampled proposals whenever it is computed. Difficult
+        objects count as others do."""
+        with common.autocast(self.args.device, self.args.precision):
+            with torch.set_grad_enabled(not frozen):
+                maps = feature_maps(backbone, x)
+            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+                torch.manual_seed(0)
+                loss = head(x, maps, y)
+        return loss, maps, {}
+
+    @torch.no_grad()
+    def find(self, backbone, head, store):
+        """What is found in each image of a store, as box_scores() takes it."""
+        size = self.args.image_size
+        found = torch.zeros(len(store), 100, 6, device=store.labels.device)  # 100: the detector's most
+        for rows, x, _ in evaluation_batches(backbone, head, store, size):
+            with common.autocast(self.args.device, self.args.precision):
+                boxes = head(x, feature_maps(backbone, x))
+            for row, one in zip(rows.tolist(), boxes):
+                label, score = one["labels"][:, None] - 1, one["scores"][:, None]
+                found[row, :len(label)] = torch.cat([one["boxes"] / size, label, score], 1)
+        objects = []
+        for rows in common.all_sum(found).cpu():
+            rows = rows[rows[:, 5] > 0]
+            objects.append(dict(boxes=rows[:, :4], labels=rows[:, 4].long(), scores=rows[:, 5]))
+        return objects
+
+    def score(self, backbone, head, store):
+        return box_scores(self.find(backbone, head, store), true_objects(store))
+
+    def picture(self, axes, backbone, head, before, store):
+        """What is there and what is found in eight images of the store."""
+        axes[0].remove()
+        store = store.subset(torch.arange(len(store))[:8])
+        x, found = first_images(store, self.args.image_size), self.find(backbone, head, store)
+        sure = [{key: value[one["scores"] > 0.5] for key, value in one.items()} for one in found]
+        show_boxes(axes[1], x, true_objects(store), store.classes, "what is there")
+        show_boxes(axes[2], x, sure, store.classes, "what is found, scores above 0.5")
+
+
+def evaluation_batches(backbone, head, store, size):
+    """Rows, whole images and targets of this process's part of a store, with backbone and head in
+    evaluation mode meanwhile."""
+    backbone.eval()
+    head.eval()
+    parts = torch.arange(common.rank(), len(store), common.world()).split(32)
+    for rows, (x, y) in zip(parts, common.feed(store, parts)):
+        yield rows, whole_images(x, torch.zeros(len(x), dtype=torch.bool), size), y
+    backbone.train()
+    head.train()
+
+
+def first_images(store, size, count=8):
+    x, _ = next(common.feed(store, [torch.arange(len(store))[:count]]))
+    return whole_images(x, torch.zeros(len(x), dtype=torch.bool), size)
+
+
+def true_objects(store):
+    """The objects in each image of a store, as box_scores() takes them."""
+    objects = []
+    for rows in store.labels.cpu():
+        rows = rows[rows[:, 4] >= 0]
+        objects.append(dict(boxes=rows[:, :4], labels=rows[:, 4].long(), difficult=rows[:, 5] == 1))
+    return objects
+
+
+def of_class(objects, label):
+    """Those of one class in each image."""
+    kept = []
+    for one in objects:
+        kept.append({key: value[one["labels"] == label] for key, value in one.items()})
+    return kept
+
+
+def box_scores(found, true):
+    """COCO's average precision (ap: mean over overlaps of 0.50, 0.55 ... 0.95), ap50, ap75, and the
+    11-point one of VOC 2007 at 0.5 (ap50_voc07), means over the classes, in per cent.
+
+    An image each: found dicts of boxes (n, 4) left, top, right, bottom, labels (n,), scores (n,);
+    true dicts of boxes (m, 4), labels (m,), difficult (m,) bool. A hit on a difficult object is
+    neither right nor wrong. COCO counts the 100 best of a class and image.
+    """
+    overlaps = np.linspace(0.5, 0.95, 10)
+    coco, voc = [], []  # of each class
+    for label in torch.cat([one["labels"] for one in true]).unique():
+        scores, outcomes, scores_voc, outcomes_voc, total = [], [], [], [], 0
+        for mine, theirs in zip(of_class(found, label), of_class(true, label)):
+            order = mine["scores"].argsort(descending=True, stable=True)
+            score, difficult = mine["scores"][order].numpy(), theirs["difficult"].numpy()
+            boxes, true_boxes = mine["boxes"][order].double(), theirs["boxes"].double()
+            iou = torchvision.ops.box_iou(boxes, true_boxes).numpy()            # (n, m)
+            scores.append(score[:100])
+            outcomes.append(match(iou[:100], difficult, overlaps))
+            scores_voc.append(score)
+            outcomes_voc.append(match(iou, difficult, overlaps[:1], best_only=True))
+            total += (~difficult).sum()
+        if total:
+            order = np.argsort(-np.concatenate(scores), kind="stable")
+            ranked = np.concatenate(outcomes)[order]                            # (all n, 10)
+            levels = np.linspace(0, 1, 101)
+            coco.append([best_precision(column, total, levels).mean() for column in ranked.T])
+            order = np.argsort(-np.concatenate(scores_voc), kind="stable")
+            ranked = np.concatenate(outcomes_voc)[order, 0]
+            voc.append(best_precision(ranked, total, np.arange(11) / 10).mean())
+    ap = 100 * np.mean(coco, 0)                                                 # (10,)
+    return dict(ap=float(ap.mean()), ap50=float(ap[0]), ap75=float(ap[5]),
+                ap50_voc07=float(100 * np.mean(voc)))
+
+
+def match(iou, difficult, overlaps, best_only=False):
+    """Whether each found box is right (1), wrong (0), or neither (-1), at each of T overlaps: (n,
+    T). iou (n, m) with the m true objects, the surest box first.
+
+    A box takes the object that it overlaps most and that no surer one has taken; best_only: if a
+    surer one has, it is wrong. A difficult object is taken when no other is, however often.
+    """
+    level, free = np.arange(len(overlaps)), np.ones((len(overlaps), iou.shape[1]), bool)
+    outcome = np.zeros((len(iou), len(overlaps)), int)
+    if not len(difficult):
+        return outcome
+    for i, row in enumerate(iou):
+        candidate = (row >= overlaps[:, None]) & (free | difficult)             # (T, m)
+        if best_only:
+            candidate &= np.arange(len(row)) == row.argmax()
+        taken = np.where(candidate, row - 2 * difficult, -3).argmax(1)          # (T,)
+        hit = candidate[level, taken]
+        outcome[i] = np.where(hit, np.where(difficult[taken], -1, 1), 0)
+        free[level[hit], taken[hit]] = False
+    return outcome
+
+
+def best_precision(ranked, total, levels):
+    """The highest precision at each recall of `levels` or a higher one. ranked (n,): 1 right, 0
+    wrong, -1 neither, the surest first; total: how many objects there are to find."""
+    right, counted = (ranked == 1).cumsum(), (ranked >= 0).cumsum()
+    precision = right / np.maximum(counted, 1)
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    first = np.searchsorted(right / total, levels)      # where that recall is reached, or n
+    return np.append(best, 0)[first]
+
+
+def show_boxes(axes, x, objects, names, title):
+    """A grid of images (n, 3, H, H) with the objects of each, and their scores if they have any."""
+    common.show_images(axes, x, columns=4)
+    axes.set_title(title)
+    side = x.shape[-1]
+    for i, one in enumerate(objects):
+        corner = np.array([i % 4, i // 4]) * (side + 1) + 0.5  # the grid has a pixel between images
+        for k, box in enumerate(side * one["boxes"].numpy()):
+            label, text = int(one["labels"][k]), ""
+            colour = plt.get_cmap("tab20")(label % 20)
+            if "scores" in one:
+                text = f" {one['scores'][k]:.2f}"
+            width, height = box[2:] - box[:2]
+            axes.add_patch(plt.Rectangle(corner + box[:2], width, height, fill=False, color=colour))
+            axes.text(*(corner + box[:2]), names[label] + text, color=colour, fontsize=6)
+
+
+class Segment:
+    """A class for each pixel, by a fully convolutional network (Long et al. 2015, arXiv 1411.4038)
+    whose last stages are dilated (Chen et al. 2017, arXiv 1606.00915)."""
+    metric = "miou"
+
+    def __init__(self, args):
+        self.args = args
+
+    def head(self, backbone, classes):
+        """torchvision's FCNHead, as a sequence whose last layer is the classifier."""
+        return nn.Sequential(*FCNHead(backbone.num_features, len(classes)))
+
+    def views(self, x, y):
+        """Crops and flips, the mask's being the image's."""
+        count, size = len(x) * common.world(), self.args.image_size
+        box = common.own_rows(common.crop_boxes(count, x.shape[-1], (self.args.crop, 1)))
+        flip = common.own_rows(torch.rand(count) < 0.5)
+        x = common.normalise(common.crop_resize_flip(x, box, flip, size))
+        x = x.contiguous(memory_format=torch.channels_last)
+        return x, common.crop_mask(y, box, flip, size)
+
+    def loss(self, backbone, head, x, y, frozen=False):
+        """Mean cross-entropy of the pixels that count, the head's features (B, D, h, w), and the
+        share of those pixels that is right."""
+        with common.autocast(self.args.device, self.args.precision):
+            with torch.set_grad_enabled(not frozen):
+                last = dilated_map(backbone, x)
+            f = head[:-1](last)                                             # (B, D, h, w)
+            logits = head[-1](f)                                            # (B, C, h, w)
+        logits = resized(logits, y.shape[-1])
+        counts = y != 255
+        total = F.cross_entropy(logits, y.long(), ignore_index=255, reduction="sum")
+        loss = total * common.world() / common.all_sum(counts.sum()).clamp(min=1)
+        right = (logits.argmax(1) == y).sum() / counts.sum().clamp(min=1)
+        return loss, f, dict(train_pixels=100 * right)
+
+    @torch.no_grad()
+    def predict(self, backbone, head, x, side):
+        """The classes of the pixels (B, side, side) of images x (B, 3, H, H)."""
+        with common.autocast(self.args.device, self.args.precision):
+            logits = head(dilated_map(backbone, x))
+        return resized(logits, side).argmax(1)
+
+    def confusion(self, backbone, head, store):
+        """Pixels of a store by true class and predicted one: (C, C)"""
+        classes, size = len(store.classes), self.args.image_size
+        counts = torch.zeros(classes ** 2, dtype=torch.long, device=store.labels.device)
+        for _, x, y in evaluation_batches(backbone, head, store, size):
+            pair = y.long() * classes + self.predict(backbone, head, x, y.shape[-1])
+            counts += torch.bincount(pair[y != 255], minlength=classes ** 2)
+        return common.all_sum(counts).view(classes, classes).cpu()
+
+    def score(self, backbone, head, store):
+        return mask_scores(self.confusion(backbone, head, store))
+
+    def picture(self, axes, backbone, head, before, store):
+        """The confusion matrix of the pixels, and true and predicted masks of eight images."""
+        show_confusion(axes[0], self.confusion(backbone, head, store), store.classes)
+        x = first_images(store, self.args.image_size)
+        true = store.labels[:8]
+        backbone.eval()
+        head.eval()
+        show_masks(axes[1], x, true, "true classes")
+        show_masks(axes[2], x, self.predict(backbone, head, x, true.shape[-1]), "predicted classes")
+
+
+def dilated_map(backbone, x):
+    """layer4's map (B, D, h, w) at layer2's resolution: the strides of layer3 and layer4 become
+    dilation, but only here, so that the backbone is as it was for any other use."""
+    changed = []
+    for stage, first, later in ((backbone.layer3, 1, 2), (backbone.layer4, 2, 4)):
+        for i, block in enumerate(stage):
+            reach = first if i == 0 else later
+            for conv in block.modules():
+                if isinstance(conv, nn.Conv2d):
+                    changed.append((conv, conv.stride, conv.dilation, conv.padding))
+                    conv.stride = (1, 1)
+                    if conv.kernel_size == (3, 3):
+                        conv.dilation = conv.padding = (reach, reach)
+    try:
+        return feature_maps(backbone, x)["layer4"]
+    finally:
+        for conv, *before in changed:
+            conv.stride, conv.dilation, conv.padding = before
+
+
+def resized(logits, side):
+    """(B, C, h, w) -> float32 (B, C, side, side)"""
+    return F.interpolate(common.upcast(logits), (side, side), mode="bilinear")
+
+
+def mask_scores(confusion):
+    """Mean intersection over union, mean accuracy of the classes, IoU weighted by the classes'
+    sizes, and the share of right pixels, in per cent. confusion (C, C): pixels, true classes as
+    rows. A class that neither is there nor is predicted does not count."""
+    counts = confusion.double()
+    right, size = counts.diag(), counts.sum(1)                                  # (C,)
+    union = size + counts.sum(0) - right
+    iou = right / union.clamp(min=1)
+    scores = dict(miou=iou[union > 0].mean(), mean_accuracy=(right / size)[size > 0].mean(),
+                  fwiou=(size * iou).sum() / size.sum(), pixel_accuracy=right.sum() / size.sum())
+    return {name: 100 * value.item() for name, value in scores.items()}
+
+
+def show_masks(axes, x, masks, title):
+    """A grid of images (n, 3, H, H) under the colours of their classes, masks (n, S, S)."""
+    common.show_images(axes, x, columns=4)
+    axes.set_title(title)
+    masks = F.interpolate(masks[:, None].float().cpu(), x.shape[-2:])
+    grid = torchvision.utils.make_grid(masks, 4, padding=1)[0].numpy()
+    axes.imshow(np.ma.masked_equal(grid, 0), cmap="tab20", vmin=0, vmax=20, alpha=0.7)
+
+
+TASKS = dict(classify=Classify, detect=Detect, segment=Segment)
+DETECT = {"detect": dict(epochs=20, batch_size=16, lr=0.02, weight_decay=1e-4, warmup=2),
+          "detect on petals": dict(lr=0.05, labels_per_class=100)}
+SEGMENT = {"segment": dict(epochs=30, batch_size=16, lr=0.02, weight_decay=1e-4),
+           "segment on petals": dict(lr=0.2, weight_decay=1e-3, labels_per_class=100)}
 
 
 def protocol_options(p):
@@ -379,6 +820,11 @@ def protocol_options(p):
              "already; after coin.py: coin's")
 
 
+def task_option(p, choices=("classify", "detect", "segment")):
+    p.option("--task", str, f"{', '.join(choices)}: classes of images, boxes around objects, or a "
+             "class for each pixel", "classify", choices=choices, metavar="TASK")
+
+
 PETALS = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.08, weight_decay=0.008,
               crop=0.5, labels_per_class=20, cosine_start=0.0)
 OTHERS = dict(PETALS, image_size=64, lr=0.01, weight_decay=5e-4, labels_per_class=None)
@@ -387,13 +833,19 @@ FROM_COIN = ("epochs", "cosine_start", "lr", "weight_decay", "batch_size", "crop
 
 
 def parser():
-    petals, others = dict(PETALS, eta=0.0, temperature=0.3), dict(OTHERS, eta=0.0, temperature=0.3)
+    more = dict(eta=0.0, temperature=0.3, warmup=0)
+    petals, others = dict(PETALS, **more), dict(OTHERS, **more)
     from_coin = (*FROM_COIN, "eta", "temperature")
-    p = common.Parser("finetune.py", __doc__, petals, others, from_coin=from_coin)
+    p = common.Parser("finetune.py", __doc__, petals, others, tasks={**DETECT, **SEGMENT},
+                      from_coin=from_coin)
     protocol_options(p)
+    task_option(p)
     p.option("--eta", common.NOT_NEGATIVE, "cross-entropy + ETA x SupCon; after coin.py: coin's")
     p.option("--temperature", common.bounded(float, 1e-3), "tau of SupCon; after coin.py: coin's")
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine")
     p.add_argument("--freeze", action="store_true", help="linear probe: the backbone is left alone")
+    p.add_argument("--freeze-bn", action="store_true", help="BatchNorm in the backbone keeps the "
+                   "averages that it came with")
     p.add_argument("--eval", action="store_true", help="print the test accuracy of --ckpt; train "
                    "and write nothing")
     return p

@@ -44,6 +44,7 @@ import bissl
 import coin
 import common
 import core_tuning
+import finetune
 from bench_accuracy import Bench, name_of_data, spread_of
 from bench_hypergradient import layerwise
 from bench_speed import device_name
@@ -272,7 +273,7 @@ def residuals(args, device):
     with common.frozen_statistics(backbone):
         pictures, y = next(iter(common.Batches(data, 64)))
         logits = head(backbone(common.augment(pictures, flags.image_size)))
-        v = torch.autograd.grad(common.task_loss(logits, y), theta)
+        v = torch.autograd.grad(finetune.label_loss(logits, y), theta)
     rows, whole = [], bissl.as_vector(v)
     for damping in DAMPINGS:
         matvec = bissl.damped_hessian(gradient, theta, damping)

@@ -413,12 +413,18 @@ def test_stray_files_among_caltechs_pictures_change_nothing(tmp_path):
     (core_tuning, []),
     (bi_tuning, []),
     (finetune, ["--eta", "0.1"]),
-    (finetune, ["--labels-per-class", "2"]),
     (core_tuning, ["--fraction", "0.5"])])
 def test_what_needs_one_label_an_image_says_so(roots, tmp_path, capsys, script, flags):
     line = error_line(capsys, script.main, ["--data", "voc07", "--root", str(roots("voc07")[0]),
                                             "--out", str(tmp_path / "x"), *SMALL, *flags])
-    assert ("--labels-per-class" if "--labels-per-class" in flags else "several classes") in line
+    assert "several classes" in line
+
+
+def test_two_images_of_each_class_that_voc_shows_can_be_asked_for(roots):
+    args = options("voc07", roots("voc07")[0], labels_per_class=2, fraction=None)
+    every, few = common.load_data(args, "train"), common.load_labelled(args, seed=0)
+    shown = (every.labels == 1).sum(0)
+    assert ((few.labels == 1).sum(0) >= shown.clamp(max=2)).all() and len(few) < len(every)
 
 
 def test_a_fraction_of_voc_and_bissl_and_a_search_work(roots, tmp_path, monkeypatch):
@@ -462,15 +468,15 @@ def test_task_loss_against_a_slow_loop():
             if y[i, c] >= 0:
                 sign = 1 if y[i, c] == 1 else -1
                 terms.append(-torch.log(torch.sigmoid(sign * logits[i, c])))
-    loss = common.task_loss(logits, y)
+    loss = finetune.label_loss(logits, y)
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-12)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert (gradient[y < 0] == 0).all() and (gradient[y >= 0] != 0).all()
-    assert common.task_loss(logits, -torch.ones_like(y)) == 0
+    assert finetune.label_loss(logits, -torch.ones_like(y)) == 0
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1])
-    assert torch.equal(common.task_loss(logits, labels), F.cross_entropy(logits, labels))
-    assert common.task_loss(logits.bfloat16(), y).dtype == torch.float32
+    assert torch.equal(finetune.label_loss(logits, labels), F.cross_entropy(logits, labels))
+    assert finetune.label_loss(logits.bfloat16(), y).dtype == torch.float32
 
 
 def test_a_probe_of_huge_data_uses_a_part(tmp_path, monkeypatch):
@@ -592,6 +598,7 @@ def test_of_several_processes_the_first_builds_and_the_others_wait(pictures, tmp
         if common.rank() == 1:
             monkeypatch.setattr(common, "rank", lambda: 0)
             common.load_data(options(pictures, tmp_path), "test")
+            monkeypatch.setattr(common, "rank", lambda: 1)
 
     monkeypatch.setattr(common, "world", lambda: 2)
     monkeypatch.setattr(common, "rank", lambda: 1)

@@ -18,6 +18,7 @@ import bissl
 import byol
 import coin
 import common
+import finetune
 import simclr
 from conftest import ROOT, SCRIPTS, json_lines, write_folder
 
@@ -113,7 +114,7 @@ def losses():
     for name, loss in (
             ("nt_xent", lambda: simclr.nt_xent(project(mine), project(mine + 0.3), 0.2)),
             ("supcon", lambda: coin.supcon(project(mine), label, 0.2)),
-            ("several labels", lambda: common.task_loss(project(mine), common.own_rows(present))),
+            ("several labels", lambda: finetune.label_loss(project(mine), common.own_rows(present))),
             ("no positive", lambda: coin.supcon(project(mine), alone, 0.2))):
         value = loss()
         gradient = torch.autograd.grad(value, [weight], create_graph=True)
