@@ -109,8 +109,9 @@ class Parser(argparse.ArgumentParser):
     """The flags that all scripts share, in one order.
 
     petals, others: defaults that depend on --data; optimizers, tasks: of each --optimizer or
-    --task, of some of them "on petals" too, what replaces them; from_coin: names of those that a checkpoint of coin.py, in its
-    config["rest"], replaces for the epochs that are left of its budget.
+    --task, of some of them "on petals" too, what replaces them; from_coin: names of those that a
+    checkpoint of coin.py, in its config["rest"], replaces for the epochs that are left of its
+    budget.
     """
 
     def __init__(self, script, doc, petals, others, optimizers=None, tasks=None, from_coin=()):
@@ -536,9 +537,9 @@ def draw_petals(labels, side, rng):
         shade = 1 - 0.45 * r[:, i, None].clamp(0, 1)                           # (n, 1, side, side)
         image = paint(image, petal[:, i, None], colour * shade)                # (n, 3, side, side)
         image = paint(image, disc[:, i, None], 0.4 * colour)
-    turn = torch.arange(720, dtype=torch.float64) * math.pi / 360
-    length = radius * petal_reach(turn + tilt, petal_count, is_round)          # (n, 4, 1, 720)
-    outline = centre[..., 0].flip(2) + length * torch.stack([turn.cos(), turn.sin()])
+    angle = torch.arange(720, dtype=torch.float64) * math.pi / 360             # tips among them
+    length, turned = radius * petal_reach(angle, petal_count, is_round), angle - tilt
+    outline = centre[..., 0].flip(2) + length * torch.cat([turned.cos(), turned.sin()], 2)
     return (image * 255).round().to(torch.uint8), outline, petal
 
 
@@ -1522,6 +1523,8 @@ def start_backbone(args, say=True):
         backbone = build_backbone(args.arch, args.image_size <= 40)
     backbone = place(backbone, args.device)
     if args.compile:
+        if task_of(args) != "classify":
+            fail("--compile is for --task classify: the other heads take a backbone apart")
         backbone.compile()
     return backbone, ckpt
 

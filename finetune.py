@@ -121,7 +121,7 @@ class Classify:
     def picture(self, axes, backbone, head, before, store):
         """Three panels: the confusion matrix (with several labels an image: each class's
         precision), the store's features before fine-tuning and after."""
-        names = [name.replace("$", r"\$") for name in store.classes]  # else matplotlib sees formulas
+        names = [name.replace("$", r"\$") for name in store.classes]  # $ would begin a formula
         x, y = common.features(backbone, store, self.args)
         _, confusion = metrics(head(x), y)  # or precision
         if y.ndim == 2:
@@ -398,8 +398,8 @@ def load_fine_tuned(args, task, say=True):
     if "weight" in state and "bias" not in state:  # core_tuning.py's classifier
         head.bias = None
     if common.shapes(state) != common.shapes(head.state_dict()):
-        common.fail(f"--ckpt {args.ckpt} has no head to {common.task_of(args)}: fine-tune it first, "
-                    "or give the --task that it was fine-tuned for")
+        common.fail(f"--ckpt {args.ckpt} has no head to {common.task_of(args)}: fine-tune it "
+                    "first, or give the --task that it was fine-tuned for")
     head.load_state_dict(state)
     return backbone, head.to(args.device), classes
 
@@ -464,9 +464,11 @@ def feature_maps(backbone, x):
     return maps
 
 
-def whole_images(x, flip, size):
+def whole_images(x, size, flip=None):
     """uint8 (B, 3, S, S), flip (B,) bool -> normalised (B, 3, size, size)"""
     box = torch.tensor([[0, 0, x.shape[-1], x.shape[-1]]]).expand(len(x), 4)
+    if flip is None:
+        flip = torch.zeros(len(x), dtype=torch.bool)
     x = common.normalise(common.crop_resize_flip(x, box, flip, size))
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -485,7 +487,7 @@ class Detector(nn.Module):
         stem = backbone.conv1.stride[0]
         if not isinstance(backbone.maxpool, nn.Identity):
             stem = 2 * stem
-        sizes = [(anchor * stem * 2 ** level,) for level in range(5)]  # four stages, and a pooled one
+        sizes = [(anchor * stem * 2 ** level,) for level in range(5)]  # of each stage, and pooled
         channels = [backbone.num_features // 2 ** level for level in (3, 2, 1, 0)]
         self.pyramid = FeaturePyramidNetwork(channels, width, LastLevelMaxPool())
         self.pyramid.out_channels = width
@@ -528,7 +530,7 @@ class Detect:
         left, top, right, bottom, label, difficult = y.unbind(2)            # (B, M) each
         flipped = torch.stack([1 - right, top, 1 - left, bottom, label, difficult], 2)
         y = torch.where(flip.to(y.device)[:, None, None], flipped, y)
-        return whole_images(x, flip, self.args.image_size), y
+        return whole_images(x, self.args.image_size, flip), y
 
     def loss(self, backbone, head, x, y, frozen=False):
         """The four losses' sum, of the same sampled proposals whenever it is computed. Difficult
@@ -545,7 +547,7 @@ class Detect:
     def find(self, backbone, head, store):
         """What is found in each image of a store, as box_scores() takes it."""
         size = self.args.image_size
-        found = torch.zeros(len(store), 100, 6, device=store.labels.device)  # 100: the detector's most
+        found = torch.zeros(len(store), 100, 6, device=store.labels.device)  # 100 at most
         for rows, x, _ in evaluation_batches(backbone, head, store, size):
             with common.autocast(self.args.device, self.args.precision):
                 boxes = head(x, feature_maps(backbone, x))
@@ -564,11 +566,10 @@ class Detect:
     def picture(self, axes, backbone, head, before, store):
         """What is there and what is found in eight images of the store."""
         axes[0].remove()
-        store = store.subset(torch.arange(len(store))[:8])
-        x, found = first_images(store, self.args.image_size), self.find(backbone, head, store)
-        sure = [{key: value[one["scores"] > 0.5] for key, value in one.items()} for one in found]
-        show_boxes(axes[1], x, true_objects(store), store.classes, "what is there")
-        show_boxes(axes[2], x, sure, store.classes, "what is found, scores above 0.5")
+        store, x, _ = first_images(store, self.args.image_size)
+        found, true = self.find(backbone, head, store), true_objects(store)
+        show_boxes(axes[1], x, true, store.classes, "what is there")
+        show_boxes(axes[2], x, found, store.classes, "what is found, scores above 0.5")
 
 
 def evaluation_batches(backbone, head, store, size):
@@ -578,14 +579,16 @@ def evaluation_batches(backbone, head, store, size):
     head.eval()
     parts = torch.arange(common.rank(), len(store), common.world()).split(32)
     for rows, (x, y) in zip(parts, common.feed(store, parts)):
-        yield rows, whole_images(x, torch.zeros(len(x), dtype=torch.bool), size), y
+        yield rows, whole_images(x, size), y
     backbone.train()
     head.train()
 
 
-def first_images(store, size, count=8):
-    x, _ = next(common.feed(store, [torch.arange(len(store))[:count]]))
-    return whole_images(x, torch.zeros(len(x), dtype=torch.bool), size)
+def first_images(store, size):
+    """Eight images of a store as a store, as the network sees them, and their targets."""
+    some = store.subset(torch.arange(len(store))[:8])
+    x, y = next(common.feed(some, [torch.arange(len(some))]))
+    return some, whole_images(x, size), y
 
 
 def true_objects(store):
@@ -673,7 +676,7 @@ def best_precision(ranked, total, levels):
 
 
 def show_boxes(axes, x, objects, names, title):
-    """A grid of images (n, 3, H, H) with the objects of each, and their scores if they have any."""
+    """A grid of images (n, 3, H, H) with the objects of each; of found ones the sure, and scores."""
     common.show_images(axes, x, columns=4)
     axes.set_title(title)
     side = x.shape[-1]
@@ -684,6 +687,8 @@ def show_boxes(axes, x, objects, names, title):
             colour = plt.get_cmap("tab20")(label % 20)
             if "scores" in one:
                 text = f" {one['scores'][k]:.2f}"
+                if one["scores"][k] < 0.5:
+                    continue
             width, height = box[2:] - box[:2]
             axes.add_patch(plt.Rectangle(corner + box[:2], width, height, fill=False, color=colour))
             axes.text(*(corner + box[:2]), names[label] + text, color=colour, fontsize=6)
@@ -706,9 +711,9 @@ class Segment:
         count, size = len(x) * common.world(), self.args.image_size
         box = common.own_rows(common.crop_boxes(count, x.shape[-1], (self.args.crop, 1)))
         flip = common.own_rows(torch.rand(count) < 0.5)
+        y = common.crop_mask(y, box, flip, size)
         x = common.normalise(common.crop_resize_flip(x, box, flip, size))
-        x = x.contiguous(memory_format=torch.channels_last)
-        return x, common.crop_mask(y, box, flip, size)
+        return x.contiguous(memory_format=torch.channels_last), y
 
     def loss(self, backbone, head, x, y, frozen=False):
         """Mean cross-entropy of the pixels that count, the head's features (B, D, h, w), and the
@@ -747,8 +752,7 @@ class Segment:
     def picture(self, axes, backbone, head, before, store):
         """The confusion matrix of the pixels, and true and predicted masks of eight images."""
         show_confusion(axes[0], self.confusion(backbone, head, store), store.classes)
-        x = first_images(store, self.args.image_size)
-        true = store.labels[:8]
+        _, x, true = first_images(store, self.args.image_size)
         backbone.eval()
         head.eval()
         show_masks(axes[1], x, true, "true classes")
@@ -804,7 +808,7 @@ def show_masks(axes, x, masks, title):
 
 TASKS = dict(classify=Classify, detect=Detect, segment=Segment)
 DETECT = {"detect": dict(epochs=20, batch_size=16, lr=0.02, weight_decay=1e-4, warmup=2),
-          "detect on petals": dict(lr=0.05, labels_per_class=100)}
+          "detect on petals": dict(batch_size=8, lr=0.05, labels_per_class=100)}
 SEGMENT = {"segment": dict(epochs=30, batch_size=16, lr=0.02, weight_decay=1e-4),
            "segment on petals": dict(lr=0.2, weight_decay=1e-3, labels_per_class=100)}
 

@@ -140,10 +140,10 @@ ROWS = [
     ("finetune", "--data single", "one class"),
     # evaluation
     ("finetune", "--eval", "--ckpt"),
-    ("finetune", "--eval --ckpt simclr.pt", "no classifier"),
-    ("finetune", "--eval --ckpt byol.pt", "no classifier"),
-    ("finetune", "--eval --ckpt foreign.pt", "no classifier"),
-    ("finetune", "--eval --ckpt coin.pt", "no classifier"),
+    ("finetune", "--eval --ckpt simclr.pt", "no head to classify"),
+    ("finetune", "--eval --ckpt byol.pt", "no head to classify"),
+    ("finetune", "--eval --ckpt foreign.pt", "no head to classify"),
+    ("finetune", "--eval --ckpt coin.pt", "no head to classify"),
     ("finetune", "--eval --ckpt bi_tuning.pt --data four", "3 classes"),
     ("finetune", "--eval --ckpt finetune.pt --data four", "3 classes"),
     # command line
