@@ -216,9 +216,9 @@ def train(args):
     theta_backbone, ckpt = common.start_backbone(args)
     pretext, lower, pretext_args, fresh_head = start_pretext(args, theta_backbone, ckpt)
     args.lower_lr = args.lower_lr or pretext_args.lr / 5
-    pretext_data = load_pretext_data(args, pretext_args)
     data = common.load_labelled(args, args.seed)
     held_out = common.load_held_out(args, data)
+    pretext_data = load_pretext_data(args, pretext_args)
     upper = make_upper(args, theta_backbone, data.classes)
     phi_backbone, phi_head = upper
     theta_B, phi_B = tuple(theta_backbone.parameters()), tuple(phi_backbone.parameters())

@@ -437,8 +437,9 @@ def classes_shown(labels):
         return labels[:, :, 4].long()
     present = labels == 1                                                       # (n, C)
     if labels.dtype == torch.uint8:
-        counts = [torch.bincount(mask.flatten(), minlength=256) for mask in labels]
-        present = torch.stack(counts) > 0                                       # (n, 256)
+        present = torch.zeros(len(labels), 256, dtype=torch.bool)
+        for row, mask in zip(present, labels):
+            row[:] = torch.bincount(mask.flatten(), minlength=256) > 0
         present[:, [0, 255]] = False
     return torch.where(present, torch.arange(present.shape[1]), -1)
 
@@ -787,8 +788,8 @@ def voc_folders(args):
     """The folders in that layout that --data stands for; voc is VOC2007 and VOC2012, for masks
     VOC2012 alone, and is downloaded if need be."""
     if args.data != "voc":
-        return [Path(args.data)]
-    top = Path(args.root) / "VOCdevkit"
+        return [Path(args.data).resolve()]
+    top = Path(args.root).resolve() / "VOCdevkit"
     archives = [("2007", "trainval"), ("2007", "test"), ("2012", "trainval")]
     for year, split in archives:
         if not (top / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt").exists():
@@ -806,8 +807,10 @@ def voc_lists(args):
             lists.setdefault(file.stem.replace("_", ""), []).append(file)
         if args.task == "segment" and "trainaug" in lists:
             if (folder / "SegmentationClassAug").is_dir():
-                lists["train"] = lists["trainaug"]
-    if "test" not in lists and "val" in lists:
+                lists["train"] = lists["trainaug"][:1]
+    if args.data == "voc":  # the targets of VOC2012's test are not public
+        lists["test"] = [file for file in lists.pop("test", []) if "VOC2007" in file.parts]
+    if not lists.get("test") and "val" in lists:
         lists["test"] = lists.pop("val")
     return lists
 
@@ -818,18 +821,27 @@ def list_voc(args, split):
     if split not in lists:
         raise ValueError(f"{args.data} has no ImageSets/{kind}/{split}.txt that names its images")
     for file in lists[split]:
-        folder = file.parents[2]
-        pictures = {path.stem: path for path in sorted((folder / "JPEGImages").iterdir())}
-        for name in file.read_text().strip().splitlines():
-            name = name.strip()
+        folder, pictures, names = file.parents[2], {}, read_lines(file)
+        if not names:
+            raise ValueError(f"{file} names no images")
+        for path in sorted((folder / "JPEGImages").iterdir()):
+            if path.name.lower().endswith(sets.folder.IMG_EXTENSIONS):
+                pictures[path.stem] = path
+        for name in names:
             target = folder / f"{place}Aug" / f"{name}.{ending}"
-            if not target.exists():
+            if "aug" not in file.stem or not target.exists():
                 target = folder / place / f"{name}.{ending}"
             if name not in pictures or not target.exists():
                 raise ValueError(f"{file} names {name}, but {folder} has no JPEGImages/{name}.jpg "
                                  f"or no {place}/{name}.{ending}")
             pairs.append((pictures[name], target))
     return pairs
+
+
+def read_lines(file):
+    """What is not blank; another encoding than UTF-8 shows its bytes."""
+    lines = [line.strip() for line in file.read_text("utf-8", "backslashreplace").splitlines()]
+    return [line for line in lines if line]
 
 
 def voc_classes(args):
@@ -839,20 +851,23 @@ def voc_classes(args):
     if args.data == "voc":
         return VOC_CLASSES if args.task == "detect" else ["background", *VOC_CLASSES]
     if file.exists():
-        return file.read_text().strip().split("\n")
+        return read_lines(file)
     if args.task == "segment":
         raise ValueError(f"there is no {file}, which names a class per line, the background first")
     for _, file in list_voc(args, "train"):
         for thing in read_xml(file).iter("object"):
             found.add(thing.findtext("name"))
-    return sorted(found)
+    return sorted(found - {None})  # an object without a name is met once more in read_boxes()
 
 
 def read_xml(file):
     try:
-        return xml.etree.ElementTree.parse(file)
+        content = xml.etree.ElementTree.parse(file)
     except Exception as error:
         raise ValueError(f"{file}: {first_line(error)}") from None
+    for element in content.iter():
+        element.text = (element.text or "").strip()
+    return content
 
 
 def shown_size(picture):
@@ -868,7 +883,8 @@ def read_boxes(file, picture, classes):
     content, (width, height), objects = read_xml(file), shown_size(picture), []
     said = [content.findtext("size/width"), content.findtext("size/height")]
     if said not in ([None, None], ["0", "0"], [str(width), str(height)]):
-        raise ValueError(f"it is for {said[0]} x {said[1]} pixels, {picture} has {width} x {height}")
+        raise ValueError(f"it is for {said[0]} x {said[1]} pixels, not {width} x {height} as "
+                         f"{picture} has")
     for thing in content.iter("object"):
         name = thing.findtext("name")
         if name not in classes:
@@ -987,21 +1003,27 @@ def build_cache(path, args, splits):
 
 def cache_path(args, splits):
     """A published data set's cache goes by name, splits and side alone, so that its own files are
-    not opened again; a folder's also by its place and its pictures' names, sizes and times."""
+    not opened again; a folder's, and that of boxes and masks, also by its place and its files'
+    names, sizes and times."""
     folder, task = Path(args.data).resolve(), task_of(args)
     name = f"{folder.name}-{'-'.join(splits)}-{store_side(args.image_size)}"
     if task != "classify":
         name = f"{task}-{name}"
     if args.data not in DATASETS:
-        key = hashlib.sha256(os.fsencode(folder))
-        for split in splits:
-            if task == "classify":
-                files = open_dataset(args.data, args.root, split)[0]
-            else:
-                files = itertools.chain(*list_voc(args, split))
-            for file in files:
-                stat = os.stat(file)
-                key.update(os.fsencode(f"{file} {stat.st_mtime_ns} {stat.st_size}\n"))
+        key, names = hashlib.sha256(), folder / "class_names.txt"
+        if task == "classify":
+            key.update(os.fsencode(folder))
+            files = [open_dataset(args.data, args.root, split)[0] for split in splits]
+        else:
+            files = [[names]] if names.exists() else []
+            if task == "detect" and args.data != "voc" and not files:
+                splits = ["train", *splits]  # its objects name the classes
+            for split in splits:
+                files.extend(list_voc(args, split))
+                key.update(f"{split} {len(files)}".encode())
+        for file in itertools.chain(*files):
+            stat = os.stat(file)
+            key.update(os.fsencode(f"{file} {stat.st_mtime_ns} {stat.st_size}\n"))
         name = f"{name}-{key.hexdigest()[:12]}"
     return Path(args.root) / "cache" / f"{name}.npy"
 
@@ -1113,9 +1135,10 @@ def load_data(args, split):
         else:
             held_out = labelled_subset(labels, seed=0, fraction=0.2)
             shown = classes_shown(labels)
-            size = torch.bincount(shown[shown >= 0])
-            alone = (shown >= 0) & (size[shown] == 1)
-            held_out = held_out[~alone[held_out].any(1)]  # the only image of a class stays in train
+            for label in range(len(classes)):
+                images_of = (shown == label).any(1).nonzero()[:, 0]
+                if len(images_of) == 1:  # the only image of a class stays in train
+                    held_out = held_out[held_out != images_of]
         rows = held_out if split == "val" else rows[~torch.isin(rows, held_out)]
     store = Store(images, labels[rows].to(args.device), rows, classes)
     if split != "unlabeled":
@@ -1183,7 +1206,7 @@ def labelled_subset(labels, seed, per_class=None, fraction=None):
     largest = max(map(len, members), default=0)
     if per_class is not None and per_class > largest:
         fail(f"--labels-per-class {per_class} is more than any class has: at most {largest} images")
-    chosen, keep = torch.zeros(len(shown), dtype=torch.bool), []
+    chosen, keep = torch.zeros(len(shown), dtype=torch.bool), [torch.arange(0)]
     for rows in members:
         size = per_class  # of a smaller class all
         if per_class is None:
