@@ -17,6 +17,8 @@ however small the batch.
   4. L = L_CE + gamma_cl (L_CCE + L_CCL). Step f, g, W, b; then f' <- m f' + (1 - m) f, and g'
      alike; then the keys enter their classes' rings in place of the oldest.
 
+Classification only: a ring holds images of one class.
+
     python bi_tuning.py --ckpt simclr.pt
     python bi_tuning.py --ckpt simclr.pt --search 20 --seeds 5       as finetune.py does it
     python finetune.py --ckpt bi_tuning.pt --eval                    its test accuracy once more

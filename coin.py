@@ -11,6 +11,8 @@ together and apart from the others, without a classifier; nothing is added to th
   3. The rest (finetune.py): cross-entropy + eta SupCon. It reads from the checkpoint how many
      epochs are left and where the cosine stands.
 
+Classification only: its pairs are images of one class.
+
     python coin.py --ckpt simclr.pt          the first 42 of 60 epochs
     python finetune.py --ckpt coin.pt        the other 18: together what plain fine-tuning sees
 

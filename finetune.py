@@ -393,7 +393,7 @@ def load_fine_tuned(args, task, say=True):
     if not args.ckpt:
         common.fail("--eval needs --ckpt, of finetune.py, core_tuning.py or bi_tuning.py")
     backbone, ckpt = common.start_backbone(args, say)
-    state, classes = ckpt["head"] or {}, ckpt["classes"] or []
+    state, classes = ckpt["head"] or {}, ckpt["classes"] or ["none"]
     head = task.head(backbone, classes)
     if "weight" in state and "bias" not in state:  # core_tuning.py's classifier
         head.bias = None
@@ -638,6 +638,8 @@ def box_scores(found, true):
             order = np.argsort(-np.concatenate(scores_voc), kind="stable")
             ranked = np.concatenate(outcomes_voc)[order, 0]
             voc.append(best_precision(ranked, total, np.arange(11) / 10).mean())
+    if not coco:  # there is nothing to find
+        coco, voc = [[np.nan] * 10], [np.nan]
     ap = 100 * np.mean(coco, 0)                                                 # (10,)
     return dict(ap=float(ap.mean()), ap50=float(ap[0]), ap75=float(ap[5]),
                 ap50_voc07=float(100 * np.mean(voc)))
@@ -658,7 +660,8 @@ def match(iou, difficult, overlaps, best_only=False):
         candidate = (row >= overlaps[:, None]) & (free | difficult)             # (T, m)
         if best_only:
             candidate &= np.arange(len(row)) == row.argmax()
-        taken = np.where(candidate, row - 2 * difficult, -3).argmax(1)          # (T,)
+        value = np.where(candidate, row - 2 * difficult, -3)
+        taken = len(row) - 1 - value[:, ::-1].argmax(1)     # (T,), of equal ones COCO's: the last
         hit = candidate[level, taken]
         outcome[i] = np.where(hit, np.where(difficult[taken], -1, 1), 0)
         free[level[hit], taken[hit]] = False
@@ -676,7 +679,7 @@ def best_precision(ranked, total, levels):
 
 
 def show_boxes(axes, x, objects, names, title):
-    """A grid of images (n, 3, H, H) with the objects of each; of found ones the sure, and scores."""
+    """A grid of images (n, 3, H, H) with the objects of each, of found ones the sure ones."""
     common.show_images(axes, x, columns=4)
     axes.set_title(title)
     side = x.shape[-1]

@@ -21,6 +21,7 @@ import bench_alignment
 import bench_hypergradient
 import bench_scale
 import bench_speed
+import bench_tasks
 import common
 import simclr
 
@@ -323,6 +324,22 @@ def small_scale(tmp_path, monkeypatch):
                             rounds=1, disk_steps=1).items():
         monkeypatch.setattr(bench_scale.CPU, name, value)
     return bench_scale.CPU
+
+
+def test_the_tasks_bench_runs_and_makes_no_run_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_tasks, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
+    for script in (simclr, bench_tasks.bissl, bench_tasks.finetune):
+        monkeypatch.setattr(script, "draw", lambda *ignored: None)
+    few = "--labels-per-class 2 --image-size 16"
+    argv = ["--seeds", "1", "--jobs", "1", "--runs", str(tmp_path / "runs"),
+            "--flags", f"--epochs 1 {few}", "--pretext-flags", "--epochs 1 --image-size 16",
+            "--bissl-flags", f"{SHORT_BISSL} {few}"]
+    lines = bench_tasks.main(argv)
+    assert len(lines) == 7 and "segment  simclr  core_tuning: miou" in capsys.readouterr().out
+    monkeypatch.setattr(bench_tasks.finetune, "main", lambda *argv: 1 / 0)
+    assert bench_tasks.main(argv) == lines
+    assert len(read(tmp_path / "tasks-petals.csv")) == 7
 
 
 def test_the_scale_bench_runs(small_scale, tmp_path, capsys):

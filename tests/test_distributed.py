@@ -114,7 +114,8 @@ def losses():
     for name, loss in (
             ("nt_xent", lambda: simclr.nt_xent(project(mine), project(mine + 0.3), 0.2)),
             ("supcon", lambda: coin.supcon(project(mine), label, 0.2)),
-            ("several labels", lambda: finetune.label_loss(project(mine), common.own_rows(present))),
+            ("several labels",
+             lambda: finetune.label_loss(project(mine), common.own_rows(present))),
             ("no positive", lambda: coin.supcon(project(mine), alone, 0.2))):
         value = loss()
         gradient = torch.autograd.grad(value, [weight], create_graph=True)

@@ -14,6 +14,7 @@ from conftest import SCRIPTS, draw_nothing, write_folder
 
 BILEVEL = ["--lower-steps", "2", "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
            "--pretext-batch-size", "8"]
+PETALS = ["--data", "petals", "--labels-per-class", "2"]
 RUNS = {
     "simclr": ["simclr", "--arch", "resnet10", "--epochs", "3"],
     "byol": ["byol", "--arch", "resnet10", "--epochs", "3"],
@@ -24,6 +25,10 @@ RUNS = {
     "core_tuning": ["core_tuning", "--ckpt", "start.pt", "--epochs", "3"],
     "bi_tuning": ["bi_tuning", "--ckpt", "start.pt", "--epochs", "3", "--keys", "5",
                   "--random-queue"],
+    "detect": ["finetune", "--ckpt", "start.pt", "--epochs", "3", *PETALS, "--task", "detect"],
+    "segment": ["core_tuning", "--ckpt", "start.pt", "--epochs", "3", *PETALS, "--task", "segment"],
+    "detect_bissl": ["bissl", "--ckpt", "start.pt", "--alternations", "2", *BILEVEL, *PETALS,
+                     "--task", "detect"],
     "search": ["finetune", "--ckpt", "start.pt", "--epochs", "2", "--search", "2", "--seeds", "2"],
 }
 LONG = dict.fromkeys(SCRIPTS, ["--epochs", "4"]) | {"bissl": ["--alternations", "3"]}
@@ -44,6 +49,7 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def inside(place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setattr(common, "PETAL_SPLITS", dict(unlabeled=16, train=20, val=10, test=10))
     draw_nothing(monkeypatch)
 
 

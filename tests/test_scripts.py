@@ -234,7 +234,7 @@ def test_the_loss_falls(here, script):
 
 
 def test_the_new_method_of_the_readme_runs_and_is_fine_tuned(here, monkeypatch):
-    text = (ROOT / "README.md").read_text().split("## Adding a method")[1]
+    text = (ROOT / "tests/README.md").read_text().split("## Adding a method")[1]
     (here / "rotation.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
     monkeypatch.syspath_prepend(str(here))
     import rotation

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 
@@ -327,3 +329,35 @@ def test_the_figures_show_boxes_and_masks(few, monkeypatch):
     for task in ("detect", "segment"):
         finetune.main([*SHORT, "--task", task, "--epochs", "1", "--out", task])
         assert (few / f"{task}.png").stat().st_size > 20_000
+
+
+# -------------------------------------------------------------------------------- several processes
+
+def scores_in(number, processes, folder):
+    """What each task's fixed model scores, and the views of one batch: written to folder."""
+    torch.set_num_threads(1)
+    common.PETAL_SPLITS = FEW_PETALS
+    if processes > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number,
+                                world_size=processes)
+    found = {}
+    for name in ("detect", "segment"):
+        task, backbone, head, data = started(name, "--arch", "resnet10", count=9)
+        torch.manual_seed(3)
+        mine = common.own_rows(torch.arange(8))
+        x, y = task.views(*next(common.feed(data, [mine])))
+        found[name] = dict(task.score(backbone, head, data), views=x, targets=y)
+    torch.save(found, f"{folder}/{processes}-{number}.pt")
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_score_and_view_as_one_does(tmp_path):
+    scores_in(0, 1, tmp_path)
+    mp.spawn(scores_in, (2, str(tmp_path)), nprocs=2)
+    one, *two = [torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt")]
+    for task, whole in one.items():
+        for part in ("views", "targets"):
+            both = torch.stack([two[0][task].pop(part), two[1][task].pop(part)], 1).flatten(0, 1)
+            assert torch.equal(both, whole.pop(part))
+        assert two[0][task] == two[1][task] == pytest.approx(whole)
