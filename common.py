@@ -700,12 +700,19 @@ def open_dataset(name, root, split):
     if name not in DATASETS:
         return open_folder(Path(name), split)
     read, _, folder = DATASETS[name]
+    with named_download(name, f"{root}/{folder}"):
+        return read(Path(root), split)
+
+
+@contextlib.contextmanager
+def named_download(name, folder):
+    """Whatever the network or the files did, the way out is the same."""
     socket.setdefaulttimeout(20)  # seconds: a dead network is no reason to hang
     try:
-        return read(Path(root), split)
-    except Exception as error:  # whatever the network or the files did, the way out is the same
-        fail(f"{name} is not whole under {root}/{folder} and cannot be downloaded ({error}): "
-             f"see the row {name} of the table under Data in README.md")
+        yield
+    except Exception as error:
+        fail(f"{name} is not whole under {folder} and cannot be downloaded ({error}): see the row "
+             f"{name} of the table under Data in README.md")
 
 
 def open_folder(folder, split):
@@ -793,7 +800,8 @@ def voc_folders(args):
     archives = [("2007", "trainval"), ("2007", "test"), ("2012", "trainval")]
     for year, split in archives:
         if not (top / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt").exists():
-            sets.VOCDetection(args.root, year, split, download=True)
+            with named_download("voc", top):
+                sets.VOCDetection(args.root, year, split, download=True)
     folders = [top / "VOC2007", top / "VOC2012"]
     return folders if args.task == "detect" else folders[1:]
 
@@ -916,9 +924,10 @@ def read_mask(file, picture, classes, side):
         return torch.from_numpy(np.array(small, dtype=np.uint8))
 
 
-def read_voc(args, splits, side):
-    """Pictures, labels, sizes and classes as in build_cache(), with boxes or masks as labels."""
+def read_voc(args, splits):
+    """read_splits() with boxes or masks as labels."""
     classes, pictures, targets, sizes = voc_classes(args), [], [], []
+    side = store_side(args.image_size)
     for split in splits:
         pairs = list_voc(args, split)
         sizes.append(len(pairs))
@@ -987,10 +996,8 @@ def build_cache(path, args, splits):
     """
     side, names = store_side(args.image_size), " and ".join(splits)
     squash = task_of(args) != "classify"
-    if squash:
-        pictures, labels, sizes, classes = read_voc(args, splits, side)
-    else:
-        pictures, labels, sizes, classes = read_splits(args, splits)
+    read = read_voc if squash else read_splits
+    pictures, labels, sizes, classes = read(args, splits)
     about = dict(labels=labels, sizes=sizes, classes=[*classes])
     tell(f"decoding {len(pictures):,} images of {args.data} {names} to {side} px")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -353,7 +353,8 @@ def say_what_was_seen(args, ckpt):
     """Where the checkpoint comes from a stage with labels: what it has seen, and what budget it
     left."""
     seen = argparse.Namespace(**(ckpt["config"] if ckpt else {}))
-    if "labels_per_class" in vars(seen) and common.same_data(seen.data, args.data):
+    same_labels = common.task_of(seen) == common.task_of(args)
+    if same_labels and "labels_per_class" in vars(seen) and common.same_data(seen.data, args.data):
         few = common.few_labels(args)
         same = (seen.labels_per_class, seen.fraction, seen.seed) == (
             args.labels_per_class, args.fraction, args.seed)
@@ -546,18 +547,13 @@ class Detect:
     @torch.no_grad()
     def find(self, backbone, head, store):
         """What is found in each image of a store, as box_scores() takes it."""
-        size = self.args.image_size
-        found = torch.zeros(len(store), 100, 6, device=store.labels.device)  # 100 at most
-        for rows, x, _ in evaluation_batches(backbone, head, store, size):
+        objects, size = [], self.args.image_size
+        for x, _ in evaluation_batches(backbone, head, store, size):
             with common.autocast(self.args.device, self.args.precision):
-                boxes = head(x, feature_maps(backbone, x))
-            for row, one in zip(rows.tolist(), boxes):
-                label, score = one["labels"][:, None] - 1, one["scores"][:, None]
-                found[row, :len(label)] = torch.cat([one["boxes"] / size, label, score], 1)
-        objects = []
-        for rows in common.all_sum(found).cpu():
-            rows = rows[rows[:, 5] > 0]
-            objects.append(dict(boxes=rows[:, :4], labels=rows[:, 4].long(), scores=rows[:, 5]))
+                found = head(x, feature_maps(backbone, x))
+            for one in found:
+                objects.append(dict(boxes=one["boxes"].cpu() / size, labels=one["labels"].cpu() - 1,
+                                    scores=one["scores"].cpu()))
         return objects
 
     def score(self, backbone, head, store):
@@ -573,13 +569,12 @@ class Detect:
 
 
 def evaluation_batches(backbone, head, store, size):
-    """Rows, whole images and targets of this process's part of a store, with backbone and head in
-    evaluation mode meanwhile."""
+    """Whole images of a store, and their targets, with backbone and head in evaluation mode
+    meanwhile. Of several processes each goes through all of them."""
     backbone.eval()
     head.eval()
-    parts = torch.arange(common.rank(), len(store), common.world()).split(32)
-    for rows, (x, y) in zip(parts, common.feed(store, parts)):
-        yield rows, whole_images(x, size), y
+    for x, y in common.feed(store, torch.arange(len(store)).split(32)):
+        yield whole_images(x, size), y
     backbone.train()
     head.train()
 
@@ -744,10 +739,10 @@ class Segment:
         """Pixels of a store by true class and predicted one: (C, C)"""
         classes, size = len(store.classes), self.args.image_size
         counts = torch.zeros(classes ** 2, dtype=torch.long, device=store.labels.device)
-        for _, x, y in evaluation_batches(backbone, head, store, size):
+        for x, y in evaluation_batches(backbone, head, store, size):
             pair = y.long() * classes + self.predict(backbone, head, x, y.shape[-1])
             counts += torch.bincount(pair[y != 255], minlength=classes ** 2)
-        return common.all_sum(counts).view(classes, classes).cpu()
+        return counts.view(classes, classes).cpu()
 
     def score(self, backbone, head, store):
         return mask_scores(self.confusion(backbone, head, store))
