@@ -453,6 +453,7 @@ def show_matrix(axes, matrix, classes, **colours):
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 SMALL = 128  # pixels up to which anchors and a detector's head are small
+LIKELY = 0.3  # score from which a figure shows what is found
 
 
 def feature_maps(backbone, x):
@@ -560,12 +561,12 @@ class Detect:
         return box_scores(self.find(backbone, head, store), true_objects(store))
 
     def picture(self, axes, backbone, head, before, store):
-        """What is there and what is found in eight images of the store."""
+        """What is there and what is found in four images of the store."""
         axes[0].remove()
         store, x, _ = first_images(store, self.args.image_size)
         found, true = self.find(backbone, head, store), true_objects(store)
         show_boxes(axes[1], x, true, store.classes, "what is there")
-        show_boxes(axes[2], x, found, store.classes, "what is found, scores above 0.5")
+        show_boxes(axes[2], x, found, store.classes, f"what is found, scores above {LIKELY}")
 
 
 def evaluation_batches(backbone, head, store, size):
@@ -580,8 +581,8 @@ def evaluation_batches(backbone, head, store, size):
 
 
 def first_images(store, size):
-    """Eight images of a store as a store, as the network sees them, and their targets."""
-    some = store.subset(torch.arange(len(store))[:8])
+    """Four images of a store as a store, as the network sees them, and their targets."""
+    some = store.subset(torch.arange(len(store))[:4])
     x, y = next(common.feed(some, [torch.arange(len(some))]))
     return some, whole_images(x, size), y
 
@@ -674,22 +675,22 @@ def best_precision(ranked, total, levels):
 
 
 def show_boxes(axes, x, objects, names, title):
-    """A grid of images (n, 3, H, H) with the objects of each, of found ones the sure ones."""
-    common.show_images(axes, x, columns=4)
+    """Four images (4, 3, H, H) with the objects of each; of found ones those that are likely."""
+    common.show_images(axes, x, columns=2)
     axes.set_title(title)
     side = x.shape[-1]
     for i, one in enumerate(objects):
-        corner = np.array([i % 4, i // 4]) * (side + 1) + 0.5  # the grid has a pixel between images
+        corner = np.array([i % 2, i // 2]) * (side + 1) + 0.5  # the grid has a pixel between images
         for k, box in enumerate(side * one["boxes"].numpy()):
-            label, text = int(one["labels"][k]), ""
-            colour = plt.get_cmap("tab20")(label % 20)
+            label = int(one["labels"][k])
+            text, colour = names[label], plt.get_cmap("tab20")(label % 20)
             if "scores" in one:
-                text = f" {one['scores'][k]:.2f}"
-                if one["scores"][k] < 0.5:
+                text = f"{text} {one['scores'][k]:.2f}"
+                if one["scores"][k] < LIKELY:
                     continue
-            width, height = box[2:] - box[:2]
-            axes.add_patch(plt.Rectangle(corner + box[:2], width, height, fill=False, color=colour))
-            axes.text(*(corner + box[:2]), names[label] + text, color=colour, fontsize=6)
+            place, (width, height) = corner + box[:2], box[2:] - box[:2]
+            axes.add_patch(plt.Rectangle(place, width, height, fill=False, color=colour))
+            axes.text(*place, text, fontsize=7, va="top", bbox=dict(color=colour, pad=0.5))
 
 
 class Segment:
@@ -748,7 +749,7 @@ class Segment:
         return mask_scores(self.confusion(backbone, head, store))
 
     def picture(self, axes, backbone, head, before, store):
-        """The confusion matrix of the pixels, and true and predicted masks of eight images."""
+        """The confusion matrix of the pixels, and true and predicted masks of four images."""
         show_confusion(axes[0], self.confusion(backbone, head, store), store.classes)
         _, x, true = first_images(store, self.args.image_size)
         backbone.eval()
@@ -796,11 +797,11 @@ def mask_scores(confusion):
 
 
 def show_masks(axes, x, masks, title):
-    """A grid of images (n, 3, H, H) under the colours of their classes, masks (n, S, S)."""
-    common.show_images(axes, x, columns=4)
+    """Four images (4, 3, H, H) under the colours of their classes, masks (4, S, S)."""
+    common.show_images(axes, x, columns=2)
     axes.set_title(title)
     masks = F.interpolate(masks[:, None].float().cpu(), x.shape[-2:])
-    grid = torchvision.utils.make_grid(masks, 4, padding=1)[0].numpy()
+    grid = torchvision.utils.make_grid(masks, 2, padding=1)[0].numpy()
     axes.imshow(np.ma.masked_equal(grid, 0), cmap="tab20", vmin=0, vmax=20, alpha=0.7)
 
 
