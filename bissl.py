@@ -298,8 +298,8 @@ def make_upper(args, backbone, classes):
     phi_backbone = copy.deepcopy(backbone)
     if args.compile:
         phi_backbone.compile()  # a copy is not compiled
-    phi_head = finetune.make_task(args).head(phi_backbone, classes).to(args.device)
-    return nn.ModuleList([phi_backbone, phi_head])
+    phi_head = finetune.make_task(args).head(phi_backbone, classes)
+    return nn.ModuleList([phi_backbone, common.place(phi_head, args.device)])
 
 
 def downstream_losses(args, theta_backbone, upper, x, y):

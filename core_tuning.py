@@ -97,11 +97,10 @@ def cells(f, y, most=32):
     """Segmentation: which features are paired the paper does not say; here those of the cells of
     the head's map, about 32 an image, as many of each class as can be.
 
-    f (B, D, h, w), masks y (B, size, size) -> f (n, D), y (n,) int, the class of the pixel at a
-    cell's centre; what is void, 255, is left out, so that the device has to tell n: a wait a step.
+    f (B, D, h, w), masks y (B, size, size) -> f (32 B, D), y (32 B,) int, the class of the pixel at
+    a cell's centre, 255 where that is void; all h w cells of a smaller map.
     """
-    every = torch.tensor([[0, 0, y.shape[-1], y.shape[-1]]]).expand(len(y), 4)
-    centre = common.crop_mask(y, every, torch.zeros(len(y), dtype=torch.bool), f.shape[-1])
+    centre = F.interpolate(y[:, None], f.shape[-2:], mode="nearest-exact")  # (B, 1, h, w)
     label = centre.flatten(1).long()                                        # (B, h w)
     order = torch.rand(label.shape).argsort(1).to(label.device)
     shuffled = label.gather(1, order)
@@ -109,9 +108,8 @@ def cells(f, y, most=32):
     turn = same.tril().sum(2)                                               # (B, h w)
     turn = turn.masked_fill(shuffled == 255, label.shape[1])    # first, second, ... of its class
     chosen = order.gather(1, turn.argsort(dim=1, stable=True)[:, :most])        # (B, 32)
-    label = label.gather(1, chosen).flatten()                               # (32 B,)
-    f = common.upcast(f).flatten(2).mT.gather(1, chosen[..., None].expand(-1, -1, f.shape[1]))
-    return f.flatten(0, 1)[label != 255], label[label != 255]
+    f = f.flatten(2).mT.gather(1, chosen[..., None].expand(-1, -1, f.shape[1]))    # (B, 32, D)
+    return f.flatten(0, 1), label.gather(1, chosen).flatten()
 
 
 def classify(head, f):
@@ -127,12 +125,13 @@ def train(trial):
     width, classes = backbone.num_features, len(data.classes)
     if args.task == "segment":
         head = task.head(backbone, data.classes)
-        width = width // 4  # of the head's features
+        width = width // 4  # FCNHead's features are a quarter as wide
     else:
         common.need_one_label(args, data)
         head = nn.Linear(width, classes, bias=False)
     projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, args.dim))
-    model = nn.ModuleDict(dict(backbone=backbone, head=head, projector=projector)).to(args.device)
+    model = nn.ModuleDict(dict(backbone=backbone, head=head, projector=projector))
+    model = common.place(model, args.device)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     batches = common.Batches(data, args.batch_size)
     steps = args.epochs * len(batches)
@@ -145,11 +144,13 @@ def train(trial):
             x, y = task.views(x, y)
             if args.task == "segment":
                 dense, f, _ = task.loss(backbone, head, x, y)
-                f, y = cells(f, y)                                              # (n, D), (n,)
+                f, y = cells(f, y)                                              # (32 B, D), (32 B,)
             else:
                 with common.autocast(args.device, args.precision):
                     f = backbone(x)                                             # (B, D)
-                f, y = common.gather(common.upcast(f)), common.gather(y)  # mixes the whole batch
+            f, y = common.gather(common.upcast(f)), common.gather(y)  # mixes the whole batch
+            if args.task == "segment":  # the device has to tell how many: it waits here
+                f, y = f[y != 255], y[y != 255]                                 # (n, D), (n,)
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
             features = torch.cat([f, f_pos, f_neg])                                 # (3B, D)
             labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])   # (3B, C)

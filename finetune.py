@@ -62,7 +62,7 @@ def train(trial):
         common.need_one_label(args, data)
         coin.say_positives(data.labels, args.batch_size)
         model["projector"] = coin.start_projector(backbone.num_features, ckpt)
-    model.to(args.device)
+    common.place(model, args.device)
     backbone.requires_grad_(not args.freeze)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     batches = common.Batches(data, args.batch_size)
@@ -761,16 +761,15 @@ class Segment:
 def dilated_map(backbone, x):
     """layer4's map (B, D, h, w) at layer2's resolution: the strides of layer3 and layer4 become
     dilation, but only here, so that the backbone is as it was for any other use."""
-    changed = []
-    for stage, first, later in ((backbone.layer3, 1, 2), (backbone.layer4, 2, 4)):
-        for i, block in enumerate(stage):
-            reach = first if i == 0 else later
-            for conv in block.modules():
-                if isinstance(conv, nn.Conv2d):
-                    changed.append((conv, conv.stride, conv.dilation, conv.padding))
-                    conv.stride = (1, 1)
-                    if conv.kernel_size == (3, 3):
-                        conv.dilation = conv.padding = (reach, reach)
+    changed, reach = [], 1
+    for stage in (backbone.layer3, backbone.layer4):
+        for conv in stage.modules():
+            if isinstance(conv, nn.Conv2d):
+                changed.append((conv, conv.stride, conv.dilation, conv.padding))
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (reach, reach)
+                    reach = reach * conv.stride[0]  # what follows was made for a coarser map
+                conv.stride = (1, 1)
     try:
         return feature_maps(backbone, x)["layer4"]
     finally:
