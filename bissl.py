@@ -377,8 +377,8 @@ def parser(paper=False):
                   labels_per_class=20)
     others = dict(petals, image_size=64, lr=0.005, alternations=20, lam=0.001,
                   labels_per_class=None)
-    few = dict(batch_size=16, labels_per_class=100)
-    tasks = {"detect": dict(batch_size=16), "detect on petals": few, "segment on petals": few}
+    small, few = dict(batch_size=16), dict(labels_per_class=100)
+    tasks = {"detect": small, "segment": small, "detect on petals": few, "segment on petals": few}
     p = common.Parser("bissl.py", __doc__, petals, others, tasks=tasks)
     p.label_options()
     finetune.task_option(p)

@@ -160,14 +160,14 @@ class Parser(argparse.ArgumentParser):
         for choice, table in self.choices.items():
             for value, defaults in table.items():
                 if name in defaults:
-                    shown = f"{shown}; with --{choice} {value} {defaults[name]}"
+                    shown = f"{shown}; with --{choice} {value}: {defaults[name]}"
         help = f"{help} (default: {shown})".replace("%", "%%")  # argparse formats it once more
         metavar = metavar or type.__name__.upper()
         self.add_argument(flag, type=type, default=default, metavar=metavar, help=help, **more)
 
     def label_options(self):
-        self.option("--labels-per-class", FROM_ZERO, "labelled images per class to train on (all "
-                    "where there are fewer); 0: all")
+        self.option("--labels-per-class", FROM_ZERO, "labelled images that show each class to "
+                    "train on (all where there are fewer); 0: all")
         self.option("--fraction", bounded(float, 1e-9, 1), "share of each class's labelled images "
                     "to train on")
 
@@ -499,9 +499,9 @@ def petal_reach(angle, petal_count, is_round):
 
 
 def draw_petals(labels, side, rng):
-    """An image for each row of labels, (n, 1) or (n, 4): of all four blooms or of each one. Returns
-    uint8 (n, 3, side, side), drawn as petals() says, points x, y on each bloom's outline (n, 4, 2,
-    720), and where its petals are (n, 4, side, side)."""
+    """An image of four blooms for each row of labels: (n, 1), one species for all, or (n, 4).
+    Returns uint8 (n, 3, side, side), drawn as petals() says, points x, y on each bloom's outline
+    (n, 4, 2, 720), and where its petals are (n, 4, side, side)."""
     def uniform(*shape):  # (*shape, 1, 1), between 0 and 1
         return torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
 
@@ -719,7 +719,8 @@ def open_folder(folder, split):
     """One split of a folder of pictures. Labels are positions in the list of classes: a split that
     lacks a class of train would shift them."""
     if not (folder / split).is_dir():
-        fail(f"no folder {folder / split}: {folder} must hold train/CLASS/*.png, test/CLASS/*.png")
+        fail(f"no folder {folder / split}: {folder} must hold train/CLASS/*.png, test/CLASS/*.png; "
+             "one in the layout of VOC needs --task detect or segment")
     classes = class_folders(folder / split)
     expected = classes
     if split in ("val", "test") and (folder / "train").is_dir():
@@ -825,7 +826,8 @@ def voc_lists(args):
 
 def list_voc(args, split):
     """Pairs of a picture and the file of its boxes or mask."""
-    lists, (kind, place, ending), pairs = voc_lists(args), VOC_LAYOUT[args.task], []
+    lists, pairs = voc_lists(args), []
+    kind, place, ending = VOC_LAYOUT[args.task]
     if split not in lists:
         raise ValueError(f"{args.data} has no ImageSets/{kind}/{split}.txt that names its images")
     for file in lists[split]:
@@ -855,24 +857,28 @@ def read_lines(file):
 def voc_classes(args):
     """VOC's; a folder's are the lines of its class_names.txt, or else, of boxes, all that train
     names."""
-    file, found = Path(args.data) / "class_names.txt", set()
+    names = Path(args.data) / "class_names.txt"
     if args.data == "voc":
         return VOC_CLASSES if args.task == "detect" else ["background", *VOC_CLASSES]
-    if file.exists():
-        return read_lines(file)
+    if names.exists():
+        return read_lines(names)
     if args.task == "segment":
-        raise ValueError(f"there is no {file}, which names a class per line, the background first")
-    for _, file in list_voc(args, "train"):
-        for thing in read_xml(file).iter("object"):
-            found.add(thing.findtext("name"))
-    return sorted(found - {None})  # an object without a name is met once more in read_boxes()
+        raise ValueError(f"there is no {names}, which names a class per line, the background first")
+    found = set()
+    for _, annotation in list_voc(args, "train"):
+        try:
+            things = list(read_xml(annotation).iter("object"))
+        except Exception as error:
+            raise ValueError(f"{annotation}: {first_line(error)}") from None
+        found.update(thing.findtext("name") for thing in things)
+    found.discard(None)  # an object without a name is met once more in read_boxes()
+    if not found:
+        raise ValueError(f"no file that train.txt of {args.data} names has an object")
+    return sorted(found)
 
 
 def read_xml(file):
-    try:
-        content = xml.etree.ElementTree.parse(file)
-    except Exception as error:
-        raise ValueError(f"{file}: {first_line(error)}") from None
+    content = xml.etree.ElementTree.parse(file)
     for element in content.iter():
         element.text = (element.text or "").strip()
     return content
@@ -881,14 +887,15 @@ def read_xml(file):
 def shown_size(picture):
     """Width and height of a picture, turned as its camera was."""
     with Image.open(picture) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return image.size
+        lies = image.getexif().get(0x0112, 1) >= 5  # 0x0112: orientation, 5 to 8 lie on a side
+        return image.size[::-1] if lies else image.size
 
 
 def read_boxes(file, picture, classes):
     """float32 (m, 6), an object a row as in classes_shown(). What reaches out of the picture is cut
     off, what has no area is left out."""
-    content, (width, height), objects = read_xml(file), shown_size(picture), []
+    content, objects = read_xml(file), []
+    width, height = shown_size(picture)
     said = [content.findtext("size/width"), content.findtext("size/height")]
     if said not in ([None, None], ["0", "0"], [str(width), str(height)]):
         raise ValueError(f"it is for {said[0]} x {said[1]} pixels, not {width} x {height} as "
@@ -975,7 +982,8 @@ def write_images(path, pictures, side, whole=False):
 
 
 def read_splits(args, splits):
-    """Pictures, labels, sizes and classes as in build_cache()."""
+    """Pictures (paths or arrays), their labels, how many each split has, and the names of the
+    classes."""
     pictures, labels, sizes = [], [], []
     for split in splits:
         of_split, its_labels, classes = open_dataset(args.data, args.root, split)
@@ -1106,8 +1114,8 @@ def own_splits(args):
     if name == "voc" and task == "classify":
         fail("--data voc has boxes and masks, for --task detect and segment; for classes voc07")
     if name in DATASETS and task != "classify":
-        fail(f"--data {name} has one class per image: --task {task} takes petals, voc, or a folder "
-             "in the layout of VOC")
+        fail(f"--data {name} has classes of images only: --task {task} takes petals, voc, or a "
+             "folder in the layout of VOC")
     if name == "voc":
         return THREE if task == "detect" else TWO
     if name in DATASETS:
@@ -1155,8 +1163,10 @@ def load_data(args, split):
 
 def say_absent(store, name):
     """Say which classes have no image in a store: in a mean over classes they do not count."""
-    absent = absent_classes(store.classes, classes_shown(store.labels.cpu()).unique().tolist())
-    absent = [label for label in absent if label != "background"]
+    shown = classes_shown(store.labels.cpu()).unique().tolist()
+    if store.labels.dtype == torch.uint8:
+        shown.append(0)  # the background, which classes_shown() leaves out
+    absent = absent_classes(store.classes, shown)
     if absent:
         tell_once(f"{name} has no image of {len(absent)} of {len(store.classes)} classes"
                   f"{some_names(':', absent)}")
@@ -1169,7 +1179,7 @@ def absent_classes(classes, labels):
 
 
 def load_val(args):
-    """val, or None where each class has one image, which stays in train."""
+    """val, or None where no image is left for it."""
     store = load_data(args, "val")
     return store if len(store) else None
 
@@ -1206,7 +1216,8 @@ def load_probe(args):
 def labelled_subset(labels, seed, per_class=None, fraction=None):
     """Indices of a seeded subset: per_class images that show each class, or that fraction of those
     that do (at least one). What was drawn for one class counts for the others that it shows."""
-    rng, shown, members = torch.Generator().manual_seed(seed), classes_shown(labels.cpu()), []
+    rng = torch.Generator().manual_seed(seed)
+    shown, members = classes_shown(labels.cpu()), []
     for label in shown.unique():
         if label >= 0:
             members.append((shown == label).any(1).nonzero()[:, 0])
@@ -1219,10 +1230,14 @@ def labelled_subset(labels, seed, per_class=None, fraction=None):
         if per_class is None:
             size = max(1, round(fraction * len(rows)))
         others = rows[~chosen[rows]]
-        missing = max(0, size - len(rows) + len(others))
+        missing = max(0, size - int(chosen[rows].sum()))
         drawn = others[torch.randperm(len(others), generator=rng)[:missing]]
         chosen[drawn] = True
         keep.append(drawn)
+    if per_class is None:  # of the images that show nothing as large a part
+        nothing = (shown < 0).all(1).nonzero()[:, 0]
+        size = round(fraction * len(nothing))
+        keep.append(nothing[torch.randperm(len(nothing), generator=rng)[:size]])
     return torch.cat(keep)
 
 

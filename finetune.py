@@ -26,7 +26,7 @@ end.
 import argparse
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -66,7 +66,8 @@ def train(trial):
     backbone.requires_grad_(not args.freeze)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     batches = common.Batches(data, args.batch_size)
-    steps, warmup = args.epochs * len(batches), args.warmup * len(batches)
+    steps = args.epochs * len(batches)
+    warmup = min(args.warmup * len(batches), steps // 2)
 
     run = Run(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
@@ -105,7 +106,7 @@ class Classify:
 
     def loss(self, backbone, head, x, y, frozen=False):
         """Views and labels -> the loss, the features f (B, D), and what is logged beside it.
-        frozen: f is a constant, and the head works on it in float32."""
+        frozen: f is a constant, and here the head works on it in float32."""
         with common.autocast(self.args.device, self.args.precision):
             with torch.set_grad_enabled(not frozen):
                 f = backbone(x)     # (B, D)
@@ -121,15 +122,14 @@ class Classify:
     def picture(self, axes, backbone, head, before, store):
         """Three panels: the confusion matrix (with several labels an image: each class's
         precision), the store's features before fine-tuning and after."""
-        names = [name.replace("$", r"\$") for name in store.classes]  # $ would begin a formula
         x, y = common.features(backbone, store, self.args)
         _, confusion = metrics(head(x), y)  # or precision
         if y.ndim == 2:
-            axes[0].barh(names, 100 * confusion.numpy())
+            axes[0].barh(store.classes, 100 * confusion.numpy())
             axes[0].set(xlabel="average precision on test, %")
             y = (y == 1).int().argmax(1)  # the first of an image's classes gives its colour
         else:
-            show_confusion(axes[0], confusion, names)
+            show_confusion(axes[0], confusion, store.classes)
         where = "fine-tuning, where class means differ most"
         x_before, _ = common.features(before, store, self.args)
         common.plot_features(axes[1], x_before, y, f"test features before {where}")
@@ -218,7 +218,7 @@ class Trial:
     args: argparse.Namespace   # with this trial's own learning rate, weight decay and seed
     data: common.Store         # what it trains on
     judge: common.Store        # what it is scored on after its last epoch
-    watch: common.Store        # what its accuracy is logged on now and then, or None
+    watch: common.Store        # what its score is logged on now and then, or None
     history: list              # a line an epoch of all trials so far
     results: list              # a dict for each finished trial
     resume: bool               # whether --resume goes on inside this one
@@ -302,8 +302,8 @@ def protocol(args, method, train, panel=None):
     if args.search or common.few_labels(args):
         val = common.load_val(args)
     if args.search and val is None:
-        common.fail(f"--search is judged on val, and no image of {args.data} is left for it: each "
-                    "class has one. Add a folder val")
+        common.fail(f"--search is judged on val, and {args.data} has too few labelled images for "
+                    "one: add a val of its own")
     results, history = [], []
     if stopped:
         results, history = stopped["resume"]["results"], stopped["resume"]["history"]
@@ -394,13 +394,13 @@ def load_fine_tuned(args, task, say=True):
     if not args.ckpt:
         common.fail("--eval needs --ckpt, of finetune.py, core_tuning.py or bi_tuning.py")
     backbone, ckpt = common.start_backbone(args, say)
-    state, classes = ckpt["head"] or {}, ckpt["classes"] or ["none"]
+    state, classes = ckpt["head"] or {}, ckpt["classes"] or ["none"]  # which fits no head below
     head = task.head(backbone, classes)
     if "weight" in state and "bias" not in state:  # core_tuning.py's classifier
         head.bias = None
     if common.shapes(state) != common.shapes(head.state_dict()):
         common.fail(f"--ckpt {args.ckpt} has no head to {common.task_of(args)}: fine-tune it "
-                    "first, or give the --task that it was fine-tuned for")
+                    "first, or give the --task and --image-size that it was fine-tuned for")
     head.load_state_dict(state)
     return backbone, head.to(args.device), classes
 
@@ -426,6 +426,8 @@ def draw(args, history, test, panel):
     common.plot_curves(axes[0, 0], last_run, ["loss"])
     measured = [name for name in last_run[-1] if name.startswith(("train_", "val_"))]
     common.plot_curves(axes[0, 1], last_run, measured)
+    names = [name.replace("$", r"\$") for name in test.classes]  # $ would begin a formula
+    test = replace(test, classes=names)
     task.picture([axes[0, 2], axes[1, 0], axes[1, 1]], backbone, head, before, test)
     if panel:
         panel(axes[1, 2], args, backbone)
@@ -481,22 +483,25 @@ class Detector(nn.Module):
 
     def __init__(self, backbone, classes, side):
         super().__init__()
-        width, units, anchor, more = 256, 1024, 8, {}
+        width, units = 256, 1024        # channels of the pyramid's maps, units of the box head
+        anchor, limits = 8, {}          # side of an anchor in cells; how many boxes: torchvision's
         if side <= SMALL:  # a step takes a thirtieth of the time
             width, units, anchor = 64, 128, 4
-            more = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
-                        box_batch_size_per_image=32)
-        stem = backbone.conv1.stride[0]
+            limits = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
+                          box_batch_size_per_image=32)
+        stem = backbone.conv1.stride[0]  # pixels from a cell of layer1's map to the next
         if not isinstance(backbone.maxpool, nn.Identity):
             stem = 2 * stem
-        sizes = [(anchor * stem * 2 ** level,) for level in range(5)]  # of each stage, and pooled
+        if side % (8 * stem):  # else anchors would not lie where their cells look
+            common.fail(f"--task detect needs an --image-size that is a multiple of {8 * stem}")
+        sizes = [(anchor * stem * 2 ** level,) for level in range(5)]  # the fifth: layer4's, pooled
         channels = [backbone.num_features // 2 ** level for level in (3, 2, 1, 0)]
         self.pyramid = FeaturePyramidNetwork(channels, width, LastLevelMaxPool())
         self.pyramid.out_channels = width
         parts = FasterRCNN(
             self.pyramid, rpn_anchor_generator=AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * 5),
             box_roi_pool=MultiScaleRoIAlign(STAGES, 7, 2), box_head=TwoMLPHead(49 * width, units),
-            box_predictor=FastRCNNPredictor(units, 1 + classes), **more)
+            box_predictor=FastRCNNPredictor(units, 1 + classes), **limits)
         self.rpn, self.rois = parts.rpn, parts.roi_heads
 
     def forward(self, x, maps, objects=None):
@@ -513,7 +518,7 @@ class Detector(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # coordinates need float32's digits
             proposals, losses = self.rpn(images, maps, targets)
             found, more = self.rois(maps, proposals, images.image_sizes, targets)
-        return found if targets is None else sum({**losses, **more}.values())
+        return found if targets is None else sum([*losses.values(), *more.values()])
 
 
 class Detect:
@@ -535,8 +540,8 @@ class Detect:
         return whole_images(x, self.args.image_size, flip), y
 
     def loss(self, backbone, head, x, y, frozen=False):
-        """The four losses' sum, of the same sampled proposals whenever it is computed. Difficult
-        objects count as others do."""
+        """The four losses' sum. Difficult objects count as others do. Proposals are sampled from a
+        seed of their own: the loss depends on its arguments alone, and no later draw on it."""
         with common.autocast(self.args.device, self.args.precision):
             with torch.set_grad_enabled(not frozen):
                 maps = feature_maps(backbone, x)
@@ -563,8 +568,9 @@ class Detect:
     def picture(self, axes, backbone, head, before, store):
         """What is there and what is found in four images of the store."""
         axes[0].remove()
-        store, x, _ = first_images(store, self.args.image_size)
+        store = store.subset(torch.arange(len(store))[:4])
         found, true = self.find(backbone, head, store), true_objects(store)
+        (x, _), = evaluation_batches(backbone, head, store, self.args.image_size)
         show_boxes(axes[1], x, true, store.classes, "what is there")
         show_boxes(axes[2], x, found, store.classes, f"what is found, scores above {LIKELY}")
 
@@ -578,13 +584,6 @@ def evaluation_batches(backbone, head, store, size):
         yield whole_images(x, size), y
     backbone.train()
     head.train()
-
-
-def first_images(store, size):
-    """Four images of a store as a store, as the network sees them, and their targets."""
-    some = store.subset(torch.arange(len(store))[:4])
-    x, y = next(common.feed(some, [torch.arange(len(some))]))
-    return some, whole_images(x, size), y
 
 
 def true_objects(store):
@@ -648,19 +647,21 @@ def match(iou, difficult, overlaps, best_only=False):
     A box takes the object that it overlaps most and that no surer one has taken; best_only: if a
     surer one has, it is wrong. A difficult object is taken when no other is, however often.
     """
-    level, free = np.arange(len(overlaps)), np.ones((len(overlaps), iou.shape[1]), bool)
+    free = np.ones((len(overlaps), len(difficult)), bool)
     outcome = np.zeros((len(iou), len(overlaps)), int)
     if not len(difficult):
         return outcome
     for i, row in enumerate(iou):
-        candidate = (row >= overlaps[:, None]) & (free | difficult)             # (T, m)
-        if best_only:
-            candidate &= np.arange(len(row)) == row.argmax()
-        value = np.where(candidate, row - 2 * difficult, -3)
-        taken = len(row) - 1 - value[:, ::-1].argmax(1)     # (T,), of equal ones COCO's: the last
-        hit = candidate[level, taken]
-        outcome[i] = np.where(hit, np.where(difficult[taken], -1, 1), 0)
-        free[level[hit], taken[hit]] = False
+        for level, overlap in enumerate(overlaps):
+            fits = (row >= overlap) & (free[level] | difficult)                 # (m,)
+            if best_only:
+                fits &= np.arange(len(row)) == row.argmax()
+            if (fits & ~difficult).any():
+                fits &= ~difficult
+            if fits.any():
+                taken = np.flatnonzero(fits & (row == row[fits].max()))[-1]  # COCO's: the last
+                outcome[i, level] = -1 if difficult[taken] else 1
+                free[level, taken] = False
     return outcome
 
 
@@ -702,7 +703,8 @@ class Segment:
         self.args = args
 
     def head(self, backbone, classes):
-        """torchvision's FCNHead, as a sequence whose last layer is the classifier."""
+        """torchvision's FCNHead, as a plain sequence: its last layer is the classifier, and what
+        stands before that gives the features."""
         return nn.Sequential(*FCNHead(backbone.num_features, len(classes)))
 
     def views(self, x, y):
@@ -751,11 +753,11 @@ class Segment:
     def picture(self, axes, backbone, head, before, store):
         """The confusion matrix of the pixels, and true and predicted masks of four images."""
         show_confusion(axes[0], self.confusion(backbone, head, store), store.classes)
-        _, x, true = first_images(store, self.args.image_size)
-        backbone.eval()
-        head.eval()
-        show_masks(axes[1], x, true, "true classes")
-        show_masks(axes[2], x, self.predict(backbone, head, x, true.shape[-1]), "predicted classes")
+        four = store.subset(torch.arange(len(store))[:4])
+        for x, y in evaluation_batches(backbone, head, four, self.args.image_size):  # one batch
+            found = self.predict(backbone, head, x, y.shape[-1])
+            show_masks(axes[1], x, y, "true classes")
+            show_masks(axes[2], x, found, "predicted classes")
 
 
 def dilated_map(backbone, x):
@@ -801,7 +803,8 @@ def show_masks(axes, x, masks, title):
     axes.set_title(title)
     masks = F.interpolate(masks[:, None].float().cpu(), x.shape[-2:])
     grid = torchvision.utils.make_grid(masks, 2, padding=1)[0].numpy()
-    axes.imshow(np.ma.masked_equal(grid, 0), cmap="tab20", vmin=0, vmax=20, alpha=0.7)
+    shown = np.ma.masked_where((grid == 0) | (grid == 255), grid % 20)
+    axes.imshow(shown, cmap="tab20", vmin=0, vmax=20, alpha=0.7)
 
 
 TASKS = dict(classify=Classify, detect=Detect, segment=Segment)
@@ -814,7 +817,8 @@ SEGMENT = {"segment": dict(epochs=30, batch_size=16, lr=0.02, weight_decay=1e-4)
 def protocol_options(p):
     """The flags of the protocol, the same for all three fine-tuning scripts."""
     p.label_options()
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop; to "
+             "detect, images stay whole")
     p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try "
              "on the validation split", 0)
     p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- deviation", 1)
@@ -823,8 +827,11 @@ def protocol_options(p):
 
 
 def task_option(p, choices=("classify", "detect", "segment")):
-    p.option("--task", str, f"{', '.join(choices)}: classes of images, boxes around objects, or a "
-             "class for each pixel", "classify", choices=choices, metavar="TASK")
+    meaning = dict(classify="the class of an image", detect="boxes around objects",
+                   segment="a class for each pixel")
+    said = "; ".join(f"{name}: {meaning[name]}" for name in choices)
+    p.option("--task", str, f"{said}. All but classify take petals, voc or a folder in the layout "
+             "of VOC", "classify", choices=choices, metavar="TASK")
 
 
 PETALS = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.08, weight_decay=0.008,
@@ -845,16 +852,18 @@ def parser():
     p.option("--eta", common.NOT_NEGATIVE, "cross-entropy + ETA x SupCon; after coin.py: coin's")
     p.option("--temperature", common.bounded(float, 1e-3), "tau of SupCon; after coin.py: coin's")
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine")
-    p.add_argument("--freeze", action="store_true", help="linear probe: the backbone is left alone")
+    p.add_argument("--freeze", action="store_true", help="linear probe: the head alone is trained")
     p.add_argument("--freeze-bn", action="store_true", help="BatchNorm in the backbone keeps the "
                    "averages that it came with")
-    p.add_argument("--eval", action="store_true", help="print the test accuracy of --ckpt; train "
-                   "and write nothing")
+    p.add_argument("--eval", action="store_true", help="print the test score of --ckpt; train and "
+                   "write nothing")
     return p
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    if args.eta and args.task != "classify":
+        common.fail("--eta is for --task classify: SupCon pairs images of one class")
     with common.resumable("finetune.py", args, argv):
         if args.eval:
             return evaluate_checkpoint(args)
