@@ -809,7 +809,7 @@ def show_masks(axes, x, masks, title):
 
 TASKS = dict(classify=Classify, detect=Detect, segment=Segment)
 DETECT = {"detect": dict(epochs=20, batch_size=16, lr=0.02, weight_decay=1e-4, warmup=2),
-          "detect on petals": dict(batch_size=8, lr=0.05, labels_per_class=100)}
+          "detect on petals": dict(epochs=40, batch_size=8, lr=0.05, labels_per_class=100)}
 SEGMENT = {"segment": dict(epochs=30, batch_size=16, lr=0.02, weight_decay=1e-4),
            "segment on petals": dict(lr=0.2, weight_decay=1e-3, labels_per_class=100)}
 
