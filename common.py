@@ -1499,12 +1499,16 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
     return views
 
 
-def test_crop(x, size):
-    """The view that every evaluation uses: the centre 0.875 of the image, resized, normalised."""
-    side = round(0.875 * x.shape[-1])
+def test_crop(x, size, share=0.875, flip=None):
+    """The view that every evaluation uses: the centre of the image, resized, normalised. share: of
+    the image's side, 1 for boxes and masks, which reach to its edge; flip (B,) bool, without: no
+    image is."""
+    side = round(share * x.shape[-1])
     edge = round((x.shape[-1] - side) / 2)
     box = torch.tensor([[edge, edge, side, side]]).expand(len(x), 4)
-    x = crop_resize_flip(x, box, torch.zeros(len(x), dtype=torch.bool), size)
+    if flip is None:
+        flip = torch.zeros(len(x), dtype=torch.bool)
+    x = crop_resize_flip(x, box, flip, size)
     return normalise(x).contiguous(memory_format=torch.channels_last)
 
 

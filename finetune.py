@@ -468,15 +468,6 @@ def feature_maps(backbone, x):
     return maps
 
 
-def whole_images(x, size, flip=None):
-    """uint8 (B, 3, S, S), flip (B,) bool -> normalised (B, 3, size, size)"""
-    box = torch.tensor([[0, 0, x.shape[-1], x.shape[-1]]]).expand(len(x), 4)
-    if flip is None:
-        flip = torch.zeros(len(x), dtype=torch.bool)
-    x = common.normalise(common.crop_resize_flip(x, box, flip, size))
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 class Detector(nn.Module):
     """The head of a Faster R-CNN with a feature pyramid (Ren et al. 2015, arXiv 1506.01497; Lin et
     al. 2017, arXiv 1612.03144): all that follows the backbone, of torchvision's parts."""
@@ -537,7 +528,7 @@ class Detect:
         left, top, right, bottom, label, difficult = y.unbind(2)            # (B, M) each
         flipped = torch.stack([1 - right, top, 1 - left, bottom, label, difficult], 2)
         y = torch.where(flip.to(y.device)[:, None, None], flipped, y)
-        return whole_images(x, self.args.image_size, flip), y
+        return common.test_crop(x, self.args.image_size, share=1, flip=flip), y
 
     def loss(self, backbone, head, x, y, frozen=False):
         """The four losses' sum. Difficult objects count as others do. Proposals are sampled from a
@@ -581,7 +572,7 @@ def evaluation_batches(backbone, head, store, size):
     backbone.eval()
     head.eval()
     for x, y in common.feed(store, torch.arange(len(store)).split(32)):
-        yield whole_images(x, size), y
+        yield common.test_crop(x, size, share=1), y
     backbone.train()
     head.train()
 
@@ -686,9 +677,9 @@ def show_boxes(axes, x, objects, names, title):
             label = int(one["labels"][k])
             text, colour = names[label], plt.get_cmap("tab20")(label % 20)
             if "scores" in one:
-                text = f"{text} {one['scores'][k]:.2f}"
                 if one["scores"][k] < LIKELY:
                     continue
+                text = f"{text} {one['scores'][k]:.2f}"
             place, (width, height) = corner + box[:2], box[2:] - box[:2]
             axes.add_patch(plt.Rectangle(place, width, height, fill=False, color=colour))
             axes.text(*place, text, fontsize=7, va="top", bbox=dict(color=colour, pad=0.5))

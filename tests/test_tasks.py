@@ -219,7 +219,7 @@ def fit(task_name, steps, rate, side):
     for step in range(steps):
         common.set_learning_rate(optimizer, rate, step, steps, warmup=10)
         x, y = batch(data)
-        loss, _, _ = task.loss(backbone, head, finetune.whole_images(x, side), y)
+        loss, _, _ = task.loss(backbone, head, common.test_crop(x, side, share=1), y)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*backbone.parameters(), *head.parameters()], 10)
