@@ -53,7 +53,8 @@ import simclr
 
 PRETEXTS = {"byol": byol, "simclr": simclr}
 PAPER = dict(alternations=500, lower_steps=20, upper_steps=8, lam=0.001, damping=10.0,
-             lower_warmup=10, head_epochs=20, cg_steps=5, cg_tol=0.0, recycle=0)  # --paper
+             lower_warmup=10, head_epochs=20, cg_steps=5, cg_tol=0.0, recycle=0,
+             hessian_batch=1024)  # --paper
 
 
 def conjugate_gradient(matvec, b, steps, tolerance=0, directions=None):
@@ -173,6 +174,18 @@ def squared_distance(theta_B, phi_B):
     return sum((t - p.detach()).square().sum() for t, p in zip(theta_B, phi_B))
 
 
+def share_of_way(theta_B, phi_B, start_B):
+    """<theta_B - start, phi_B - start> / ||phi_B - start||^2: how far theta_B has come along the
+    way of phi_B. 0: it never heard of it, and the stage was its pretext continued; 1: it has come
+    as far."""
+    along, whole = 0, 0
+    for theta, phi, start in zip(theta_B, phi_B, start_B):
+        way = (phi - start).detach()
+        along = along + ((theta - start).detach() * way).sum()
+        whole = whole + way.square().sum()
+    return ratio(along, whole)
+
+
 def start_pretext(args, backbone, ckpt):
     """The checkpoint's pretext task: its module, its model around the backbone, its flags as a
     Namespace, and whether its head is new."""
@@ -225,10 +238,13 @@ def train(args):
     lower_optimizer = common.make_optimizer(
         pretext_args.optimizer, [lower], args.lower_lr, pretext_args.weight_decay)
     upper_optimizer = common.make_optimizer("sgd", [upper], args.lr, args.weight_decay)
+    start_backbone = copy.deepcopy(theta_backbone)
+    start_B = tuple(start_backbone.parameters())
     run = common.Run(
         args, "bissl", lower, data.classes, epochs=args.alternations, unit="alternation",
         probe=held_out and (data, held_out), upper_backbone=phi_backbone, upper_head=phi_head,
-        lower_optimizer=lower_optimizer, upper_optimizer=upper_optimizer)
+        start_backbone=start_backbone, lower_optimizer=lower_optimizer,
+        upper_optimizer=upper_optimizer)
     run.config["pretext_config"] = common.run_config(pretext_args)
     if not run.history:
         if fresh_head:
@@ -257,8 +273,7 @@ def train(args):
             run.add(len(x), lower=pretext_loss)
 
         x, _ = next(lower_batches)
-        if args.hessian_batch:
-            x = x[:args.hessian_batch // common.world()]
+        x = x[:args.hessian_batch // common.world()]
         graph = pretext_gradient(pretext, lower, x, pretext_args)  # for all products: theta stays
         directions, residuals, products = [], [], 0
 
@@ -286,9 +301,11 @@ def train(args):
         common.average_statistics(upper)
         residual = torch.stack(residuals).max()
         check_solves(args, alternation, lower, residual)
-        run.end_epoch(residual=residual, products=products,
+        run.end_epoch(knn_phi=run.knn(phi_backbone), residual=residual, products=products,
+                      follow=share_of_way(theta_B, phi_B, start_B),
                       distance=squared_distance(theta_B, phi_B).sqrt())
 
+    say_what_failed(args, run.history[-1])
     draw(args, run.history)
     return run.history[-1]
 
@@ -321,6 +338,16 @@ def check_solves(args, alternation, lower, residual):
             f"the implicit gradient is not finite in alternation {alternation + 1}: try a lower "
             f"learning rate or a higher --damping (now {args.damping:g}). {args.out}.pt was left "
             "as it was")
+
+
+def say_what_failed(args, last):
+    """What the last alternation shows of a stage that was not what its name says."""
+    if args.lam and last["follow"] < 0.01:
+        common.tell(f"theta_B has come {max(0, last['follow']):.2%} of phi_B's way: this was "
+                    f"{args.pretext} continued. Raise --lam (now {args.lam:g}) or --alternations")
+    if last["residual"] > 1:
+        common.tell(f"residual {last['residual']:.3g}: the implicit gradient was noise. Raise "
+                    f"--damping (now {args.damping:g})")
 
 
 def warm_up_head(args, backbone, head, data):
@@ -357,15 +384,16 @@ def warm_up_pretext_head(args, pretext, model, pretext_args, data):
 
 
 def draw(args, history):
-    """Both levels' losses, the distance between the backbones, the probe, and how well the linear
-    systems were solved."""
+    """Both levels' losses, the distance between the backbones, how far theta has followed phi, how
+    well the linear systems were solved, and the probe of both."""
     panels = [(["lower"], "pretext loss L_P(theta)"),
               (["upper_theta", "upper_phi"], "downstream losses L_D"),
               (["distance"], "||theta_B - phi_B||"),
+              (["follow"], "how far theta_B has come along phi_B's way"),
               (["residual"], "worst ||g_theta - A x|| / ||g_theta||"),
-              (["knn"], "k-NN accuracy of theta_B, %")]
-    figure, axes = plt.subplots(1, 5, figsize=(22, 4))
-    for axis, (names, title) in zip(axes, panels):
+              (["knn", "knn_phi"], "k-NN accuracy of theta_B and phi_B, %")]
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8))
+    for axis, (names, title) in zip(axes.flat, panels):
         common.plot_curves(axis, history, names, x="alternation")
         axis.set_title(title)
     common.save_figure(args, figure)
@@ -373,10 +401,8 @@ def draw(args, history):
 
 def parser(paper=False):
     petals = dict(image_size=32, arch="resnet10", batch_size=64, lr=0.03, weight_decay=5e-4,
-                  pretext_batch_size=128, alternations=10, lower_steps=20, upper_steps=8, lam=1.0,
-                  labels_per_class=20)
-    others = dict(petals, image_size=64, lr=0.005, alternations=20, lam=0.001,
-                  labels_per_class=None)
+                  pretext_batch_size=128, labels_per_class=20)
+    others = dict(petals, image_size=64, lr=0.005, labels_per_class=None)
     small, few = dict(batch_size=16), dict(labels_per_class=100)
     tasks = {"detect": small, "segment": small, "detect on petals": few, "segment on petals": few}
     p = common.Parser("bissl.py", __doc__, petals, others, tasks=tasks)
@@ -386,22 +412,22 @@ def parser(paper=False):
              choices=sorted(PRETEXTS))
     p.option("--pretext-data", common.path, "data set of the pretext task; none: the checkpoint's")
     p.option("--pretext-batch-size", common.bounded(int, 4), "images of a lower step, and of H")
-    p.option("--alternations", common.COUNT, "lower stage, upper stage, so many times")
-    p.option("--lower-steps", common.COUNT, "N_L")
-    p.option("--upper-steps", common.COUNT, "N_U")
+    p.option("--alternations", common.COUNT, "lower stage, upper stage, so many times", 20)
+    p.option("--lower-steps", common.COUNT, "N_L", 20)
+    p.option("--upper-steps", common.COUNT, "N_U", 8)
     p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; none: "
              "a fifth of pre-training's")
     p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up, lower level", 1)
     p.option("--head-epochs", common.FROM_ZERO, "labelled epochs that warm up phi_H", 20)
-    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B")
+    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B", 1.0)
     p.option("--damping", common.NOT_NEGATIVE, "gamma in (I + H/(lambda + gamma))^-1", 100)
     p.option("--cg-steps", common.COUNT, "products with H in a solve, at most", 5)
     p.option("--cg-tol", common.SHARE, "a solve ends at this ||g_theta - A x|| / ||g_theta||", 0.05,
              metavar="SHARE")
     p.option("--recycle", common.FROM_ZERO, "directions kept for an alternation's later solves, "
              "two vectors of the backbone's size each; 0: every solve starts from zero", 20)
-    p.option("--hessian-batch", common.bounded(int, 4), "images that H is taken on; none: all of "
-             "the pretext batch")
+    p.option("--hessian-batch", common.bounded(int, 4), "images of a pretext batch that H is taken "
+             "on, at most", 32)
     p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a downstream crop, share "
              "of the image", 0.5)
     p.option("--probe-every", common.COUNT, "alternations between two k-NN probes (with few "
@@ -417,9 +443,6 @@ def parser(paper=False):
 def check_flags(args):
     if args.lam + args.damping == 0:
         common.fail("--lam and --damping cannot both be 0: H is divided by their sum")
-    if args.hessian_batch and args.hessian_batch > args.pretext_batch_size:
-        common.fail(f"--hessian-batch {args.hessian_batch} is more than --pretext-batch-size "
-                    f"{args.pretext_batch_size}")
 
 
 def main(argv=None):

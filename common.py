@@ -108,20 +108,22 @@ POSITIVE, NOT_NEGATIVE = bounded(float, 1e-12, 1e12), bounded(float, 0, 1e12)
 class Parser(argparse.ArgumentParser):
     """The flags that all scripts share, in one order.
 
-    petals, others: defaults that depend on --data; optimizers, tasks: of each --optimizer or
-    --task, of some of them "on petals" too, what replaces them; from_coin: names of those that a
-    checkpoint of coin.py, in its config["rest"], replaces for the epochs that are left of its
-    budget.
+    drawn, others: defaults on data that the code draws and on all others; data: the default of
+    --data; optimizers, tasks: of each --optimizer or --task, of some of them "on petals" too, what
+    replaces them; from_coin: names of those that a checkpoint of coin.py, in its config["rest"],
+    replaces for the epochs that are left of its budget.
     """
 
-    def __init__(self, script, doc, petals, others, optimizers=None, tasks=None, from_coin=()):
+    def __init__(self, script, doc, drawn, others, data="petals", optimizers=None, tasks=None,
+                 from_coin=()):
         super().__init__(prog=script, description=doc, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.petals, self.others = petals, others
+        self.drawn, self.others = drawn, others
         self.choices = dict(optimizer=optimizers or {}, task=tasks or {})
         self.from_coin = from_coin
-        self.option("--data", path, f"{', '.join(KNOWN_DATA)}, or a folder with train/CLASS/*.png "
-                    "and test/CLASS/*.png", "petals")
+        self.option("--data", path, f"{' and '.join(DRAWN)}, which the code draws, "
+                    f"{', '.join(KNOWN_DATA[len(DRAWN):])}, or a folder with train/CLASS/*.png and "
+                    "test/CLASS/*.png", data)
         self.option("--root", path, "folder of the data sets, downloaded if need be, and of the "
                     "cache of decoded images", "data")
         self.option("--image-size", bounded(int, 8), "side in pixels that the network sees; with "
@@ -131,7 +133,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--ckpt", path, "checkpoint to start from: any script's, or a foreign ResNet's")
         self.option("--prefix", str, "which of several networks in --ckpt; none: the first one")
         self.option("--out", path, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
-        if "epochs" in petals:
+        if "epochs" in drawn:
             after_coin = "; after coin.py: those it left" if from_coin else ""
             self.option("--epochs", COUNT, "passes over the images" + after_coin)
         self.option("--batch-size", bounded(int, 4), "images per step; BatchNorm needs a few")
@@ -149,14 +151,13 @@ class Parser(argparse.ArgumentParser):
                           help="go on from OUT.pt where a stopped run left it")
 
     def option(self, flag, type, help, default=None, metavar=None, **more):
-        """A flag with a value. Its default, where petals and others have one, is filled in
-        later."""
+        """A flag with a value. Its default, where drawn and others have one, is filled in later."""
         name = flag.strip("-").replace("-", "_")
         shown = default
-        if name in self.petals:
-            shown = self.petals[name]
+        if name in self.drawn:
+            shown = self.drawn[name]
             if self.others[name] != shown:
-                shown = f"{shown} on petals, else {self.others[name]}"
+                shown = f"{shown} on drawn images, else {self.others[name]}"
         for choice, table in self.choices.items():
             for value, defaults in table.items():
                 if name in defaults:
@@ -186,8 +187,8 @@ class Parser(argparse.ArgumentParser):
     def defaults_for(self, args):
         """The defaults of these data, this optimiser and this checkpoint; args: what was typed."""
         defaults = dict(self.others)
-        if args.data == "petals":
-            defaults.update(self.petals)
+        if args.data in DRAWN:
+            defaults.update(self.drawn)
         for choice, table in self.choices.items():
             value = getattr(args, choice, None)
             defaults.update(table.get(value, {}))
@@ -451,6 +452,7 @@ def store_side(image_size):
 
 PETAL_COUNTS, PETAL_FORMS = (3, 4, 5, 6, 8), ("round", "pointed")
 PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}
+DOODLES = 8192
 
 
 @cache
@@ -492,6 +494,27 @@ def mixed_petals(count, side, seed):
     return torch.cat(images), torch.cat(boxes), torch.cat(masks)
 
 
+def random_numbers(rng, *shape):
+    """(*shape, 1, 1), between 0 and 1"""
+    return torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
+
+
+def pixel_places(side):
+    """y (side, 1) and x (1, side) of the pixels of an image that reaches from -1 to 1."""
+    axis = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1
+    return axis[:, None], axis[None, :]
+
+
+def inside(distance, side):
+    """How much of a pixel is covered, by its distance from an edge: 1 inside, 0 outside, smooth
+    over one pixel."""
+    return (distance * side / 2 + 0.5).clamp(0, 1)
+
+
+def paint(image, cover, colour):
+    return image + cover * (colour - image)
+
+
 def petal_reach(angle, petal_count, is_round):
     """How far a bloom of radius 1 reaches at an angle."""
     wave = (petal_count * angle / 2).cos().abs()            # 1 on a petal's axis, else less
@@ -502,21 +525,12 @@ def draw_petals(labels, side, rng):
     """An image of four blooms for each row of labels: (n, 1), one species for all, or (n, 4).
     Returns uint8 (n, 3, side, side), drawn as petals() says, points x, y on each bloom's outline
     (n, 4, 2, 720), and where its petals are (n, 4, side, side)."""
-    def uniform(*shape):  # (*shape, 1, 1), between 0 and 1
-        return torch.rand(*shape, 1, 1, generator=rng, dtype=torch.float64)
-
-    def inside(distance):  # from an edge: 1 inside, 0 outside, smooth over one pixel
-        return (distance * side / 2 + 0.5).clamp(0, 1)
-
-    def paint(image, cover, colour):
-        return image + cover * (colour - image)
-
     n = len(labels)
+    uniform = partial(random_numbers, rng)
     label = labels[:, :, None, None]
     petal_count = torch.tensor(PETAL_COUNTS)[label % len(PETAL_COUNTS)]        # as label
     is_round = label < len(PETAL_COUNTS)
-    axis = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 - 1      # (side,), -1 .. 1
-    y, x = axis[:, None], axis[None, :]
+    y, x = pixel_places(side)
     grid = torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [0.5, -0.5], [0.5, 0.5]], dtype=torch.float64)
     centre = grid.view(4, 2, 1, 1) + 0.3 * uniform(n, 4, 2) - 0.15             # (n, 4, 2, 1, 1)
     dy, dx = y - centre[:, :, 0], x - centre[:, :, 1]                          # (n, 4, side, side)
@@ -524,13 +538,13 @@ def draw_petals(labels, side, rng):
     tilt = 2 * math.pi * uniform(n, 4)                                         # (n, 4, 1, 1)
     r = torch.hypot(dx, dy) / radius                                           # (n, 4, side, side)
     reach = petal_reach(torch.atan2(dy, dx) + tilt, petal_count, is_round)
-    petal = inside((reach - r) * radius)                                       # (n, 4, side, side)
-    disc = inside((0.22 - r) * radius)
+    petal = inside((reach - r) * radius, side)                                       # (n, 4, side, side)
+    disc = inside((0.22 - r) * radius, side)
 
     image = (0.5 * uniform(n, 1)).expand(n, 1, side, side)                     # the ground
     for i in range(3):  # clutter: grey specks
         distance = torch.hypot(y - 2 * uniform(n, 1) + 1, x - 2 * uniform(n, 1) + 1)
-        speck = inside(0.05 + 0.1 * uniform(n, 1) - distance)                  # (n, 1, side, side)
+        speck = inside(0.05 + 0.1 * uniform(n, 1) - distance, side)                  # (n, 1, side, side)
         image = paint(image, speck, 0.6 * uniform(n, 1))
     colour = uniform(n, 3)                                                     # (n, 3, 1, 1)
     colour = colour / colour.amax(1, keepdim=True)                             # bright, of any hue
@@ -542,6 +556,40 @@ def draw_petals(labels, side, rng):
     length, turned = radius * petal_reach(angle, petal_count, is_round), angle - tilt
     outline = centre[..., 0].flip(2) + length * torch.cat([turned.cos(), turned.sin()], 2)
     return (image * 255).round().to(torch.uint8), outline, petal
+
+
+@cache
+def doodles(count, side, seed):
+    """Procedural pictures of another kind than petals, for pretext tasks: a large shape and a small
+    one on a coloured ground. uint8 (count, 3, side, side), drawn as petals() is."""
+    rng = torch.Generator().manual_seed(seed)
+    parts = torch.arange(count).split(128)
+    return torch.cat([draw_doodles(len(part), side, rng) for part in parts])
+
+
+def draw_doodles(n, side, rng):
+    """Shapes are round, stretched, lobed or spiky; filled or a stroke; plain, shaded or striped."""
+    uniform = partial(random_numbers, rng)
+    y, x = pixel_places(side)
+    image = uniform(n, 3).expand(n, 3, side, side)                             # the ground
+    large = 0.45 + 0.4 * uniform(n, 1), 0.25  # radius, and how far from the middle its centre is
+    small = 0.08 + 0.42 * uniform(n, 1).square(), 0.75
+    for radius, spread in (large, small):
+        dy = y - spread * (2 * uniform(n, 1) - 1)                              # (n, 1, side, side)
+        dx = x - spread * (2 * uniform(n, 1) - 1)
+        tilt = 2 * math.pi * uniform(n, 1)                                     # (n, 1, 1, 1)
+        along = dx * tilt.cos() + dy * tilt.sin()
+        across = (dy * tilt.cos() - dx * tilt.sin()) * (1 + 2 * uniform(n, 1).square())
+        r = torch.hypot(along, across) / radius
+        lobes, is_round = (9 * uniform(n, 1)).floor(), uniform(n, 1) < 0.5     # 0 lobes: an ellipse
+        lobe = petal_reach(torch.atan2(across, along), lobes, is_round)
+        edge = (1 - 0.9 * uniform(n, 1) * (1 - lobe) - r) * radius             # distance from it
+        stroke = 0.03 + 0.09 * uniform(n, 1) - edge.abs()
+        cover = inside(torch.where(uniform(n, 1) < 0.35, stroke, edge), side)
+        shade = 1 - 0.5 * uniform(n, 1) * r.clamp(0, 1)
+        stripes = (uniform(n, 1) < 0.3) & (((2 + 18 * uniform(n, 1)) * along).sin() > 0)
+        image = paint(image, cover, uniform(n, 3) * torch.where(stripes, 0.5 * shade, shade))
+    return (image * 255).round().to(torch.uint8)
 
 
 def read_image(path, side=None):
@@ -691,7 +739,8 @@ DATASETS = {  # name: its reader, its splits, its folder under root
     "stl10": (read_stl10, ("unlabeled", "train", "test"), "stl10_binary"),
     "imagenet": (read_imagenet, TWO, "imagenet"),
 }
-KNOWN_DATA = ("petals", *DATASETS, "voc")
+DRAWN = ("petals", "doodles")  # by the code
+KNOWN_DATA = (*DRAWN, *DATASETS, "voc")
 
 
 def open_dataset(name, root, split):
@@ -1085,6 +1134,13 @@ def fit_on(device, images):
     return images
 
 
+def load_doodles(args, splits):
+    """Images, labels, sizes and classes as in build_cache(): all of one class."""
+    images = doodles(DOODLES, store_side(args.image_size), 1)
+    images = fit_on(torch.device(args.device), images)
+    return images, torch.zeros(len(images), dtype=torch.int64), [len(images)], ["doodle"]
+
+
 def load_petals(args, splits):
     """Images, labels, sizes and classes as in build_cache()."""
     side, names, images, labels = store_side(args.image_size), list(PETAL_SPLITS), [], []
@@ -1111,6 +1167,8 @@ def own_splits(args):
         tell_once(f"--data {name} is the known data set; --data ./{name} would be the folder here")
     if name == "petals":
         return list(PETAL_SPLITS)
+    if name == "doodles":
+        return ["unlabeled"]
     if name == "voc" and task == "classify":
         fail("--data voc has boxes and masks, for --task detect and segment; for classes voc07")
     if name in DATASETS and task != "classify":
@@ -1135,13 +1193,15 @@ def load_data(args, split):
     own = own_splits(args)
     if split == "unlabeled" and "unlabeled" not in own:
         split = "trainval"
+    if args.data == "doodles" and split != "unlabeled":
+        fail("--data doodles has no labels, it is for pre-training: give --data petals")
     if split in ("unlabeled", "test"):
         splits = [split]
     elif "val" in own:
         splits = ["train", "val"]
     else:
         splits = ["train"]
-    load = load_petals if args.data == "petals" else load_cached
+    load = dict(petals=load_petals, doodles=load_doodles).get(args.data, load_cached)
     images, labels, sizes, classes = load(args, splits)
     rows = torch.arange(len(labels))
     if split in ("train", "val"):
@@ -1198,7 +1258,10 @@ PROBE_IMAGES = 50_000, 10_000  # at most, of train and of val
 
 def load_probe(args):
     """train and val for a probe on held-out labels, of huge data a random part; None without
-    labels, or with several an image."""
+    labels, or with several an image. Doodles have none: petals' stand in."""
+    if args.data == "doodles":
+        args = argparse.Namespace(**vars(args))
+        args.data = "petals"
     if args.data not in KNOWN_DATA and not (Path(args.data) / "train").is_dir():
         return None
     rng = torch.Generator().manual_seed(0)
@@ -2166,12 +2229,16 @@ class Run:
         means = [self.sums[name] / self.counts[name] for name in names]
         return dict(zip(names, process_means([torch.stack(means)])[0].tolist()))
 
-    def score(self):
-        """What is measured after an epoch: the probe, when it is due."""
+    def knn(self, backbone):
+        """The probe of a backbone, None in epochs that are not due for one."""
         done, every = len(self.history) + 1, getattr(self.args, "probe_every", 1)
         if self.probe is None or (done % every and done < self.epochs):
-            return dict(knn=None)
-        return dict(knn=knn_probe(self.model.backbone, *self.probe, self.args))
+            return None
+        return knn_probe(backbone, *self.probe, self.args)
+
+    def score(self):
+        """What is measured after an epoch."""
+        return dict(knn=self.knn(self.model.backbone))
 
     def end_epoch(self, **metrics):
         """Log the averages, the score and the metrics (numbers or device scalars), then save."""

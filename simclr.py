@@ -12,7 +12,7 @@ those of all other images in the batch. Labels are only read by the probe that w
   After the training all but f is thrown away and f is fine-tuned (finetune.py), or all goes to
   bissl.py first.
 
-    python simclr.py                                  petals, on any machine
+    python simclr.py                                  doodles, on any machine
     python simclr.py --data DIR --out runs/mine       DIR/train/CLASS/*.png, labels unused
     python finetune.py --ckpt simclr.pt
 """
@@ -134,11 +134,11 @@ def draw(args, history, views):
 
 
 def parser():
-    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3,
+    drawn = dict(image_size=32, arch="resnet10", epochs=24, batch_size=128, lr=2e-3,
                   weight_decay=1e-4, crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
-    others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
+    others = dict(drawn, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
     optimizers = dict(sgd=dict(lr=0.05, weight_decay=5e-4), lars=dict(lr=0.85, weight_decay=1e-6))
-    p = common.Parser("simclr.py", __doc__, petals, others, optimizers)
+    p = common.Parser("simclr.py", __doc__, drawn, others, "doodles", optimizers)
     p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and "
              "then a rate of 0.075 sqrt(batch)", "adamw", choices=common.OPTIMIZERS)
     p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a "

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_ablation
 import bench_accuracy
 import bench_alignment
+import bench_bissl
 import bench_hypergradient
 import bench_scale
 import bench_speed
@@ -154,8 +156,8 @@ def ckpt(tmp_path_factory):
     out = tmp_path_factory.mktemp("ckpt") / "simclr"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "PETAL_SPLITS", FEW)
-        simclr.main(["--image-size", "16", "--epochs", "1", "--batch-size", "16", "--device",
-                     "cpu", "--out", str(out)])
+        simclr.main(["--data", "petals", "--image-size", "16", "--epochs", "1", "--batch-size",
+                     "16", "--device", "cpu", "--out", str(out)])
     return f"{out}.pt"
 
 
@@ -226,6 +228,67 @@ def test_the_ablation_bench_runs(group, few_petals, ckpt, tmp_path, monkeypatch)
     if group != "residual":
         assert [row["variant"] for row in rows] == [str(value) for value in values[group]]
     assert (tmp_path / f"ablation-petals-{group}.png").exists()
+
+
+def test_a_paired_interval_holds_the_true_gain_19_times_of_20():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(2000):
+        level = rng.normal(70, 8, 10)  # what a seed's rows share leaves the difference alone
+        plain, other = level + rng.normal(0, 1, 10), level + rng.normal(3, 2, 10)
+        mean, half = bench_bissl.paired_gain(dict(enumerate(other)), dict(enumerate(plain)))
+        held += abs(mean - 3) <= half
+    assert 0.935 < held / 2000 < 0.965
+
+
+def test_a_paired_gain_by_hand():
+    mean, half = bench_bissl.paired_gain({0: 5, 1: 9, 2: 4, 7: 50}, {2: 3, 1: 4, 0: 2, 8: 1})
+    assert mean == 3  # of 3, 5, 1
+    assert half == pytest.approx(4.303 * 2 / math.sqrt(3))
+    assert bench_bissl.paired_gain({0: 5}, {0: 2}) == (3, None)
+
+
+def test_students_quantiles():
+    for freedom, quantile in enumerate(bench_bissl.STUDENT, start=1):
+        assert quantile == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=6e-3)
+
+
+def test_the_bissl_bench_runs_every_row_and_none_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_bissl, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
+    monkeypatch.setattr(common, "DOODLES", 128)
+    monkeypatch.setattr(bench_bissl, "EPOCHS", {2: 1})
+    monkeypatch.setattr(bench_bissl, "GRID", {"lam": (0.1,)})
+    small = "--image-size 16 --batch-size 8"
+    argv = ["--device", "cpu", "--seeds", "0", "--labels", "2", "--finetune",
+            small, "--stage", f"{SHORT_BISSL} {small}", "--pretext", f"--epochs 1 {small}",
+            "--runs", str(tmp_path / "runs")]
+    bench_bissl.main(argv)
+    rows = read(tmp_path / "bissl-doodles-petals.csv")
+    assert [row["row"] for row in rows] == list(bench_bissl.ROWS)
+    assert (tmp_path / "bissl-doodles-petals-2.png").exists()
+    book = (tmp_path / "runs/runs.jsonl").read_text()
+    bench_bissl.main([*argv, "--grid", "lam"])
+    assert (tmp_path / "bissl-doodles-petals-2-lam.png").exists()
+    assert len(read(tmp_path / "bissl-doodles-petals.csv")) == len(rows) + 1
+    grown = (tmp_path / "runs/runs.jsonl").read_text()
+    assert grown.startswith(book) and len(grown.splitlines()) == len(book.splitlines()) + 2
+    bench_bissl.main(argv)
+    assert (tmp_path / "runs/runs.jsonl").read_text() == grown
+
+
+def test_a_mixture_of_both_backbones_is_one(tmp_path, monkeypatch):
+    """c = 1 is phi_B, statistics and counters aside."""
+    chain = bench_bissl.Chain(SimpleNamespace(args=SimpleNamespace(labels=20)), 0)
+    theta, phi = (common.build_backbone("resnet10", True).state_dict() for _ in range(2))
+    path = tmp_path / "bissl.pt"
+    torch.save(dict(backbone=theta, resume=dict(upper_backbone=phi)), path)
+    chain.stage = lambda: (path, {})
+    for c, expected in ((0, theta), (1, phi)):
+        mixed = torch.load(chain.mixture(c)[0], weights_only=True)["backbone"]
+        for name, value in expected.items():
+            torch.testing.assert_close(mixed[name], value)
+    half = torch.load(chain.mixture(0.5)[0], weights_only=True)["backbone"]["conv1.weight"]
+    torch.testing.assert_close(half, (theta["conv1.weight"] + phi["conv1.weight"]) / 2)
 
 
 def test_the_alignment_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):

@@ -520,7 +520,7 @@ def test_the_upper_step_takes_the_gradients_of_the_paper(pretrained, tmp_path, m
     flags = ["--lower-steps", "3", "--lower-warmup", "0", "--lower-lr", "0.01", "--upper-steps",
              "1", "--lr", "1e-12", "--weight-decay", "0", "--lam", str(lam),
              "--damping", str(gamma),
-             "--cg-steps", "40", "--cg-tol", "1e-4"]
+             "--cg-steps", "40", "--cg-tol", "1e-4", "--hessian-batch", "36"]
     start, end = run([*pretrained, *flags], tmp_path / "bissl")
 
     config, resume = Namespace(**start["config"], device="cpu"), end["resume"]
@@ -561,15 +561,55 @@ def test_the_upper_step_takes_the_gradients_of_the_paper(pretrained, tmp_path, m
     assert left.norm() < 0.01 * g_theta.norm()
 
 
+def test_follow_is_the_share_of_phi_s_way_that_theta_has_come():
+    start = (torch.zeros(2), torch.zeros(1, 1))
+    phi = (torch.tensor([3.0, 0]), torch.tensor([[4.0]]))
+    along = (torch.tensor([1.5, 9]), torch.tensor([[2.0]]))  # half of the way, and a way of its own
+    away = (torch.tensor([0.0, 9]), torch.zeros(1, 1))
+    for theta, share in ((start, 0), (phi, 1), (along, 0.5), (away, 0)):
+        assert bissl.share_of_way(theta, phi, start) == share
+    assert bissl.share_of_way(start, start, start) == 0  # no way was gone
+    doubled = tuple(2 * p for p in phi)
+    assert bissl.share_of_way(doubled, phi, start) == 2
+
+
+def test_follow_is_logged_from_where_the_stage_began_after_a_resume_too(pretrained, tmp_path):
+    """The flags of two runs must agree, so the first one is stopped by hand after its first
+    alternation."""
+    flags = [*pretrained, "--alternations", "2", "--lower-steps", "2", "--upper-steps", "2",
+             "--lr", "0.1", "--lam", "3", "--lower-warmup", "0", "--lower-lr", "0.01"]
+    start, whole = run(flags, tmp_path / "whole")
+    phi = whole["resume"]["upper_backbone"]
+    way, come = [], []
+    for name, _ in common.build_backbone("resnet10", small_stem=True).named_parameters():
+        way.append((phi[name] - start["backbone"][name]).flatten().double())
+        come.append((whole["backbone"][name] - start["backbone"][name]).flatten().double())
+    way, come = torch.cat(way), torch.cat(come)
+    share = (come @ way / (way @ way)).item()
+    assert share > 0.01
+    assert whole["resume"]["history"][-1]["follow"] == pytest.approx(share, rel=1e-4)
+    for name, value in whole["resume"]["start_backbone"].items():
+        assert torch.equal(value, start["backbone"][name])
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--lam", "1e-6"], "this was simclr continued. Raise --lam (now 1e-06)"),
+    (["--damping", "1e-3", "--lam", "1e-9"], "the implicit gradient was noise. Raise --damping")])
+def test_a_stage_that_was_none_says_so(pretrained, tmp_path, capsys, flags, said):
+    usual = ["--alternations", "2", "--lower-steps", "1", "--upper-steps", "1", "--lr", "1e-4"]
+    bissl.main([*pretrained, *usual, *flags, "--out", str(tmp_path / "bissl")])
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("labels, probed", [("4", True), ("0", False)])
 def test_the_probe_asks_only_about_labels_that_were_held_out(pretrained, tmp_path, labels, probed):
     last = bissl.main([*pretrained, "--lower-steps", "1", "--upper-steps", "1",
                        "--labels-per-class", labels, "--out", str(tmp_path / "bissl")])
-    assert (last["knn"] is not None) == probed
+    assert (last["knn"] is not None) == (last["knn_phi"] is not None) == probed
 
 
 @pytest.mark.parametrize("flags, images", [
-    ([], 36), (["--hessian-batch", "36"], 36), (["--hessian-batch", "8"], 8)])
+    ([], 32), (["--hessian-batch", "100"], 36), (["--hessian-batch", "8"], 8)])
 def test_the_hessian_is_taken_on_the_first_images_of_the_pretext_batch(
         pretrained, tmp_path, monkeypatch, flags, images):
     seen, usual = [], simclr.make_views
@@ -604,7 +644,7 @@ def test_paper_gives_the_papers_figures_and_a_given_flag_wins(monkeypatch):
         paper, given, usual = seen[-3:]
         assert (paper.alternations, paper.lower_steps, paper.upper_steps) == (500, 20, 8)
         assert (paper.lam, paper.damping, paper.head_epochs) == (0.001, 10, 20)
-        assert (paper.cg_steps, paper.cg_tol, paper.recycle, paper.hessian_batch) == (5, 0, 0, None)
+        assert (paper.cg_steps, paper.cg_tol, paper.recycle, paper.hessian_batch) == (5, 0, 0, 1024)
         assert (given.alternations, given.upper_steps, given.damping) == (7, 8, 30)
         assert (given.cg_tol, given.hessian_batch) == (0.2, 64)
         assert usual.alternations < 500 and usual.damping == 100

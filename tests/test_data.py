@@ -19,6 +19,7 @@ import finetune
 
 # sha256 of petals(64, 40, 1). If the drawing was meant to change, renew it: print petals_hash().
 PETALS_HASH = "863b1c56de5b1ebab4f8a524b0a37a2c91763dede5319ab60dd33213f1fc6f28"
+DOODLES_HASH = "809ed8a84ec2c4d85844bc0d66ce203ead40ab9126e63ccafcb2455038299213"
 
 
 def pictures(store):
@@ -61,6 +62,37 @@ def test_petals_of_another_seed_are_other_pictures():
 def test_petals_of_one_class_are_all_different():
     images, labels = common.petals(40, 24, seed=3)
     assert len({image.numpy().tobytes() for image in images[labels == 0]}) == 4
+
+
+def test_doodles_are_the_same_bytes_on_every_machine():
+    images = common.doodles(64, 40, 1)
+    assert images.shape == (64, 3, 40, 40) and images.dtype == torch.uint8
+    assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == DOODLES_HASH
+
+
+def test_doodles_are_all_different_and_fill_the_range():
+    images = common.doodles(200, 24, seed=3)
+    assert len({image.numpy().tobytes() for image in images}) == 200
+    assert images.min() < 10 and images.max() > 245
+    assert torch.equal(images, common.doodles(200, 24, seed=3))
+    assert not torch.equal(images, common.doodles(200, 24, seed=4))
+
+
+def test_doodles_are_for_pretext_tasks_and_are_probed_on_petals(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "DOODLES", 30)
+    for split in common.PETAL_SPLITS:
+        monkeypatch.setitem(common.PETAL_SPLITS, split, 20)
+    args = options("doodles", tmp_path)
+    assert len(common.load_data(args, "unlabeled")) == 30
+    for of_doodles, split in zip(common.load_probe(args), ("train", "val")):
+        of_petals = common.load_data(options("petals", tmp_path), split)
+        assert torch.equal(of_doodles.images[of_doodles.rows], of_petals.images[of_petals.rows])
+        assert torch.equal(of_doodles.labels, of_petals.labels)
+    for split in ("train", "val", "trainval", "test"):
+        with pytest.raises(SystemExit) as stopped:
+            common.load_data(args, split)
+        assert stopped.value.code == 2
+        assert "doodles has no labels" in capsys.readouterr().err
 
 
 def test_petals_splits_share_no_picture(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ def test_no_step_waits_for_the_gpu(place, monkeypatch, name, where):
     monkeypatch.chdir(place)
     splits = {"unlabeled": 64, "train": 200, "val": 40, "test": 40}
     monkeypatch.setattr(common, "PETAL_SPLITS", splits)
+    monkeypatch.setattr(common, "DOODLES", 64)
     if where == "in pinned memory":
         monkeypatch.setattr(common, "free_memory", lambda device: 0)
     script, flags = RUNS[name]

@@ -27,6 +27,7 @@ def few(tmp_path, monkeypatch):
     """An empty folder, and few petals."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "PETAL_SPLITS", FEW_PETALS)
+    monkeypatch.setattr(common, "DOODLES", 32)
     draw_nothing(monkeypatch)
     return tmp_path
 

@@ -1,0 +1,269 @@
+"""What does BiSSL add, and is it BiSSL that adds it? README's three commands over seeds of the whole
+chain, beside everything that could explain the gain.
+
+    python tests/bench_bissl.py                              doodles, then petals: 10 seeds of all
+                                                             rows: two hours of one CPU core
+    python tests/bench_bissl.py --seeds 0 2 4 6 8            share the seeds out among two of it
+    python tests/bench_bissl.py --labels 5 --rows SimCLR BiSSL
+    python tests/bench_bissl.py --grid lam --seeds 0 1 2     BiSSL with other values of a flag
+    python tests/bench_bissl.py --data EMOJI --name clipart-emoji --pretext "--data CLIPART
+        --epochs 40" --stage "--lam 0.1"                     other data, with flags of their own
+
+A row is what happens between the pretext and fine-tuning with the script's default flags:
+  scratch             no pretext
+  SimCLR              nothing
+  same steps          the pretext goes on for as many lower steps (lambda 0: theta never hears of
+                      phi, and its head and optimiser are BiSSL's)
+  same seconds        ... for as many seconds, by more lower steps an alternation
+  J = I               the hypergradient leaves H out (damping 1e12)
+  BiSSL               bissl.py
+  phi_B               BiSSL's other backbone as the result
+  halfway             theta + 0.5 (phi - theta) as the result
+  more epochs         SimCLR, and as many more epochs of fine-tuning as BiSSL shows labelled images
+  BiSSL, more epochs  the same after BiSSL
+Weights, views and labelled images differ from seed to seed, and are the same for all rows of a
+seed. Test is looked at once a run. A gain is a difference seed by seed, with its 95 % interval (t
+over the seeds). Each finished run is a line of RUNS/runs.jsonl and is not made again. Writes
+tests/results/bissl-NAME.csv and .png.
+"""
+import argparse
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import bissl
+import common
+import finetune
+from bench_accuracy import Bench, spread_of
+from bench_speed import device_name
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FIELDS = ("device", "labels", "row", "seeds", "mean", "std", "gain", "gain_95", "bissl_gain",
+          "bissl_gain_95", "seconds", "scores")
+PRETEXT_GOES_ON = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]
+MORE = ("more epochs", "BiSSL, more epochs")
+ROWS = ("scratch", "SimCLR", "same steps", "same seconds", "J = I", "BiSSL", "phi_B", "halfway",
+        *MORE)
+GRID = {"lam": (0.01, 0.1, 0.3, 3, 10), "damping": (1, 10, 30, 300), "upper-steps": (1, 2, 4),
+        "alternations": (5, 10, 40, 100), "hessian-batch": (8, 128), "lr": (0.003, 0.01, 0.1)}
+EPOCHS = {5: 120, 20: 60, 100: 20}  # of fine-tuning, by labels a class
+# 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom.
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+
+def paired_gain(scores, others):
+    """Mean of scores - others over the seeds that both have, and half of its 95 % interval (None
+    with one seed). scores, others: dicts of seed: score."""
+    seeds = sorted(set(scores) & set(others))
+    difference = np.array([scores[seed] - others[seed] for seed in seeds])
+    if len(seeds) < 2:
+        return float(difference.mean()), None
+    quantile = STUDENT[min(len(seeds) - 2, len(STUDENT) - 1)]
+    return float(difference.mean()), quantile * spread_of(difference) / len(seeds) ** 0.5
+
+
+class Chain:
+    """The runs of one seed, each made once."""
+
+    def __init__(self, bench, seed):
+        self.bench, self.args, self.seed = bench, bench.args, seed
+        self.labels = ["--labels-per-class", self.args.labels, "--seed", seed]
+
+    def pretext(self):
+        out = f"simclr-{self.seed}"
+        flags = ["--data", "doodles", *self.args.pretext, "--seed", self.seed]
+        self.bench.once(out, lambda: dict(knn=self.bench.main("simclr", out, flags)["knn"]))
+        return self.bench.place / f"{out}.pt"
+
+    def stage(self, flags=()):
+        """A run of bissl.py: its checkpoint and its line in the book."""
+        flags = [str(flag) for flag in flags]
+        name = "".join(flags).replace("--", "-")
+        out = f"bissl{name}-{self.args.labels}-{self.seed}"
+        flags = ["--ckpt", self.pretext(), *self.labels, *self.args.stage, *flags]
+
+        def make():
+            last = self.bench.main("bissl", out, flags)
+            kept = ("lower", "upper_theta", "upper_phi", "knn", "knn_phi", "residual", "follow",
+                    "distance")
+            return {key: last.get(key) for key in kept}
+
+        return self.bench.place / f"{out}.pt", self.bench.once(out, make)
+
+    def mixture(self, c):
+        """A checkpoint with theta + c (phi - theta) of BiSSL for its backbone."""
+        path, line = self.stage()
+        mixed = path.with_name(f"{path.stem}-mixed{c:g}.pt")
+        ckpt = torch.load(path, weights_only=True)
+        theta, phi = ckpt["backbone"], ckpt["resume"]["upper_backbone"]
+        ckpt["backbone"] = {}
+        for name, value in theta.items():
+            ckpt["backbone"][name] = value
+            if value.is_floating_point():
+                ckpt["backbone"][name] = value + c * (phi[name] - value)
+        torch.save(ckpt, mixed)
+        return mixed, line
+
+    def start(self, row):
+        """The checkpoint to fine-tune, None from scratch, and the line of the stage before it."""
+        if row == "scratch":
+            return None, {}
+        if row in ("SimCLR", "more epochs"):
+            return self.pretext(), {}
+        if row in ("BiSSL", "BiSSL, more epochs"):
+            return self.stage()
+        if row == "same steps":
+            return self.stage(PRETEXT_GOES_ON)
+        if row == "J = I":
+            return self.stage(["--damping", 1e12, "--cg-steps", 1])
+        if row == "phi_B":
+            return self.mixture(1)
+        if row == "halfway":
+            return self.mixture(0.5)
+        if row == "same seconds":
+            whole, few = self.stage()[1], self.stage(PRETEXT_GOES_ON)[1]
+            # What a run takes whatever its steps:
+            none = self.stage([*PRETEXT_GOES_ON, "--lower-steps", 1])[1]
+            share = (whole["seconds"] - none["seconds"]) / (few["seconds"] - none["seconds"])
+            lower_steps = 1 + round(19 * share)  # N_L is 20
+            return self.stage([*PRETEXT_GOES_ON, "--lower-steps", lower_steps])
+        flag, value = row.split()
+        return self.stage([f"--{flag}", value])
+
+    def epochs(self, row):
+        epochs = EPOCHS[self.args.labels]
+        if row in MORE:
+            flags = self.bench.flags("flags", [*self.labels, *self.args.stage])
+            seen = bissl.parser().parse_args(flags)
+            images = len(common.load_labelled(seen, self.seed))
+            shown = seen.alternations * seen.upper_steps * seen.batch_size
+            epochs += seen.head_epochs + round(shown / images)
+        return epochs
+
+    def score(self, row):
+        """Test score in per cent, and the seconds of the stage before fine-tuning."""
+        ckpt, line = self.start(row)
+        out = f"finetune-{row}-{self.args.labels}-{self.seed}".replace(" ", "_")
+        flags = [*self.labels, "--epochs", self.epochs(row), *self.args.finetune]
+        if ckpt:
+            flags = ["--ckpt", ckpt, *flags]
+        made = self.bench.once(out, lambda: self.bench.on_test("finetune", out, flags))
+        return made[f"test_{self.bench.metric()}"], line.get("seconds", 0)
+
+
+def load_everything(bench):
+    """Draw or decode all images before the first stage is timed."""
+    args = finetune.parser().parse_args(bench.flags("flags"))
+    for split in ("train", "val", "test"):
+        common.load_data(args, split)
+
+
+def table(scores, seconds, args):
+    """A line for each row: mean, deviation, its gain on SimCLR, and what BiSSL gains on it."""
+    lines = []
+    for row, own in scores.items():
+        line = dict(device=device_name(args.device), labels=args.labels, row=row, seeds=len(own),
+                    mean=round(float(np.mean(list(own.values()))), 2),
+                    std=round(spread_of(list(own.values())), 2),
+                    seconds=round(float(np.mean(seconds[row])), 1),
+                    scores=" ".join(f"{seed}:{score:.2f}" for seed, score in sorted(own.items())))
+        for name, (one, other) in dict(gain=(row, "SimCLR"), bissl_gain=("BiSSL", row)).items():
+            if one != other and one in scores and other in scores:
+                mean, half = paired_gain(scores[one], scores[other])
+                line[name] = round(mean, 2)
+                line[f"{name}_95"] = "" if half is None else round(half, 2)
+        lines.append(line)
+    return lines
+
+
+def write(lines, path):
+    """Rows of this device and these labels replace the ones in the file, the others stay."""
+    new = {(line["device"], str(line["labels"]), line["row"]) for line in lines}
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [old for old in csv.DictReader(file)
+                    if (old["device"], old["labels"], old["row"]) not in new]
+        lines = kept + lines
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def draw(scores, path, title):
+    """A point a seed and the mean, a line a row; what BiSSL gains on it stands beside it."""
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(scores)))
+    for i, (row, own) in enumerate(scores.items()):
+        values = list(own.values())
+        axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.4)
+        axes.plot(np.mean(values), i, "|", color="black", markersize=18)
+        if row != "BiSSL" and "BiSSL" in scores:
+            mean, half = paired_gain(scores["BiSSL"], own)
+            said = f"{mean:+.1f}" + (f" +- {half:.1f}" if half else "")
+            axes.annotate(said, (1.01, i), xycoords=("axes fraction", "data"), va="center")
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy, %; | mean of the seeds; right: BiSSL's gain on the row and its "
+             "95 % interval", title=title)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", default="petals", help="of bissl.py and finetune.py")
+    p.add_argument("--root", default="data")
+    p.add_argument("--runs", help="folder of the runs; default: runs/bissl-NAME")
+    p.add_argument("--name", default="doodles-petals", help="of the results")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", choices=("float32", "bfloat16"))
+    p.add_argument("--labels", type=int, default=20, choices=EPOCHS, help="labels a class")
+    p.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    p.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
+    p.add_argument("--grid", nargs="+", default=[], choices=GRID,
+                   help="these flags' values instead of the rows; BiSSL itself stands beside them")
+    p.add_argument("--pretext", type=shlex.split, default=[], help="flags for simclr.py")
+    p.add_argument("--stage", type=shlex.split, default=[], help="flags for bissl.py")
+    p.add_argument("--finetune", type=shlex.split, default=[], help="flags for finetune.py")
+    args = p.parse_args(argv)
+    args.image_size = None
+    args.runs = args.runs or f"runs/bissl-{args.name}"
+    if args.grid:
+        args.rows = ["SimCLR", "BiSSL"]
+        for flag in args.grid:
+            args.rows += [f"{flag} {value:g}" for value in GRID[flag]]
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    bench = Bench(args)
+    load_everything(bench)
+    scores, seconds = {row: {} for row in args.rows}, {row: [] for row in args.rows}
+    for seed in args.seeds:
+        chain = Chain(bench, seed)
+        for row in args.rows:
+            scores[row][seed], spent = chain.score(row)
+            seconds[row].append(spent)
+        lines = table(scores, seconds, args)
+        print(json.dumps({line["row"]: line["mean"] for line in lines}), flush=True)
+    write(lines, RESULTS / f"bissl-{args.name}.csv")
+    group = "-" + "-".join(args.grid) if args.grid else ""
+    labels = "" if args.labels == 20 else f"-{args.labels}"
+    draw(scores, RESULTS / f"bissl-{args.name}{labels}{group}.png",
+         f"{args.name}, {args.labels} labels per class, {len(args.seeds)} seeds")
+
+
+if __name__ == "__main__":
+    main()
