@@ -290,6 +290,7 @@ def train(args):
             implicit = inverse_hvp(None, theta_B, g_theta, args.lam + args.damping, args.cg_steps,
                                    graph, args.cg_tol, directions)
             torch._foreach_add_([p.grad for p in phi_B], implicit)
+            nn.utils.clip_grad_norm_(upper.parameters(), 10)  # A may be close to singular
             upper_optimizer.step()
             residuals.append(relative_residual(g_theta, directions))
             products += len(directions) - known
@@ -419,7 +420,7 @@ def parser(paper=False):
              "a fifth of pre-training's")
     p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up, lower level", 1)
     p.option("--head-epochs", common.FROM_ZERO, "labelled epochs that warm up phi_H", 20)
-    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B", 1.0)
+    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B", 0.1)
     p.option("--damping", common.NOT_NEGATIVE, "gamma in (I + H/(lambda + gamma))^-1", 100)
     p.option("--cg-steps", common.COUNT, "products with H in a solve, at most", 5)
     p.option("--cg-tol", common.SHARE, "a solve ends at this ||g_theta - A x|| / ||g_theta||", 0.05,

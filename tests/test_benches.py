@@ -3,6 +3,7 @@ measure is never asserted."""
 import csv
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_ablation
 import bench_accuracy
 import bench_alignment
+import bench_bilevel
 import bench_bissl
 import bench_hypergradient
 import bench_scale
@@ -298,6 +300,28 @@ def test_the_alignment_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
     assert (one["backbone"], one["runs"], one["knn_std"]) == ("one", "2", "0")
     assert (two["backbone"], two["runs"], two["knn_std"]) == ("two", "1", "")
     assert (tmp_path / "alignment-petals.png").exists()
+
+
+def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
+    """Two states, of which one has been through an alternation; every kind of lower run."""
+    monkeypatch.setattr(bench_bilevel, "RESULTS", tmp_path / "bilevel.csv")
+    for name, value in dict(AFTER=(0, 1), LENGTHS=(0.1,), MORE_LENGTHS_AFTER=(0,), SOLVE_STEPS=3,
+                            LOWER_RUNS=[("sgd", 2), ("lars", 2)], USUAL_STEPS=1).items():
+        monkeypatch.setattr(bench_bilevel, name, value)
+    (tmp_path / "runs/seed0").mkdir(parents=True)
+    shutil.copy(ckpt, tmp_path / "runs/seed0/simclr.pt")
+    few = "--device cpu --pretext-batch-size 16 --batch-size 8 --labels-per-class 2 "
+    argv = ["--seeds", "0", "--runs", str(tmp_path / "runs"), "--bissl",
+            f"{few} {SHORT_BISSL} --alternations 3"]
+    bench_bilevel.main(argv)
+    rows = read(tmp_path / "bilevel.csv")
+    directions = {row["direction"] for row in rows}
+    assert len(directions) == 7
+    assert len(rows) == 7 * 3 + 2 * len(bench_bilevel.LONG_DIRECTIONS)
+    assert {row["alternations"] for row in rows} == {"0", "1"}
+    assert all(math.isfinite(float(row[name])) for row in rows
+               for name in bench_bilevel.FIELDS[7:])
+    assert (tmp_path / "bilevel.png").exists()
 
 
 def test_the_hypergradient_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
