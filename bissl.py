@@ -13,14 +13,14 @@ level goes on with the pretext task, pulled towards an upper level that learns t
   2. Repeat --alternations times:
      a. --lower-steps (N_L) steps down the lower objective, gradient norm clipped at 10, by the
         pretext's own optimiser.
-     b. Draw one pretext batch; H = second derivative of L_P in theta_B on it.
+     b. Draw one pretext batch; H = second derivative of L_P in theta_B on --hessian-batch of it.
      c. --upper-steps (N_U) steps on phi with
         grad_phi_B = A^-1 g_theta + d/dphi_B L_D(phi_B, phi_H),   A = I + H/(lambda + gamma),
         grad_phi_H = d/dphi_H [ L_D(theta_B, phi_H) + L_D(phi_B, phi_H) ],
         where g_theta = d/dtheta_B L_D(theta_B, phi_H), gamma is --damping. Conjugate gradients on
         Hessian-vector products solve A x = g_theta: at most --cg-steps of them, until
         ||g_theta - A x|| <= --cg-tol ||g_theta||. The N_U solves share A: each goes on from the
-        directions of those before.
+        directions of those before. The norm of both gradients together is clipped at 10.
   3. The result is theta_B.
 
 The implicit function theorem gives A^-1 but for two approximations. The argmin also runs over
@@ -32,10 +32,13 @@ lambda/(lambda + gamma).
     python finetune.py --ckpt runs/bissl.pt --data flowers
     python bissl.py --ckpt simclr.pt --task detect; python finetune.py --ckpt bissl.pt --task detect
 
-Look at `residual` in the log: ||g_theta - A x|| / ||g_theta|| of the worst solve of an
-alternation, as the solver's recurrence has it without a further product, exact but for rounding.
-Near 1 the implicit gradient is noise, and --damping or --cg-steps has to grow; the scale of H
-depends on the network. `products` counts the products with H.
+Look at `follow` in the log: how far theta_B has come along the way that phi_B went. Near 0 it has
+not heard of phi_B, and the stage is its pretext continued: --lam or --alternations has to grow.
+`residual` is ||g_theta - A x|| / ||g_theta|| of the worst solve of an alternation, as the solver's
+recurrence has it without a further product, exact but for rounding. Near 1 the implicit gradient is
+noise, and --damping or --cg-steps has to grow; the scale of H depends on the network. `products`
+counts the products with H. And `lower` should not rise far above its start: theta_B would lose its
+pretext.
 """
 import copy
 import sys

@@ -3,15 +3,9 @@ on val, test untouched.
 
     python tests/bench_ablation.py --ckpt simclr.pt                     every group, 3 seeds: hours
     python tests/bench_ablation.py --ckpt simclr.pt residual eta        these groups only
-    python tests/bench_ablation.py --ckpt simclr.pt controls --bissl "--lam 0.1 --lr 0.02"
-                                                                        in another regime
 
   residual     ||v - A x|| / ||v|| of plain and layer-wise conjugate gradients against steps, for
                several dampings (one batch)
-  controls     what BiSSL has to beat: fine-tuning at once; the pretext continued from its own head
-               for as many lower steps (lambda 0: theta never hears of phi), and for as many
-               seconds; J = I
-  N_L N_U lam damping cg_steps   BiSSL's own flags
   alpha        COIN's share of the budget
   eta          Core-tuning's weight
   ingredients  Core-tuning without each of its three
@@ -21,12 +15,11 @@ Each variant is trained from the same SimCLR checkpoint and fine-tuned with the 
 times: labelled images, views and heads differ. Each is fine-tuned with all --pairs of learning rate
 and weight decay and has the best mean. A finished run is a line of RUNS/runs.jsonl and is not made
 again. Writes tests/results/ablation-DATA.csv and one figure a group; with --name,
-ablation-NAME.csv.
+ablation-NAME.csv. bench_bissl.py has BiSSL's flags and controls.
 """
 import argparse
 import contextlib
 import csv
-import shlex
 import sys
 from pathlib import Path
 from unittest import mock
@@ -51,15 +44,12 @@ from bench_speed import device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair",
-          "seconds", "stage_seconds", "residual", "knn", "distance")
+          "seconds", "stage_seconds", "residual", "knn")
 SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning",
           "keys": "bi_tuning", "losses": "bi_tuning"}
-FLAG = {"N_L": "--lower-steps", "N_U": "--upper-steps", "lam": "--lam", "damping": "--damping",
-        "cg_steps": "--cg-steps", "alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
+FLAG = {"alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
 VALUES = {
-    "controls": ("fine-tuning", "pretext, same steps", "pretext, same seconds", "J = I", "BiSSL"),
-    "N_L": (5, 20, 40), "N_U": (1, 4, 8), "lam": (0.1, 1, 10), "damping": (10, 100, 1000),
-    "cg_steps": (1, 5, 10), "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9), "eta": (0, 0.1, 0.3, 1, 3, 10),
+    "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9), "eta": (0, 0.1, 0.3, 1, 3, 10),
     "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
     "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight",
                     "fine-tuning")}
@@ -123,24 +113,18 @@ class Ablation:
 
     def default(self, group):
         """What the flag of a group is where nothing is varied."""
-        script = {"alpha": coin, "eta": core_tuning, "keys": bi_tuning}.get(group, bissl)
-        flags = ["--ckpt", self.args.ckpt]
-        if script is bissl:
-            flags = flags + self.args.bissl
-        args = script.parser().parse_args(self.bench.flags("flags", flags))
+        script = {"alpha": coin, "eta": core_tuning, "keys": bi_tuning}[group]
+        args = script.parser().parse_args(self.bench.flags("flags", ["--ckpt", self.args.ckpt]))
         return getattr(args, FLAG[group].strip("-").replace("-", "_"))
 
-    def stage(self, script, seed, flags=()):
-        """A run of bissl.py or coin.py from --ckpt: its checkpoint and its line in the book."""
+    def coin(self, seed, flags):
+        """A run of coin.py from --ckpt: its checkpoint and its line in the book."""
         flags = [str(flag) for flag in flags]
-        if script == "bissl":
-            flags = self.args.bissl + flags
-        out = f"{script}{''.join(flags)}-{seed}".replace("--", "-")
+        out = f"coin{''.join(flags)}-{seed}".replace("--", "-")
         start = ["--ckpt", self.args.ckpt, "--seed", seed]
 
         def make():
-            last = self.bench.main(script, out, start + self.labels + flags)
-            return {name: last.get(name) for name in ("residual", "knn", "distance")}
+            return dict(knn=self.bench.main("coin", out, start + self.labels + flags)["knn"])
 
         return self.bench.place / f"{out}.pt", self.bench.once(out, make)
 
@@ -166,32 +150,9 @@ class Ablation:
             lines.append(self.score(method, ckpt, seed, pair + list(flags), part))
         return lines
 
-    def control(self, value, seed):
-        """The backbone to fine-tune, and the line of the stage that made it."""
-        # Of flags given twice the last counts.
-        same_steps = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]
-        if value == "fine-tuning":
-            return self.args.ckpt, {}
-        if value == "BiSSL":
-            return self.stage("bissl", seed)
-        if value == "J = I":
-            return self.stage("bissl", seed, ["--damping", 1e12])
-        if value == "pretext, same steps":
-            return self.stage("bissl", seed, same_steps)
-        _, whole = self.stage("bissl", seed)
-        _, part = self.stage("bissl", seed, same_steps)
-        # What a run takes whatever its steps:
-        _, one = self.stage("bissl", seed, same_steps + ["--lower-steps", 1])
-        share = (whole["seconds"] - one["seconds"]) / (part["seconds"] - one["seconds"])
-        lower_steps = 1 + round(share * (self.default("N_L") - 1))
-        return self.stage("bissl", seed, same_steps + ["--lower-steps", lower_steps])
-
     def run(self, group, value, seed):
         """Lines of the book: the stage before fine-tuning ({} without), and the fine-tuning runs,
         one for each of --pairs."""
-        if group == "controls":
-            ckpt, stage = self.control(value, seed)
-            return stage, self.scores("finetune", ckpt, seed)
         if value == "fine-tuning" or (group, value) == ("alpha", 0):
             return {}, self.scores("finetune", self.args.ckpt, seed)
         flags = []
@@ -201,15 +162,12 @@ class Ablation:
             stages, lines = [], []
             for pair in self.pairs:
                 budget = ["--epochs", self.args.epochs]
-                ckpt, stage = self.stage("coin", seed, budget + pair + flags)
+                ckpt, stage = self.coin(seed, budget + pair + flags)
                 stages.append(stage)
                 lines.append(self.score("finetune", ckpt, seed))
             return stages[0], lines
-        if group in SCRIPT:
-            part = value if group in ("ingredients", "losses") else None
-            return {}, self.scores(SCRIPT[group], self.args.ckpt, seed, flags, part)
-        ckpt, stage = self.stage("bissl", seed, flags)
-        return stage, self.scores("finetune", ckpt, seed)
+        part = value if group in ("ingredients", "losses") else None
+        return {}, self.scores(SCRIPT[group], self.args.ckpt, seed, flags, part)
 
     def reference(self, group):
         """The variant that the others of a group are compared with: plain fine-tuning, all parts,
@@ -236,8 +194,7 @@ class Ablation:
                 group=group, variant=value, val=round(own.mean(), 2), std=round(spread_of(own), 2),
                 scores=" ".join(f"{s:.1f}" for s in own), pair=self.args.pairs[best],
                 seconds=mean_of(of_best, "seconds"), stage_seconds=mean_of(stages, "seconds"),
-                residual=mean_of(stages, "residual"), knn=mean_of(stages, "knn"),
-                distance=mean_of(stages, "distance")))
+                knn=mean_of(stages, "knn")))
             print("--- {group} {variant}: {val} +- {std} % on val".format(**rows[-1]), flush=True)
         reference = chosen[self.reference(group)]
         for row in rows:
@@ -342,7 +299,7 @@ def write(rows, path):
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("groups", nargs="*", help="residual, controls, N_L, ...; without: all")
+    p.add_argument("groups", nargs="*", help="residual, alpha, eta, ...; without: all")
     p.add_argument("--data", default="petals")
     p.add_argument("--root", default="data")
     p.add_argument("--ckpt", required=True, help="a SimCLR checkpoint")
@@ -354,8 +311,6 @@ def parse(argv):
     p.add_argument("--labels", type=int, default=20, help="labels a class; 0: all of train")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
-    p.add_argument("--bissl", type=shlex.split, default=[],
-                   help="flags for every BiSSL run, in one string")
     p.add_argument("--pairs", nargs="+", default=["0.03,0.0005", "0.08,0.008"],
                    help="LR,WEIGHT_DECAY of fine-tuning")
     args = p.parse_args(argv)
@@ -369,7 +324,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    ablation, title = Ablation(args), " ".join([args.name, *args.bissl])
+    ablation = Ablation(args)
     for group in args.groups or ["residual", *VALUES]:
         if group == "residual":
             rows = residuals(args, args.device)
@@ -378,7 +333,7 @@ def main(argv=None):
         for row in rows:
             row["device"] = device_name(args.device)
         write(rows, RESULTS / f"ablation-{args.name}.csv")
-        draw(group, rows, RESULTS / f"ablation-{args.name}-{group}.png", title)
+        draw(group, rows, RESULTS / f"ablation-{args.name}-{group}.png", args.name)
 
 
 if __name__ == "__main__":

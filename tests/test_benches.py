@@ -129,7 +129,7 @@ def test_an_ablation_takes_each_variants_best_pair_and_compares_seed_by_seed():
 
     def run(group, value, seed):
         of_variant = scores.get(value, [[40, 41], [40, 41]])
-        return dict(residual=0.5), [dict(val=val, seconds=3) for val in of_variant[seed]]
+        return dict(knn=0.5), [dict(val=val, seconds=3) for val in of_variant[seed]]
 
     ablation.run = run
     rows = {row["variant"]: row for row in ablation.rows("ingredients")}
@@ -137,7 +137,7 @@ def test_an_ablation_takes_each_variants_best_pair_and_compares_seed_by_seed():
     assert (whole["val"], whole["pair"], whole["gain"]) == (63, "0.2,0", 0)
     assert (unweighted["val"], unweighted["pair"]) == (50, "0.1,0")
     assert (unweighted["gain"], unweighted["gain_std"]) == (-13, 2.83)  # -11 and -15
-    assert whole["residual"] == 0.5 and whole["scores"] == "60.0 66.0"
+    assert whole["knn"] == 0.5 and whole["scores"] == "60.0 66.0"
 
 
 # -------------------------------------------------------------------------------- each bench, small
@@ -216,16 +216,15 @@ def test_every_kind_of_row_of_the_accuracy_bench_runs(few_petals, ckpt, tmp_path
         assert 0 <= score <= 100 and seconds > 0
 
 
-@pytest.mark.parametrize("group", ["residual", "damping", "alpha", "ingredients", "losses"])
+@pytest.mark.parametrize("group", ["residual", "keys", "alpha", "ingredients", "losses"])
 def test_the_ablation_bench_runs(group, few_petals, ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_ablation, "RESULTS", tmp_path)
-    values = dict(bench_ablation.VALUES, damping=(10, 100), alpha=(0, 0.5))
+    values = dict(bench_ablation.VALUES, keys=(1, 40), alpha=(0, 0.5))
     monkeypatch.setattr(bench_ablation, "VALUES", values)
     monkeypatch.setattr(bench_ablation, "DAMPINGS", (10.0,))
     monkeypatch.setattr(bench_ablation, "STEPS", (1, 2))
     bench_ablation.main([group, "--ckpt", ckpt, "--device", "cpu", "--runs", str(tmp_path / "runs"),
-                         "--seeds", "1", "--epochs", "2", "--labels", "2", "--pairs", "0.01,0",
-                         "--bissl", SHORT_BISSL])
+                         "--seeds", "1", "--epochs", "2", "--labels", "2", "--pairs", "0.01,0"])
     rows = read(tmp_path / "ablation-petals.csv")
     if group != "residual":
         assert [row["variant"] for row in rows] == [str(value) for value in values[group]]

@@ -512,8 +512,8 @@ def test_the_upper_step_takes_the_gradients_of_the_paper(pretrained, tmp_path, m
     both losses'.
 
     Views without chance and batches that hold every picture let the test compute the same losses.
-    After its first step the momentum of SGD is the gradient; a learning rate near 0 leaves phi
-    where the gradient was taken.
+    After its first step the momentum of SGD is the gradient, clipped to a norm of 10; a learning
+    rate near 0 leaves phi where the gradient was taken.
     """
     monkeypatch.setattr(common, "augment", lambda x, size, **settings: common.test_crop(x, size))
     lam, gamma = 20, 80
@@ -535,7 +535,7 @@ def test_the_upper_step_takes_the_gradients_of_the_paper(pretrained, tmp_path, m
     optimizer.load_state_dict(resume["upper_optimizer"])
 
     def taken(module):
-        return [optimizer.state[p]["momentum_buffer"] for p in module.parameters()]
+        return [optimizer.state[p]["momentum_buffer"] / clipped for p in module.parameters()]
 
     args = bissl.parser().parse_args(
         [*pretrained, "--image-size", "16", "--out", str(tmp_path / "unused")])
@@ -546,8 +546,11 @@ def test_the_upper_step_takes_the_gradients_of_the_paper(pretrained, tmp_path, m
     of_phi = F.cross_entropy(phi_H(phi_B(x)), labels)
     g_theta = flat(torch.autograd.grad(of_theta, params, retain_graph=True))
     (of_theta + of_phi).backward(inputs=[*phi_B.parameters(), *phi_H.parameters()])
-    of_head = flat([p.grad for p in phi_H.parameters()])
+    of_head, clipped = flat([p.grad for p in phi_H.parameters()]), 1
+    clipped = (flat(taken(phi_H)).norm() / of_head.norm()).item()
     torch.testing.assert_close(flat(taken(phi_H)), of_head, rtol=1e-3, atol=1e-5)
+    norm = flat(taken(phi_B) + taken(phi_H)).norm().item()
+    assert clipped == pytest.approx(min(1, 10 / norm), rel=1e-3) and norm > 10
 
     implicit = [whole - p.grad for whole, p in zip(taken(phi_B), phi_B.parameters())]
     # in float64: a ReLU that is 0 but for rounding can move this product by a hundredth
