@@ -345,7 +345,7 @@ def check_solves(args, alternation, lower, residual):
 
 
 def say_what_failed(args, last):
-    """What the last alternation shows of a stage that was not what its name says."""
+    """A line where the last alternation shows that this was no BiSSL, and what to change."""
     if args.lam and last["follow"] < 0.01:
         common.tell(f"theta_B has come {max(0, last['follow']):.2%} of phi_B's way: this was "
                     f"{args.pretext} continued. Raise --lam (now {args.lam:g}) or --alternations")
@@ -423,7 +423,8 @@ def parser(paper=False):
              "a fifth of pre-training's")
     p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up, lower level", 1)
     p.option("--head-epochs", common.FROM_ZERO, "labelled epochs that warm up phi_H", 20)
-    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B", 0.1)
+    p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B",
+             0.1)
     p.option("--damping", common.NOT_NEGATIVE, "gamma in (I + H/(lambda + gamma))^-1", 100)
     p.option("--cg-steps", common.COUNT, "products with H in a solve, at most", 5)
     p.option("--cg-tol", common.SHARE, "a solve ends at this ||g_theta - A x|| / ||g_theta||", 0.05,

@@ -538,13 +538,13 @@ def draw_petals(labels, side, rng):
     tilt = 2 * math.pi * uniform(n, 4)                                         # (n, 4, 1, 1)
     r = torch.hypot(dx, dy) / radius                                           # (n, 4, side, side)
     reach = petal_reach(torch.atan2(dy, dx) + tilt, petal_count, is_round)
-    petal = inside((reach - r) * radius, side)                                       # (n, 4, side, side)
+    petal = inside((reach - r) * radius, side)                                 # (n, 4, side, side)
     disc = inside((0.22 - r) * radius, side)
 
     image = (0.5 * uniform(n, 1)).expand(n, 1, side, side)                     # the ground
     for i in range(3):  # clutter: grey specks
         distance = torch.hypot(y - 2 * uniform(n, 1) + 1, x - 2 * uniform(n, 1) + 1)
-        speck = inside(0.05 + 0.1 * uniform(n, 1) - distance, side)                  # (n, 1, side, side)
+        speck = inside(0.05 + 0.1 * uniform(n, 1) - distance, side)            # (n, 1, side, side)
         image = paint(image, speck, 0.6 * uniform(n, 1))
     colour = uniform(n, 3)                                                     # (n, 3, 1, 1)
     colour = colour / colour.amax(1, keepdim=True)                             # bright, of any hue
@@ -1201,7 +1201,8 @@ def load_data(args, split):
         splits = ["train", "val"]
     else:
         splits = ["train"]
-    load = dict(petals=load_petals, doodles=load_doodles).get(args.data, load_cached)
+    loaders = dict(petals=load_petals, doodles=load_doodles)
+    load = loaders.get(args.data, load_cached)
     images, labels, sizes, classes = load(args, splits)
     rows = torch.arange(len(labels))
     if split in ("train", "val"):

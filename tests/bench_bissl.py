@@ -1,5 +1,5 @@
-"""What does BiSSL add, and is it BiSSL that adds it? README's three commands over seeds of the whole
-chain, beside everything that could explain the gain.
+"""What does BiSSL add, and is it BiSSL that adds it? README's three commands over seeds of the
+whole chain, beside everything that could explain the gain.
 
     python tests/bench_bissl.py                              doodles, then petals: 10 seeds of all
                                                              rows: two hours of one CPU core
@@ -133,7 +133,8 @@ class Chain:
             whole, few = self.stage()[1], self.stage(PRETEXT_GOES_ON)[1]
             # What a run takes whatever its steps:
             none = self.stage([*PRETEXT_GOES_ON, "--lower-steps", 1])[1]
-            share = (whole["seconds"] - none["seconds"]) / (few["seconds"] - none["seconds"])
+            of_steps = max(0.1, few["seconds"] - none["seconds"])
+            share = (whole["seconds"] - none["seconds"]) / of_steps
             lower_steps = 1 + round(19 * share)  # N_L is 20
             return self.stage([*PRETEXT_GOES_ON, "--lower-steps", lower_steps])
         flag, value = row.split()

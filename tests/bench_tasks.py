@@ -54,7 +54,8 @@ def runs_of_seed(job):
     folder.mkdir(parents=True, exist_ok=True)
     usual = ["--seed", str(seed), "--device", args.device]
     starts = {"scratch": []}
-    for name, script, more in (("simclr", simclr, "--data petals --epochs 24 " + args.pretext_flags),
+    pretext_flags = "--data petals --epochs 24 " + args.pretext_flags
+    for name, script, more in (("simclr", simclr, pretext_flags),
                                ("bissl", bissl, "--task detect " + args.bissl_flags)):
         ckpt = starts["simclr"] if name == "bissl" else []
         once(script, folder / name, [*usual, *ckpt, *shlex.split(more)])
