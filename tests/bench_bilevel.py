@@ -177,7 +177,7 @@ class State:
         for name, (vector, residual) in found.items():
             length = bissl.as_vector(vector).norm()
             vector = tuple(t / length for t in vector)
-            solved = bissl.conjugate_gradient(product, vector, 20, 0.05)
+            solved = bissl.conjugate_gradient(product, vector, SOLVE_STEPS, 0.05)
             unit[name] = vector, residual, bissl.as_vector(solved)
         self.lower.to(memory_format=torch.channels_last)
         return unit
