@@ -14,7 +14,7 @@ watches the training.
   After the training all but f is thrown away and f is fine-tuned (finetune.py), or all goes to
   bissl.py first.
 
-    python byol.py                                    doodles, on any machine
+    python byol.py                                    petals, on any machine
     python byol.py --data DIR --out runs/mine         DIR/train/CLASS/*.png, labels unused
     python finetune.py --ckpt byol.pt
 
@@ -165,14 +165,14 @@ def draw(args, history, views):
 
 
 def parser():
-    drawn = dict(image_size=32, arch="resnet10", epochs=24, batch_size=64, lr=0.05,
+    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=64, lr=0.05,
                   weight_decay=5e-4, crop=0.4, jitter=[1.0, 1.0, 0.5, 0.5], blur=[0.0, 0.0],
                   solarise=[0.0, 0.5], decay=0.99)
-    others = dict(drawn, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1],
+    others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1],
                   blur=[1.0, 0.1], solarise=[0.0, 0.2], decay=0.996)
     optimizers = dict(adamw=dict(lr=2e-3, weight_decay=1e-4),
                       lars=dict(lr=0.2, weight_decay=1.5e-6))
-    p = common.Parser("byol.py", __doc__, drawn, others, "doodles", optimizers)
+    p = common.Parser("byol.py", __doc__, petals, others, optimizers=optimizers)
     p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and "
              "then a rate of 0.2 batch / 256", "sgd", choices=common.OPTIMIZERS)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)

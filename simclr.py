@@ -138,7 +138,7 @@ def parser():
                   weight_decay=1e-4, crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
     others = dict(drawn, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
     optimizers = dict(sgd=dict(lr=0.05, weight_decay=5e-4), lars=dict(lr=0.85, weight_decay=1e-6))
-    p = common.Parser("simclr.py", __doc__, drawn, others, "doodles", optimizers)
+    p = common.Parser("simclr.py", __doc__, drawn, others, data="doodles", optimizers=optimizers)
     p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and "
              "then a rate of 0.075 sqrt(batch)", "adamw", choices=common.OPTIMIZERS)
     p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a "
