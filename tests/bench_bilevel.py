@@ -2,7 +2,7 @@
 
     python tests/bench_bilevel.py                  README's commands, 5 seeds: an hour of one core
     python tests/bench_bilevel.py --seeds 0 2      these seeds; their rows replace the old ones
-    python tests/bench_bilevel.py --quick          a state, a length, the first seed: some minutes
+    python tests/bench_bilevel.py --quick          a state, a length, the first seed: printed only
 
 A state is theta and phi as they stand before bissl.py's first alternation and after 1, 2, 5 and 10.
 There phi_B moves by a fixed length against a direction, and the lower level takes N_L steps from
@@ -312,7 +312,8 @@ def main(argv=None):
             state = State(flags, paths.get(alternations))
             made = measure(state, alternations, args.quick)
             rows += [dict(row, device=device_name(state.args.device)) for row in made]
-    draw(write(rows))
+    if not args.quick:
+        draw(write(rows))
 
 
 if __name__ == "__main__":
