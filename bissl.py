@@ -181,12 +181,10 @@ def share_of_way(theta_B, phi_B, start_B):
     """<theta_B - start, phi_B - start> / ||phi_B - start||^2: how far theta_B has come along the
     way of phi_B. 0: it never heard of it, and the stage was its pretext continued; 1: it has come
     as far."""
-    along, whole = 0, 0
+    along = 0
     for theta, phi, start in zip(theta_B, phi_B, start_B):
-        way = (phi - start).detach()
-        along = along + ((theta - start).detach() * way).sum()
-        whole = whole + way.square().sum()
-    return ratio(along, whole)
+        along = along + ((theta - start) * (phi - start)).sum()
+    return ratio(along, squared_distance(phi_B, start_B))
 
 
 def start_pretext(args, backbone, ckpt):

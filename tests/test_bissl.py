@@ -576,9 +576,8 @@ def test_follow_is_the_share_of_phi_s_way_that_theta_has_come():
     assert bissl.share_of_way(doubled, phi, start) == 2
 
 
-def test_follow_is_logged_from_where_the_stage_began_after_a_resume_too(pretrained, tmp_path):
-    """The flags of two runs must agree, so the first one is stopped by hand after its first
-    alternation."""
+def test_follow_is_counted_from_where_the_stage_began(pretrained, tmp_path):
+    """Of two alternations: theta_B and phi_B against the checkpoint that the run started from."""
     flags = [*pretrained, "--alternations", "2", "--lower-steps", "2", "--upper-steps", "2",
              "--lr", "0.1", "--lam", "3", "--lower-warmup", "0", "--lower-lr", "0.01"]
     start, whole = run(flags, tmp_path / "whole")
