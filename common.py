@@ -2312,6 +2312,7 @@ def plot_curves(axes, history, names, x="epoch"):
             axes.plot([line[x] for line in points], [line[name] for line in points], label=name,
                       marker=marker)
     axes.set_xlabel(x)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)

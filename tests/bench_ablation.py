@@ -2,10 +2,8 @@
 on val, test untouched.
 
     python tests/bench_ablation.py --ckpt simclr.pt                     every group, 3 seeds: hours
-    python tests/bench_ablation.py --ckpt simclr.pt residual eta        these groups only
+    python tests/bench_ablation.py --ckpt simclr.pt keys eta            these groups only
 
-  residual     ||v - A x|| / ||v|| of plain and layer-wise conjugate gradients against steps, for
-               several dampings (one batch)
   alpha        COIN's share of the budget
   eta          Core-tuning's weight
   ingredients  Core-tuning without each of its three
@@ -33,18 +31,15 @@ import torch
 import torch.nn.functional as F
 
 import bi_tuning
-import bissl
 import coin
 import common
 import core_tuning
-import finetune
 from bench_accuracy import Bench, name_of_data, spread_of
-from bench_hypergradient import layerwise
 from bench_speed import device_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair",
-          "seconds", "stage_seconds", "residual", "knn")
+          "seconds", "stage_seconds", "knn")
 SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning",
           "keys": "bi_tuning", "losses": "bi_tuning"}
 FLAG = {"alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
@@ -53,7 +48,6 @@ VALUES = {
     "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
     "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight",
                     "fine-tuning")}
-DAMPINGS, STEPS = (1.0, 10.0, 100.0, 1000.0), (1, 2, 3, 5, 8)  # of the group residual
 BI_LOSSES = {"no CCE": ["contrastive_cross_entropy"], "no CCL": ["categorical_contrastive"],
              "neither": ["contrastive_cross_entropy", "categorical_contrastive"]}
 
@@ -213,48 +207,7 @@ def mean_of(lines, key):
 
 # -------------------------------------------------------------------------------------- the solvers
 
-def residuals(args, device):
-    """True residual of each solver against steps and damping, on one pretext batch of the
-    checkpoint and one batch of labels."""
-    flags = bissl.parser().parse_args(
-        ["--data", args.data, "--root", args.root, "--ckpt", args.ckpt, "--device", device,
-         "--out", f"{args.runs}/residual"])
-    backbone, ckpt = common.start_backbone(flags, say=False)
-    pretext, model, pretext_args, _ = bissl.start_pretext(flags, backbone, ckpt)
-    torch.manual_seed(0)
-    images, data = common.load_data(flags, "unlabeled"), common.load_data(flags, "train")
-    x, _ = next(iter(common.Batches(images, 128, whole_only=True)))
-    theta = tuple(backbone.parameters())
-    head = torch.nn.Linear(backbone.num_features, len(data.classes)).to(device)
-    gradient = bissl.pretext_gradient(pretext, model, x, pretext_args)
-    with common.frozen_statistics(backbone):
-        pictures, y = next(iter(common.Batches(data, 64)))
-        logits = head(backbone(common.augment(pictures, flags.image_size)))
-        v = torch.autograd.grad(finetune.label_loss(logits, y), theta)
-    rows, whole = [], bissl.as_vector(v)
-    for damping in DAMPINGS:
-        matvec = bissl.damped_hessian(gradient, theta, damping)
-        for name, solver in (("plain", bissl.conjugate_gradient), ("layer-wise", layerwise)):
-            for steps in STEPS:
-                Ax = bissl.as_vector(matvec(solver(matvec, v, steps)))
-                left = ((whole - Ax).norm() / whole.norm()).item()
-                rows.append(dict(group="residual", variant=f"{name}, damping {damping:g}",
-                                 value=steps, residual=float(f"{left:.3g}")))
-                print("{variant}, {value} steps: {residual}".format(**rows[-1]), flush=True)
-    return rows
-
-
 # ------------------------------------------------------------------------------------ what came out
-
-def draw_residuals(axes, rows):
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        points = [(row["value"], row["residual"]) for row in rows if row["variant"] == name]
-        style = "--" if name.startswith("layer") else "-"
-        axes.plot(*zip(*points), label=name, marker="o", linestyle=style)
-    axes.set(yscale="log", xlabel="steps", ylabel="||v - A x|| / ||v||")
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.legend(fontsize=8)
-
 
 def draw_variants(axes, group, rows):
     """Bars of the means, and a line a seed: the same labelled images in all variants."""
@@ -271,12 +224,8 @@ def draw_variants(axes, group, rows):
 
 def draw(group, rows, path, title):
     figure, axes = plt.subplots(figsize=(6.5, 4.5))
-    if group == "residual":
-        draw_residuals(axes, rows)
-        axes.set_title(f"{title}: solvers")
-    else:
-        draw_variants(axes, group, rows)
-        axes.set_title(f"{title}: {group}")
+    draw_variants(axes, group, rows)
+    axes.set_title(f"{title}: {group}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -299,7 +248,7 @@ def write(rows, path):
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("groups", nargs="*", help="residual, alpha, eta, ...; without: all")
+    p.add_argument("groups", nargs="*", help="alpha, eta, keys, ...; without: all")
     p.add_argument("--data", default="petals")
     p.add_argument("--root", default="data")
     p.add_argument("--ckpt", required=True, help="a SimCLR checkpoint")
@@ -314,9 +263,9 @@ def parse(argv):
     p.add_argument("--pairs", nargs="+", default=["0.03,0.0005", "0.08,0.008"],
                    help="LR,WEIGHT_DECAY of fine-tuning")
     args = p.parse_args(argv)
-    unknown = set(args.groups) - {"residual", *VALUES}
+    unknown = set(args.groups) - set(VALUES)
     if unknown:
-        common.fail(f"no group {', '.join(unknown)}: there are residual, {', '.join(VALUES)}")
+        common.fail(f"no group {', '.join(unknown)}: there are {', '.join(VALUES)}")
     args.name = args.name or name_of_data(args.data)
     args.runs = args.runs or f"runs/ablation-{args.name}"
     return args
@@ -325,11 +274,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     ablation = Ablation(args)
-    for group in args.groups or ["residual", *VALUES]:
-        if group == "residual":
-            rows = residuals(args, args.device)
-        else:
-            rows = ablation.rows(group)
+    for group in args.groups or VALUES:
+        rows = ablation.rows(group)
         for row in rows:
             row["device"] = device_name(args.device)
         write(rows, RESULTS / f"ablation-{args.name}.csv")

@@ -21,6 +21,14 @@ difference of the two results, so all that the move has brought about.
 The lower level's optimiser begins anew, at bissl.py's rate without warm-up. Other lengths are tried
 before the first alternation and after 5, other N_L and optimisers (a fifth of simclr.py's rate for
 each) before the first. Writes tests/results/bilevel.csv and bilevel.png.
+
+And how well is A^-1 g known? Before the first alternation A x = g_theta is solved for the labelled
+batches of eight upper steps, with gamma 10 and 100, by the paper's five steps from zero, by the
+released code's (layer-wise), and as bissl.py does, each with H on 128 and on 32 images.
+  products    Hessian-vector products of the eight solves together
+  error       ||x - x*|| / ||x*||, mean of the eight; x* is solved in float64 with H on all 128
+              images, to a residual of 1e-4
+Writes tests/results/bilevel-solvers.csv.
 """
 import argparse
 import copy
@@ -45,7 +53,7 @@ import common
 import simclr
 from bench_speed import device_name
 
-RESULTS = Path(__file__).resolve().parent / "results" / "bilevel.csv"
+RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = ("device", "seed", "alternations", "direction", "length", "optimizer", "steps",
           "change_train", "change_val", "follow", "cosine", "rest", "residual")
 AFTER, LENGTHS, LENGTH = (0, 1, 2, 5, 10), (0.05, 0.1, 0.5, 1, 2), 0.2
@@ -53,6 +61,8 @@ MORE_LENGTHS_AFTER = (0, 5)
 GAMMAS, SOLVE_STEPS, USUAL_STEPS = (1, 10, 100), 60, 20
 LONG_DIRECTIONS = ("implicit 10", "J = I", "direct", "random")
 LOWER_RUNS = [("adamw", 80), ("adamw", 320), ("sgd", 20), ("sgd", 80), ("lars", 20), ("lars", 80)]
+SOLVER_FIELDS = ("device", "seed", "gamma", "images", "solver", "products", "error")
+SOLVER_GAMMAS, H_IMAGES, N_U, EXACT = (10, 100), (128, 32), 8, 1e-4
 
 
 class Enough(Exception):
@@ -156,6 +166,24 @@ class State:
             found.append(torch.autograd.grad(loss, tuple(backbone.parameters())))
         return found
 
+    def upper_gradients(self, count):
+        """g_theta on `count` batches of labelled views."""
+        torch.manual_seed(5)
+        batches = bissl.endless(common.Batches(self.train, self.args.batch_size))
+        upper, found = nn.ModuleList([self.phi_B, self.phi_H]), []
+        for x, y in itertools.islice(batches, count):
+            loss, _ = bissl.downstream_losses(self.args, self.lower.backbone, upper, x, y)
+            found.append(torch.autograd.grad(loss, self.theta))
+        return found
+
+    def pretext_gradient(self, lower, views):
+        """d L_P / d theta_B of the lower level on these views, in their type, with its graph."""
+        exact = argparse.Namespace(**vars(self.pretext_args))
+        exact.precision = "float32"  # no autocast
+        with common.frozen_statistics(lower, second_order=True):
+            loss = self.pretext.loss(lower, views, exact)
+            return torch.autograd.grad(loss, tuple(lower.backbone.parameters()), create_graph=True)
+
     def directions(self):
         """name: a vector v of length 1, the residual of the solve that made it, and A^-1 v with the
         last gamma."""
@@ -232,17 +260,95 @@ def measure(state, alternations, quick):
     return rows
 
 
+# -------------------------------------------------------------------------------------- the solvers
+
+class Counted:
+    """A matvec that counts its products."""
+
+    def __init__(self, matvec):
+        self.matvec, self.products = matvec, 0
+
+    def __call__(self, v):
+        self.products += 1
+        return self.matvec(v)
+
+
+def layerwise(matvec, b, steps):
+    """The released code's conjugate gradients on A x = b: every tensor of the tuple b has an alpha
+    and a beta of its own, although A couples them."""
+    x, r, p = [torch.zeros_like(t) for t in b], list(b), list(b)
+    for _ in range(steps):
+        Ap = matvec(tuple(p))
+        for i in range(len(b)):
+            rr = (r[i] * r[i]).sum()
+            alpha = bissl.ratio(rr, (p[i] * Ap[i]).sum())
+            x[i] = x[i] + alpha * p[i]
+            r[i] = r[i] - alpha * Ap[i]
+            beta = bissl.ratio((r[i] * r[i]).sum(), rr)
+            p[i] = r[i] + beta * p[i]
+    return tuple(x)
+
+
+def five_steps(matvec, vectors):
+    return [bissl.conjugate_gradient(matvec, v, 5) for v in vectors]
+
+
+def five_layerwise(matvec, vectors):
+    return [layerwise(matvec, v, 5) for v in vectors]
+
+
+def shared(matvec, vectors, steps=5, tolerance=0.05, most=20):
+    """As bissl.py solves the systems of an alternation, with its defaults."""
+    directions, answers = [], []
+    for v in vectors:
+        answers.append(bissl.conjugate_gradient(matvec, v, steps, tolerance, directions))
+        directions = bissl.reusable(directions, most)
+    return answers
+
+
+SOLVERS = {"5 steps": five_steps, "5 steps, layer-wise": five_layerwise,
+           "shared directions": shared}
+
+
+def measure_solvers(state):
+    """A row for each gamma, number of images that H is taken on, and solver."""
+    vectors, rows = state.upper_gradients(N_U), []
+    x, _ = next(state.batches(seed=3))
+    views = [view.contiguous() for view in state.pretext.make_views(x, state.pretext_args)]
+    state.lower.to(memory_format=torch.contiguous_format)
+    exact = copy.deepcopy(state.lower).double()
+    exact_theta = tuple(exact.backbone.parameters())
+    exact_graph = state.pretext_gradient(exact, [view.double() for view in views])
+    exact_vectors = [tuple(t.double() for t in v) for v in vectors]
+    for gamma in SOLVER_GAMMAS:
+        damping = state.args.lam + gamma
+        product = bissl.damped_hessian(exact_graph, exact_theta, damping)
+        solutions = shared(product, exact_vectors, 100, EXACT, 200)
+        for images, name in itertools.product(H_IMAGES, SOLVERS):
+            graph = state.pretext_gradient(state.lower, [view[:images] for view in views])
+            product = Counted(bissl.damped_hessian(graph, state.theta, damping))
+            errors = []
+            for x, x_star in zip(SOLVERS[name](product, vectors), solutions):
+                x, x_star = bissl.as_vector(x).double(), bissl.as_vector(x_star)
+                errors.append(((x - x_star).norm() / x_star.norm()).item())
+            rows.append(dict(seed=state.args.seed, gamma=gamma, images=images, solver=name,
+                             products=product.products, error=f"{np.mean(errors):.4f}"))
+            print(" ".join(str(value) for value in rows[-1].values()), flush=True)
+    state.lower.to(memory_format=torch.channels_last)
+    return rows
+
+
 # ------------------------------------------------------------------------------------ what came out
 
-def write(rows):
+def write(rows, name, fields):
     """Rows of this device and these seeds replace the ones in the file."""
-    new = {(row["device"], str(row["seed"])) for row in rows}
-    if RESULTS.exists():
-        with RESULTS.open(newline="") as file:
+    path, new = RESULTS / name, {(row["device"], str(row["seed"])) for row in rows}
+    if path.exists():
+        with path.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if (row["device"], row["seed"]) not in new]
         rows = kept + rows
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
     return rows
@@ -292,7 +398,7 @@ def draw(rows):
     axes[1, 1].set(xlabel="alternations before it", ylim=(0, None),
                    title="is theta a best response (rest 0), does it go where A^-1 sends it?")
     figure.tight_layout()
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=100)
+    figure.savefig(RESULTS / "bilevel.png", dpi=100)
     plt.close(figure)
 
 
@@ -305,15 +411,19 @@ def main(argv=None):
     p.add_argument("--simclr", type=str.split, default=[], help="flags for simclr.py")
     p.add_argument("--bissl", type=str.split, default=[], help="flags for bissl.py")
     args = p.parse_args(argv)
-    rows = []
+    rows, solver_rows = [], []
     for seed in args.seeds[:1] if args.quick else args.seeds:
         flags, paths = make_states(seed, Path(args.runs) / f"seed{seed}", args)
         for alternations in AFTER[:1] if args.quick else AFTER:
             state = State(flags, paths.get(alternations))
             made = measure(state, alternations, args.quick)
-            rows += [dict(row, device=device_name(state.args.device)) for row in made]
+            device = device_name(state.args.device)
+            rows += [dict(row, device=device) for row in made]
+            if alternations == 0 and not args.quick:
+                solver_rows += [dict(row, device=device) for row in measure_solvers(state)]
     if not args.quick:
-        draw(write(rows))
+        write(solver_rows, "bilevel-solvers.csv", SOLVER_FIELDS)
+        draw(write(rows, "bilevel.csv", FIELDS))
 
 
 if __name__ == "__main__":

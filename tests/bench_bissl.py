@@ -43,6 +43,7 @@ import torch
 import bissl
 import common
 import finetune
+import simclr
 from bench_accuracy import Bench, spread_of
 from bench_speed import device_name
 
@@ -80,7 +81,7 @@ class Chain:
 
     def pretext(self):
         out = f"simclr-{self.seed}"
-        flags = ["--data", "doodles", *self.args.pretext, "--seed", self.seed]
+        flags = [*pretext_flags(self.args), "--seed", self.seed]
         self.bench.once(out, lambda: dict(knn=self.bench.main("simclr", out, flags)["knn"]))
         return self.bench.place / f"{out}.pt"
 
@@ -135,7 +136,7 @@ class Chain:
             none = self.stage([*PRETEXT_GOES_ON, "--lower-steps", 1])[1]
             of_steps = max(0.1, few["seconds"] - none["seconds"])
             share = (whole["seconds"] - none["seconds"]) / of_steps
-            lower_steps = 1 + round(19 * share)  # N_L is 20
+            lower_steps = 1 + round((self.stage_args().lower_steps - 1) * share)
             return self.stage([*PRETEXT_GOES_ON, "--lower-steps", lower_steps])
         flag, value = row.split()
         return self.stage([f"--{flag}", value])
@@ -143,12 +144,15 @@ class Chain:
     def epochs(self, row):
         epochs = EPOCHS[self.args.labels]
         if row in MORE:
-            flags = self.bench.flags("flags", [*self.labels, *self.args.stage])
-            seen = bissl.parser().parse_args(flags)
-            images = len(common.load_labelled(seen, self.seed))
-            shown = seen.alternations * seen.upper_steps * seen.batch_size
-            epochs += seen.head_epochs + round(shown / images)
+            stage = self.stage_args()
+            images = len(common.load_labelled(stage, self.seed))
+            shown = stage.alternations * stage.upper_steps * stage.batch_size
+            epochs += stage.head_epochs + round(shown / images)
         return epochs
+
+    def stage_args(self):
+        flags = self.bench.flags("flags", [*self.labels, *self.args.stage])
+        return bissl.parser().parse_args(flags)
 
     def score(self, row):
         """Test score in per cent, and the seconds of the stage before fine-tuning."""
@@ -161,11 +165,17 @@ class Chain:
         return made[f"test_{self.bench.metric()}"], line.get("seconds", 0)
 
 
+def pretext_flags(args):
+    return ["--data", "doodles", *args.pretext]
+
+
 def load_everything(bench):
     """Draw or decode all images before the first stage is timed."""
-    args = finetune.parser().parse_args(bench.flags("flags"))
+    args = finetune.parser().parse_args(bench.flags("flags", bench.args.finetune))
     for split in ("train", "val", "test"):
         common.load_data(args, split)
+    args = simclr.parser().parse_args(bench.flags("flags", pretext_flags(bench.args)))
+    common.load_data(args, "unlabeled")
 
 
 def table(scores, seconds, args):

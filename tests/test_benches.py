@@ -22,7 +22,6 @@ import bench_accuracy
 import bench_alignment
 import bench_bilevel
 import bench_bissl
-import bench_hypergradient
 import bench_scale
 import bench_speed
 import bench_tasks
@@ -217,18 +216,15 @@ def test_every_kind_of_row_of_the_accuracy_bench_runs(few_petals, ckpt, tmp_path
         assert 0 <= score <= 100 and seconds > 0
 
 
-@pytest.mark.parametrize("group", ["residual", "keys", "alpha", "ingredients", "losses"])
+@pytest.mark.parametrize("group", ["keys", "alpha", "ingredients", "losses"])
 def test_the_ablation_bench_runs(group, few_petals, ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_ablation, "RESULTS", tmp_path)
     values = dict(bench_ablation.VALUES, keys=(1, 40), alpha=(0, 0.5))
     monkeypatch.setattr(bench_ablation, "VALUES", values)
-    monkeypatch.setattr(bench_ablation, "DAMPINGS", (10.0,))
-    monkeypatch.setattr(bench_ablation, "STEPS", (1, 2))
     bench_ablation.main([group, "--ckpt", ckpt, "--device", "cpu", "--runs", str(tmp_path / "runs"),
                          "--seeds", "1", "--epochs", "2", "--labels", "2", "--pairs", "0.01,0"])
     rows = read(tmp_path / "ablation-petals.csv")
-    if group != "residual":
-        assert [row["variant"] for row in rows] == [str(value) for value in values[group]]
+    assert [row["variant"] for row in rows] == [str(value) for value in values[group]]
     assert (tmp_path / f"ablation-petals-{group}.png").exists()
 
 
@@ -306,9 +302,10 @@ def test_the_alignment_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
 def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
     """Two states, of which one has been through an alternation; every kind of lower run."""
     draw_nothing(monkeypatch)
-    monkeypatch.setattr(bench_bilevel, "RESULTS", tmp_path / "bilevel.csv")
+    monkeypatch.setattr(bench_bilevel, "RESULTS", tmp_path)
     for name, value in dict(AFTER=(0, 1), LENGTHS=(), MORE_LENGTHS_AFTER=(0,), SOLVE_STEPS=3,
-                            LOWER_RUNS=[("sgd", 2), ("lars", 2)], USUAL_STEPS=1).items():
+                            LOWER_RUNS=[("sgd", 2), ("lars", 2)], USUAL_STEPS=1, N_U=2,
+                            H_IMAGES=(16, 8), EXACT=0.1).items():
         monkeypatch.setattr(bench_bilevel, name, value)
     (tmp_path / "runs/seed0").mkdir(parents=True)
     shutil.copy(ckpt, tmp_path / "runs/seed0/simclr.pt")
@@ -324,18 +321,10 @@ def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
     assert all(math.isfinite(float(row[name])) for row in rows
                for name in bench_bilevel.FIELDS[7:])
     assert (tmp_path / "bilevel.png").exists()
-
-
-def test_the_hypergradient_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_hypergradient, "RESULTS", tmp_path / "hypergradient.csv")
-    for name, value in dict(N_L=2, N_U=2, ROUNDS=1, EXACT=0.1).items():
-        monkeypatch.setattr(bench_hypergradient, name, value)
-    flags = "--device cpu --pretext-batch-size 16 --batch-size 8 --head-epochs 1 "
-    flags += "--labels-per-class 2 --damping 1000"
-    bench_hypergradient.main(["--ckpt", ckpt, *flags.split()])
-    rows = read(tmp_path / "hypergradient.csv")
-    assert [row["idea"] for row in rows] == [idea[0] for idea in bench_hypergradient.IDEAS]
-    assert (tmp_path / "hypergradient.png").exists()
+    rows = read(tmp_path / "bilevel-solvers.csv")
+    assert len(rows) == 2 * 2 * len(bench_bilevel.SOLVERS)
+    assert [row["products"] for row in rows if row["solver"] == "5 steps"] == ["10"] * 4
+    assert all(math.isfinite(float(row["error"])) for row in rows)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 import bissl
 import common
 import simclr
-from bench_hypergradient import layerwise
+from bench_bilevel import layerwise
 
 SHAPES = (2, 3), (4,), (1, 2, 2)  # three tensors, 14 numbers
 
