@@ -76,9 +76,10 @@ def share_with_class(own, queued, y, filled=None):
     """KL(target || softmax), batch mean; the target is uniform over the image itself and the filled
     slots of its class.
 
-    own (B,): logits of the images themselves; queued (B, C, K): of all keys; filled (C, K) bool,
-    without: all.
+    own (B,): logits of the images themselves; queued (B, C, K): of all keys; y (B,); filled (C, K)
+    bool, without: all. -> scalar, in float32 or better
     """
+    own, queued = common.upcast(own), common.upcast(queued)
     if filled is None:
         filled = torch.ones_like(queued[0], dtype=torch.bool)
     queued = queued.masked_fill(~filled, -torch.inf)
@@ -94,7 +95,8 @@ def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=Non
     """CCE: the class's classifier weights among the image's own features and all queued ones.
 
     h (B, D), weight (C, D), bias (C,), y (B,), queue (C, K, D + 1) unit keys of [h, 1]; filled (C,
-    K) bool, without: all. The weights are constants here: the loss moves the features.
+    K) bool, without: all. The weights are constants here: the loss moves the features. -> scalar,
+    in float32 or better
     """
     w = torch.cat([weight, bias[:, None]], 1).detach()
     w = F.normalize(w, dim=1)[y]                        # (B, D + 1)
@@ -106,8 +108,8 @@ def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=Non
 def categorical_contrastive(z_q, z_k, y, queue, temperature, filled=None):
     """CCL: the image's projection among its own key and all queued ones.
 
-    z_q, z_k (B, d), normalised here, z_k a constant; y (B,); queue (C, K, d) unit keys; filled (C,
-    K) bool, without: all.
+    z_q, z_k (B, d), normalised here (zeros stay zeros), z_k a constant; y (B,); queue (C, K, d)
+    unit keys; filled (C, K) bool, without: all. -> scalar, in float32 or better
     """
     z_q = F.normalize(common.upcast(z_q), dim=1)
     z_k = F.normalize(common.upcast(z_k.detach()), dim=1)

@@ -46,7 +46,8 @@ def hard_pairs(f, y, num_classes, alpha):
     mining").
 
     f (B, D), y (B,) int -> f_pos (B, D), y_pos (B, C), f_neg (B, D), y_neg (B, C); labels are
-    shares that add up to 1.
+    shares that add up to 1. Shares and permutation are drawn by torch, anew in each call, a share
+    for each mixture.
     """
     alpha = torch.tensor(alpha, dtype=f.dtype)
     shares = torch.distributions.Beta(alpha, alpha).sample((2, len(f), 1))  # (2, B, 1)
@@ -82,7 +83,8 @@ def focal_contrastive(z, positives, temperature):
 
     L_i = -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij,
     p_ij = exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau).
-    z (n, d), normalised here; positives (n, n) bool, row i marks P_i, nothing on the diagonal.
+    z (n, d), normalised here (zeros stay zeros); positives (n, n) bool, row i marks P_i, nothing on
+    the diagonal. -> scalar, in float32 or better
     """
     z = F.normalize(common.upcast(z), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)

@@ -9,10 +9,11 @@ back.
 `strip all` takes every function out; `grade` without names grades every one.
 
 What is graded. Only the named functions are taken from a submission (by name, from simclr.py and
-its siblings), with helpers, imports and constants that their file defines under names that are new.
-Each is put into this repository's own module, with every other function and all tests from here: a
-wrong conjugate_gradient costs inverse_hvp nothing, and tests that a student edited are never read.
-The rest of a submitted file is not run, but it has to be Python.
+its siblings), with helpers, methods, imports and constants that their file defines under names that
+are new. Each is put into this repository's own module, with every other function and all tests from
+here: a wrong conjugate_gradient costs inverse_hvp nothing, and tests that a student edited are
+never read. The rest of a submitted file is not run, but it has to be Python. What is no folder, or
+has none of the files, is skipped with a line.
 
 Points. A function has all of its points or none, because its cases do not weigh the same: one that
 always returns 0 passes some. How many cases passed, and the first that failed, stand beside the
@@ -29,6 +30,7 @@ what has full points, and grade strangers' code in a container.
 import argparse
 import ast
 import contextlib
+import copy
 import functools
 import gc
 import importlib
@@ -89,13 +91,15 @@ FUNCTIONS = {
     "common.update_average": (1, "test_optimisation.py test_byol.py",
         "update_average or update_target"),
 }
+CONTRACTS = "test_contracts.py"  # has tests of all of them, whose names end with the function's
 # what pytest and torch.testing say of numbers that differ, and how a student is told
 COMPARISONS = [
     (r"Expected (\S+) but got (\S+?)\.? ", "expected {0}, got {1}"),
     (r"Obtained: (\S+) Expected: (.+)$", "expected {1}, got {0}"),
     (r"Greatest absolute difference: (\S+) .*?up to (\S+) allowed",
-     "differs by up to {0}, allowed are {1}")]
-NOT_HANDED_OUT = "tests/planted/", "tests/test_assignment.py"  # they show answers
+     "differs by up to {0}, allowed are {1}"),
+    (r"Jacobian mismatch", "the gradient is not the derivative of the result")]
+NOT_HANDED_OUT = "tests/planted/", "tests/answers.md", "tests/test_assignment.py"  # show answers
 NOT_OURS = {"data", "runs", "__pycache__", ".git", ".venv", ".pytest_cache"}
 QUIET = ["-s", "-W", "ignore", "--rootdir", str(ROOT), "-pno:terminal", "-pno:cacheprovider",
          "-pno:faulthandler", "-pno:unraisableexception", "-pno:threadexception", "-pno:logging"]
@@ -116,6 +120,12 @@ def file_of(name):
     return f"{name.split('.')[0]}.py"
 
 
+def tests_of(name):
+    """The test files of a function, and the expression that selects its tests in them."""
+    _, files, expression = FUNCTIONS[name]
+    return [*files.split(), CONTRACTS], f"({expression}) or {name}"
+
+
 # -------------------------------------------------------------------------------------- source code
 
 def parse(code):
@@ -128,34 +138,66 @@ def parse(code):
             raise ValueError("too deeply nested") from error
 
 
+def names_in(node):
+    """The names that a statement gives a value."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    names = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.alias):
+            names.add((part.asname or part.name).split(".")[0])
+        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            names.add(part.id)
+    return names
+
+
+def owner_of(tree, name):
+    """The body that holds the function: the file's, or that of its class; empty without such a
+    class."""
+    for owner in name.split(".")[1:-1]:
+        classes = [node for node in tree.body
+                   if isinstance(node, ast.ClassDef) and node.name == owner]
+        if not classes:
+            return []
+        tree = classes[-1]
+    return tree.body
+
+
 def find(tree, name):
     """The definition of module.function or module.Class.method, the last one if there are several,
-    or None."""
-    *classes, function = name.split(".")[1:]
-    path = [(owner, ast.ClassDef) for owner in classes] + [(function, ast.FunctionDef)]
-    for wanted, kind in path:
-        found = [node for node in tree.body if isinstance(node, kind) and node.name == wanted]
-        if not found:
-            return None
-        tree = found[-1]
-    return tree
+    or None. An assignment is one, too: `byol_loss = my_loss`."""
+    found = None
+    for node in owner_of(tree, name):
+        if isinstance(node, (ast.FunctionDef, ast.Assign)) and name.split(".")[-1] in names_in(node):
+            found = node
+    return found
 
 
-def new_names(tree, name):
-    """Definitions, imports and assignments at the top level under names that this repository's
-    module does not have."""
-    module, new = importlib.import_module(name.split(".")[0]), []
-    for node in tree.body:
-        names = []
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names = [node.name]
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [(alias.asname or alias.name).split(".")[0] for alias in node.names]
-        elif isinstance(node, ast.Assign):
-            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-        if names and not any(hasattr(module, each) for each in names):
+def new_names(nodes, known):
+    """Of these statements, those that give values to names of which `known`, a module or a class,
+    has none. Of an import its new names."""
+    new = []
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            node = copy.copy(node)
+            node.names = [alias for alias in node.names
+                          if not hasattr(known, (alias.asname or alias.name).split(".")[0])]
+        names = names_in(node)
+        if names and not any(hasattr(known, each) for each in names):
             new.append(node)
     return new
+
+
+def taken(tree, name):
+    """What is taken from a submission: new names of its file, new names of the function's class,
+    and the function."""
+    module, *owners = name.split(".")[:-1]
+    known = importlib.import_module(module)
+    at_top, in_class = new_names(tree.body, known), []
+    if owners:
+        owner = functools.reduce(getattr, owners, known)
+        in_class = new_names(owner_of(tree, name), owner)
+    return at_top, [*in_class, find(tree, name)]
 
 
 # -------------------------------------------------------------------------------------------- strip
@@ -193,11 +235,14 @@ def files():
     return [name for name in names if (ROOT / name).is_file()]
 
 
-def strip(names, out):
-    """Write a copy of the repository to `out`, without the bodies of the named functions."""
+def strip(names, out, no_tests=False):
+    """Write a copy of the repository to `out`, without the bodies of the named functions.
+    no_tests: and without the tests, whose slow loops show what a function does."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         fail(f"--out {out} is there already and not an empty folder")
     for file in files():
+        if no_tests and re.fullmatch(r"tests/\w+\.py", file):
+            continue
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / file, out / file)
     for name in names:
@@ -307,7 +352,7 @@ def prepare():
         except (Exception, SystemExit) as error:
             fail(f"this repository's own {file_of(name)} cannot be imported: "
                  f"{type(error).__name__}: {words(error)}")
-    every = dict.fromkeys(file for _, files, _ in FUNCTIONS.values() for file in files.split())
+    every = dict.fromkeys(file for name in FUNCTIONS for file in tests_of(name)[0])
     if pytest.main(["--collect-only", *QUIET, *(str(TESTS / file) for file in every)]):
         fail("the tests of this repository cannot be collected: see `python -m pytest tests`")
     sys.modules["torch"].manual_seed(0)  # imports half of torch: once is enough
@@ -317,11 +362,13 @@ def prepare():
 def plant(name, tree, path):
     """Put the submission's function into the trusted module."""
     module = importlib.import_module(name.split(".")[0])
-    *owners, last = name.split(".")[1:]
+    owner = functools.reduce(getattr, name.split(".")[1:-1], module)
+    at_top, in_owner = taken(tree, name)
     found = {}
-    exec(compile(ast.Module(new_names(tree, name), []), path, "exec"), vars(module))
-    exec(compile(ast.Module([find(tree, name)], []), path, "exec"), vars(module), found)
-    setattr(functools.reduce(getattr, owners, module), last, found[last])
+    exec(compile(ast.Module(at_top, []), path, "exec"), vars(module))
+    exec(compile(ast.Module(in_owner, []), path, "exec"), vars(module), found)
+    for each, value in found.items():
+        setattr(owner, each, value)
 
 
 def examine(name, code, path, folder):
@@ -343,8 +390,8 @@ def examine(name, code, path, folder):
         except BaseException as error:
             report(broken=reason(error, path))
             return
-        _, files, expression = FUNCTIONS[name]
-        tests = [str(TESTS / file) for file in files.split()]
+        files, expression = tests_of(name)
+        tests = [str(TESTS / file) for file in files]
         pytest.main([*tests, "-k", expression, "--basetemp", os.path.join(folder, "tmp"), *QUIET],
                     plugins=[Recorder(report, path)])
         report(ended=True)
@@ -401,7 +448,7 @@ def grade(submission, names, limit, known):
     for name in names:
         path, why = submission / file_of(name), None
         try:
-            code = path.read_text(encoding="utf-8")
+            code = path.read_text(encoding="utf-8-sig")
             tree = parse(code)
         except OSError as error:
             why = f"cannot read {path.name}: {error.strerror}"
@@ -412,13 +459,27 @@ def grade(submission, names, limit, known):
         if why is None and find(tree, name) is None:
             why = f"{path.name} has no function {name.split('.', 1)[1]}"
         if why is None:
-            key = name, *map(ast.dump, [find(tree, name), *new_names(tree, name)])
+            at_top, in_owner = taken(tree, name)
+            key = name, *map(ast.dump, [*at_top, *in_owner])
             if key not in known:
                 known[key] = judge(name, code, str(path), limit)
             result[name] = known[key]
         else:
             result[name] = dict(points=0, of=FUNCTIONS[name][0], cases=0, passed=0, why=why)
     return result
+
+
+def why_skipped(submission):
+    """A sentence if there is nothing here to grade, else None."""
+    if not submission.is_dir():
+        return "which is no folder"
+    files = {file_of(name) for name in FUNCTIONS}
+    if any((submission / file).exists() for file in files):
+        return None
+    deeper = sorted(path for file in files for path in submission.glob(f"*/**/{file}"))
+    if deeper:
+        return f"its files are in {deeper[0].parent}: grade that folder"
+    return f"it has none of the files {', '.join(sorted(files))}"
 
 
 def show(sheet):
@@ -453,6 +514,8 @@ def main(argv=None):
     stripped.add_argument("names", nargs="+", help="functions, or `all`")
     stripped.add_argument(
         "--out", type=Path, required=True, help="a folder that is not there yet, or empty")
+    stripped.add_argument("--no-tests", action="store_true",
+                          help="leave out the tests, whose slow loops show answers")
     graded = commands.add_parser("grade", help="grade submissions")
     graded.add_argument("what", nargs="+", metavar="DIR or NAME",
                         help="folders with simclr.py and so on, and functions (without: all)")
@@ -462,25 +525,30 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     if args.command == "list":
-        for name, (points, tests, expression) in FUNCTIONS.items():
-            where = " ".join(f"tests/{file}" for file in tests.split())
+        for name, (points, _, _) in FUNCTIONS.items():
+            files, expression = tests_of(name)
+            where = " ".join(f"tests/{file}" for file in files)
             print(f"{name:<36} {file_of(name):<15} {points} points   "
                   f'python -m pytest -q {where} -k "{expression}"')
     elif args.command == "strip":
-        strip(known_names(args.names), args.out)
+        strip(known_names(args.names), args.out, args.no_tests)
     else:
-        folders = [each for each in args.what if Path(each).is_dir()]
+        submissions = [each for each in args.what if Path(each).exists()]
         for each in args.what:
-            if each not in folders and each != "all" and each not in FUNCTIONS:
+            if each not in submissions and each != "all" and each not in FUNCTIONS:
                 fail(f"{each} is neither a folder nor a function that can be set")
-        names = known_names([each for each in args.what if each not in folders])
-        if not folders:
+        names = known_names([each for each in args.what if each not in submissions])
+        if not submissions:
             fail("no folder to grade")
         prepare()
         sheets, known = [], {}
-        for folder in folders:
-            result = grade(Path(folder), names, args.limit, known)
-            sheets.append(dict(submission=folder,
+        for submission in submissions:
+            why = why_skipped(Path(submission))
+            if why:
+                print(f"{submission}: skipped, {why}", file=sys.stderr)
+                continue
+            result = grade(Path(submission), names, args.limit, known)
+            sheets.append(dict(submission=submission,
                                points=sum(each["points"] for each in result.values()),
                                of=sum(each["of"] for each in result.values()), functions=result))
             if not args.json:

@@ -137,7 +137,78 @@ ODD = {
     "helped": ("import math as maths\nTWO = maths.sqrt(4)\n"
                "def inner(p, z): return (p * z).sum(1)\n" + DEF
                + RIGHT[1:].replace("2 * (p * z).sum(1)", "TWO * inner(p, z)"), None),
+    "assigned": ("def mine(p, z):" + RIGHT + "byol_loss = mine\n", None),
+    "constants": ("from math import sqrt\nimport math, cmath\nEPS: float = 1e-12\nONE, TWO = 1, 2\n"
+                  "if ONE:\n    FOUR = sqrt(4) * 2\n" + DEF + "    assert cmath and math and EPS\n"
+                  + RIGHT[1:].replace("2 - 2", "FOUR - 2 * ONE - 2"), None),
+    "marked": ("\ufeff" + DEF + RIGHT[1:], None),
 }
+# Right answers that are written another way than ours.
+OTHERWISE = {
+    "bi_tuning.ClassQueue.enqueue": """
+class ClassQueue:
+    def next_slot(self, label):
+        return int(self.entered[label]) % self.keys.shape[1]
+
+    def enqueue(self, keys, y):
+        for key, label in zip(keys.detach(), y.tolist()):
+            self.keys[label, self.next_slot(label)] = key
+            self.entered[label] += 1
+""",
+    "simclr.nt_xent": """
+def nt_xent(z1, z2, temperature):
+    z = torch.cat([z1, z2])
+    z = z.float() if z.dtype == torch.bfloat16 else z
+    z = z / z.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    s = z @ z.t() / temperature
+    i = torch.arange(len(z), device=z.device)
+    rest = s.masked_fill(i[:, None] == i, float("-inf")).logsumexp(1)
+    return (rest - s[i, (i + len(z1)) % len(z)]).mean()
+""",
+    "byol.symmetric_loss": """
+def symmetric_loss(p, z_target):
+    n = len(p) // 2
+    swapped = torch.cat([z_target[n:], z_target[:n]]).detach()
+    return 2 * byol_loss(p, swapped)
+""",
+    "bissl.conjugate_gradient": """
+def conjugate_gradient(matvec, b, steps, tolerance=0, directions=None):
+    directions = [] if directions is None else directions
+    dot = lambda a, c: sum((s * t).sum() for s, t in zip(a, c))
+    x, r = [torch.zeros_like(t) for t in b], list(b)
+    for p, Ap, pAp in directions:
+        p, Ap = as_tensors(p, b), as_tensors(Ap, b)
+        alpha = ratio(dot(p, r), pAp)
+        x = [s + alpha * t for s, t in zip(x, p)]
+        r = [s - alpha * t for s, t in zip(r, Ap)]
+    for _ in range(steps):
+        if tolerance and dot(r, r) ** 0.5 <= tolerance * dot(b, b) ** 0.5:
+            break
+        p = as_vector(r)
+        for q, Aq, qAq in directions:
+            p = p - ratio(Aq @ p, qAq) * q
+        p = as_tensors(p, b)
+        Ap = matvec(p)
+        pAp = dot(p, Ap)
+        directions.append((as_vector(p), as_vector(Ap), pAp))
+        if tolerance and pAp == 0:
+            break
+        alpha = ratio(dot(p, r), pAp)
+        x = [s + alpha * t for s, t in zip(x, p)]
+        r = [s - alpha * t for s, t in zip(r, Ap)]
+    return tuple(x)
+""",
+    "core_tuning.hard_pairs": """
+def hard_pairs(f, y, num_classes, alpha):
+    n, one_hot = len(f), torch.nn.functional.one_hot(y, num_classes).to(f.dtype)
+    hp, hn = hardest(f, y)
+    beta = torch.distributions.Beta(torch.full((n,), float(alpha)), torch.full((n,), float(alpha)))
+    lam = beta.sample().to(f)[:, None]
+    other = beta.sample().to(f)[:, None].clamp(0.8)
+    r = torch.randperm(n)
+    return (torch.lerp(f[hn], f[hp], lam), torch.lerp(one_hot[hn], one_hot[hp], lam),
+            torch.lerp(f, f[r], other), torch.lerp(one_hot, one_hot[r], other))
+"""}
 WHOLE = {"module", "syntax", "binary"}  # these cost every function of the file
 
 
@@ -156,6 +227,13 @@ def sheets(tmp_path_factory):
     decay = ast.get_source_segment(code, find(parse(code), "byol.decay"))
     (place / "victim").write_text("untouched")
     (place / "missing").mkdir()
+    (place / "missing" / "simclr.py").touch()
+    for name, right in OTHERWISE.items():
+        (place / name).mkdir()
+        (place / name / file_of(name)).write_text(right)
+    (place / "deep" / "down").mkdir(parents=True)
+    shutil.copy(ROOT / "byol.py", place / "deep" / "down")
+    (place / "empty").mkdir()
     for name, (odd, _) in ODD.items():
         (place / name).mkdir()
         (place / name / "byol.py").write_text(
@@ -167,27 +245,30 @@ def sheets(tmp_path_factory):
     some = ["grade", *(str(place / name) for name in [*ODD, "missing"] if name != "hangs"),
             "byol.byol_loss", "byol.decay", "--json"]
     late = ["grade", str(place / "hangs"), "byol.byol_loss", "--json", "--limit", "4"]
-    shown = ["grade", str(place / "stripped"), str(ROOT), "byol.decay"]
+    skipped = [str(place / name) for name in ("victim", "deep", "empty")]
+    shown = ["grade", str(place / "stripped"), *skipped, str(ROOT), "byol.decay"]
+    right = ["grade", *(str(place / name) for name in OTHERWISE), *OTHERWISE, "--json"]
     calls = ("import assignment, json, sys\n"
              "for argv in json.loads(sys.argv[1]): assignment.main(argv)")
     runs = []
-    for commands in ([one], [other, some, late, shown]):  # on a core each
+    for commands in ([one], [other, some, right, late, shown]):  # on a core each
         runs.append(subprocess.Popen([sys.executable, "-c", calls, json.dumps(commands)], cwd=TESTS,
                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    printed = ""
+    printed, said = "", ""
     for run in runs:
         out, err = run.communicate()
-        assert run.returncode == 0 and err == ""
-        printed += out
+        assert run.returncode == 0, err
+        printed, said = printed + out, said + err
     decode, rest, result = json.JSONDecoder().raw_decode, printed, {}
-    for _ in range(4):
+    for _ in range(5):
         found, end = decode(rest)
         rest = rest[end:].lstrip()
         for sheet in found:
             name = Path(sheet["submission"]).name
             result["untouched" if sheet["submission"] == str(ROOT) else name] = sheet
     assert (place / "victim").read_text() == "untouched"
-    return result | {"shown": rest.replace(str(place), "PLACE").replace(str(ROOT), "ROOT")}
+    shorter = lambda text: text.replace(str(place), "PLACE").replace(str(ROOT), "ROOT")
+    return result | {"shown": shorter(rest), "said": shorter(said)}
 
 
 def test_the_untouched_repository_has_all_points_and_the_stripped_one_none(sheets):
@@ -226,6 +307,32 @@ def test_odd_submissions_cost_what_they_affect_and_are_told_in_a_sentence(sheets
     assert all(other["points"] == (name not in WHOLE) for other in others)
     assert (loss["why"] is None) if said is None else said in loss["why"]
     assert "\n" not in (loss["why"] or "") and "Traceback" not in (loss["why"] or "")
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_right_answer_has_its_points_however_it_is_written(sheets, name):
+    found = sheets[name]["functions"][name]
+    assert found["points"] == found["of"], found["why"]
+
+
+def test_what_cannot_be_graded_is_skipped_with_a_line(sheets):
+    file, deep, empty = sheets["said"].splitlines()
+    assert file == "PLACE/victim: skipped, which is no folder"
+    assert deep == "PLACE/deep: skipped, its files are in PLACE/deep/down: grade that folder"
+    assert empty.startswith("PLACE/empty: skipped, it has none of the files bi_tuning.py, bissl.py")
+
+
+def test_tests_of_contracts_end_with_the_function_that_they_are_of():
+    """So that no expression selects a test of another function."""
+    code = (TESTS / assignment.CONTRACTS).read_text()
+    names = [node.name for node in parse(code).body
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    assert len(names) > 20
+    for name in FUNCTIONS:
+        files, expression = assignment.tests_of(name)
+        words = re.findall(r"[a-z_]{4,}", FUNCTIONS[name][2])
+        inside = [word for word in words for test in names if word in test]
+        assert not inside and files[-1] == assignment.CONTRACTS and expression.endswith(name)
 
 
 def test_a_missing_file_is_told(sheets):

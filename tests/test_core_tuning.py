@@ -205,6 +205,9 @@ def test_gradients_flow_through_the_mixtures(batch, classes):
         torch.manual_seed(1)  # the same shares and partners each time
         return [core_tuning.hard_pairs(f, y, classes, 1.0)[i] for i in (0, 2)]
 
+    for one, other in zip(mixtures(f), mixtures(f)):
+        assert torch.equal(one, other), \
+            "torch.manual_seed() does not repeat the draws: draw with torch"
     assert torch.autograd.gradcheck(mixtures, f.requires_grad_())
     for mixed in mixtures(f):
         assert torch.autograd.grad(mixed.sum(), f, retain_graph=True)[0].any()
