@@ -428,7 +428,7 @@ def classes_shown(labels):
     """int64 (n, K): the classes that each image shows, -1 where they are fewer than K.
 
     labels, of n images: int64 (n,), one class; int64 (n, C), 1 where a class is shown (voc07);
-    float32 (n, M, 6), an object a row: left, top, right, bottom as shares of the image's sides,
+    float32 (n, M, 6), one object per row: left, top, right, bottom as shares of the image's sides,
     class, 1 if it is difficult, and -1 throughout where there is none; uint8 (n, S, S), the class
     of each pixel, 0 for the background and 255 for what counts as nothing.
     """
@@ -661,7 +661,7 @@ def read_cub200(root, split):
 
 
 def read_sun397(root, split):
-    """The first of the official partitions, 50 + 50 images a class; torchvision has none."""
+    """The first of the official partitions, 50 + 50 images per class; torchvision has none."""
     data, folder = sets.SUN397(root, download=True), root / "SUN397"
     label_of = dict(zip(data._image_files, data._labels))
     if not (folder / "Testing_01.txt").exists():
@@ -696,7 +696,7 @@ def read_pets(root, split):
 
 
 def read_caltech101(root, split):
-    """30 images a class, drawn once and for all, are train, the others test."""
+    """30 images per class, drawn once and for all, are train, the others test."""
     folder = root / "caltech101" / "101_ObjectCategories"
     if not folder.exists():
         sets.Caltech101(root, download=True)
@@ -941,8 +941,8 @@ def shown_size(picture):
 
 
 def read_boxes(file, picture, classes):
-    """float32 (m, 6), an object a row as in classes_shown(). What reaches out of the picture is cut
-    off, what has no area is left out."""
+    """float32 (m, 6), one object per row as in classes_shown(). What reaches out of the picture
+    is cut off, what has no area is left out."""
     content, objects = read_xml(file), []
     width, height = shown_size(picture)
     said = [content.findtext("size/width"), content.findtext("size/height")]
@@ -1325,7 +1325,7 @@ def load_labelled(args, seed, hold_out=False):
 
 def need_one_label(args, data):
     if not data.one_label:
-        fail(f"{args.data} has several classes an image, and this loss needs one: finetune.py "
+        fail(f"{args.data} has several classes per image, and this loss needs one: finetune.py "
              "without --eta takes it")
 
 

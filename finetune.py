@@ -120,7 +120,7 @@ class Classify:
         return evaluate(backbone, head, store, self.args)[0]
 
     def picture(self, axes, backbone, head, before, store):
-        """Three panels: the confusion matrix (with several labels an image: each class's
+        """Three panels: the confusion matrix (with several labels per image: each class's
         precision), the store's features before fine-tuning and after."""
         x, y = common.features(backbone, store, self.args)
         _, confusion = metrics(head(x), y)  # or precision
@@ -219,7 +219,7 @@ class Trial:
     data: common.Store         # what it trains on
     judge: common.Store        # what it is scored on after its last epoch
     watch: common.Store        # what its score is logged on now and then, or None
-    history: list              # a line an epoch of all trials so far
+    history: list              # a line per epoch of all trials so far
     results: list              # a dict for each finished trial
     resume: bool               # whether --resume goes on inside this one
 

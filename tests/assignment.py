@@ -166,9 +166,9 @@ def owner_of(tree, name):
 def find(tree, name):
     """The definition of module.function or module.Class.method, the last one if there are several,
     or None. An assignment is one, too: `byol_loss = my_loss`."""
-    found = None
+    found, last = None, name.split(".")[-1]
     for node in owner_of(tree, name):
-        if isinstance(node, (ast.FunctionDef, ast.Assign)) and name.split(".")[-1] in names_in(node):
+        if isinstance(node, (ast.FunctionDef, ast.Assign)) and last in names_in(node):
             found = node
     return found
 
@@ -373,7 +373,7 @@ def plant(name, tree, path):
 
 def examine(name, code, path, folder):
     """Run the tests of one function of a submission; what happens is written to folder/record, a
-    JSON object a line."""
+    JSON object per line."""
     if hasattr(os, "setsid"):
         os.setsid()
     os.chdir(folder)

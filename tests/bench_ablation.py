@@ -171,7 +171,7 @@ class Ablation:
         return VALUES[group][0]
 
     def rows(self, group):
-        """One row a variant: mean and standard deviation over the seeds of its best pair, and
+        """One row per variant: mean and standard deviation over the seeds of its best pair, and
         `gain` over the group's reference, seed by seed, on the same images."""
         rows, chosen = [], {}
         for value in VALUES[group]:
@@ -210,7 +210,7 @@ def mean_of(lines, key):
 # ------------------------------------------------------------------------------------ what came out
 
 def draw_variants(axes, group, rows):
-    """Bars of the means, and a line a seed: the same labelled images in all variants."""
+    """Bars of the means, and a line per seed: the same labelled images in all variants."""
     places = range(len(rows))
     axes.bar(places, [row["val"] for row in rows], yerr=[row["std"] for row in rows],
              color="lightsteelblue", capsize=3)
@@ -257,7 +257,7 @@ def parse(argv):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("float32", "bfloat16"))
     p.add_argument("--image-size", type=int)
-    p.add_argument("--labels", type=int, default=20, help="labels a class; 0: all of train")
+    p.add_argument("--labels", type=int, default=20, help="labels per class; 0: all of train")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
     p.add_argument("--pairs", nargs="+", default=["0.03,0.0005", "0.08,0.008"],

@@ -3,7 +3,7 @@ search, several seeds, test once.
 
     python tests/bench_accuracy.py --data petals                all rows and label rates, 3 seeds: 3
                                                                 to 4 hours of one CPU core
-    python tests/bench_accuracy.py --data petals --quick        six rows, 20 labels a class, 2
+    python tests/bench_accuracy.py --data petals --quick        six rows, 20 labels per class, 2
                                                                 seeds: under 20 minutes
     python tests/bench_accuracy.py --data DIR --rows simclr     a folder; only the rows whose name
                                                                 holds `simclr`
@@ -54,7 +54,7 @@ from bench_speed import device_name
 SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
            "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 RESULTS = Path(__file__).resolve().parent / "results"
-# Labelled images a class, and how many epochs of fine-tuning they get.
+# Labelled images per class, and how many epochs of fine-tuning they get.
 RATES = {"all": 12, "20": 60, "10": 90, "5": 120}
 
 
@@ -265,7 +265,7 @@ def draw(cells, path, title):
     width = 0.8 / len(rates)
     figure, axes = plt.subplots(figsize=(4 + 0.2 * len(rows) * (len(rates) + 1), 5))
     for i, rate in enumerate(rates):
-        label = "all labels of train" if rate == "all" else f"{rate} labels a class"
+        label = "all labels of train" if rate == "all" else f"{rate} labels per class"
         for line in cells:
             if line["labels"] != rate:
                 continue
@@ -331,7 +331,7 @@ def parse(argv):
     p.add_argument("--precision", choices=("float32", "bfloat16"))
     p.add_argument("--image-size", type=int, help="without: the scripts' own")
     p.add_argument("--quick", action="store_true",
-                   help="six rows, 20 labels a class, 2 seeds, half the pretext epochs")
+                   help="six rows, 20 labels per class, 2 seeds, half the pretext epochs")
     p.add_argument("--rows", default="", help="only rows with this in their name")
     p.add_argument("--labels", nargs="+", choices=RATES, help="label rates")
     p.add_argument("--seeds", type=int, help="default: 3, quick 2")
@@ -363,7 +363,7 @@ def main(argv=None):
             todo.extend((row, rate) for rate in args.labels)
     started = time.perf_counter()
     for i, (row, rate) in enumerate(todo):
-        print(f"--- cell {i + 1}/{len(todo)}: {name_of(row)}, {rate} labels a class", flush=True)
+        print(f"--- cell {i + 1}/{len(todo)}: {name_of(row)}, {rate} labels per class", flush=True)
         line = cell(bench, row, rate, args)
         left = (time.perf_counter() - started) / (i + 1) * (len(todo) - i - 1)
         print(f"--- {line['row']} {line['labels']}: {line['metric']} {line['mean']} +- "

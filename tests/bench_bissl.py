@@ -14,7 +14,7 @@ A row is what happens between the pretext and fine-tuning with the script's defa
   SimCLR              nothing
   same steps          the pretext goes on for as many lower steps (lambda 0: theta never hears of
                       phi, and its head and optimiser are BiSSL's)
-  same seconds        ... for as many seconds, by more lower steps an alternation
+  same seconds        ... for as many seconds, by more lower steps per alternation
   J = I               the hypergradient leaves H out (damping 1e12)
   BiSSL               bissl.py
   phi_B               BiSSL's other backbone as the result
@@ -22,7 +22,7 @@ A row is what happens between the pretext and fine-tuning with the script's defa
   more epochs         SimCLR, and as many more epochs of fine-tuning as BiSSL shows labelled images
   BiSSL, more epochs  the same after BiSSL
 Weights, views and labelled images differ from seed to seed, and are the same for all rows of a
-seed. Test is looked at once a run. A gain is a difference seed by seed, with its 95 % interval (t
+seed. Test is looked at once per run. A gain is a difference seed by seed, with its 95 % interval (t
 over the seeds). Each finished run is a line of RUNS/runs.jsonl and is not made again. Writes
 tests/results/bissl-NAME.csv and .png.
 """
@@ -56,7 +56,7 @@ ROWS = ("scratch", "SimCLR", "same steps", "same seconds", "J = I", "BiSSL", "ph
         *MORE)
 GRID = {"lam": (0.01, 0.1, 0.3, 3, 10), "damping": (1, 10, 30, 300), "upper-steps": (1, 2, 4),
         "alternations": (5, 10, 40, 100), "hessian-batch": (8, 128), "lr": (0.003, 0.01, 0.1)}
-EPOCHS = {5: 120, 20: 60, 100: 20}  # of fine-tuning, by labels a class
+EPOCHS = {5: 120, 20: 60, 100: 20}  # of fine-tuning, by labels per class
 # 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom.
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
@@ -211,7 +211,7 @@ def write(lines, path):
 
 
 def draw(scores, path, title):
-    """A point a seed and the mean, a line a row; what BiSSL gains on it stands beside it."""
+    """A point per seed and the mean, a line per row; what BiSSL gains on it stands beside it."""
     figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(scores)))
     for i, (row, own) in enumerate(scores.items()):
         values = list(own.values())
@@ -239,7 +239,7 @@ def parse(argv):
     p.add_argument("--name", default="doodles-petals", help="of the results")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("float32", "bfloat16"))
-    p.add_argument("--labels", type=int, default=20, choices=EPOCHS, help="labels a class")
+    p.add_argument("--labels", type=int, default=20, choices=EPOCHS, help="labels per class")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     p.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
     p.add_argument("--grid", nargs="+", default=[], choices=GRID,

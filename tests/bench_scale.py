@@ -54,7 +54,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DATA = Path(__file__).resolve().parent.parent / "data"  # the scripts' --root: /tmp may be memory
 FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio", "ratio_low",
           "ratio_high", "anon_start_mb", "anon_end_mb", "read_mb", "wait")
-UNITS = dict(batch="images a batch", side="image side, px", processes="processes",
+UNITS = dict(batch="images per batch", side="image side, px", processes="processes",
              classes="classes", store="images in the file", disk="MB in the file")
 BATCHES, CLASSES = [128, 256, 512, 1024, 2048, 4096], [10, 30, 100, 300, 1000]
 SIDES = [32, 64, 96, 128, 160, 192, 224]

@@ -77,6 +77,12 @@ def test_strip_takes_the_named_bodies_and_nothing_else(tmp_path, capsys):
     assert "# k != i" not in now["simclr.py"].split('"""', 2)[2]
 
 
+def test_strip_leaves_out_the_tests_where_it_is_asked_to(tmp_path, capsys):
+    main(capsys, "strip", "simclr.nt_xent", "--no-tests", "--out", tmp_path / "out")
+    assert not list(tmp_path.glob("out/tests/*.py"))
+    assert (tmp_path / "out/tests/README.md").exists() and (tmp_path / "out/common.py").exists()
+
+
 def test_a_body_is_cut_out_with_its_comments():
     head, tail = "class A:\n    @deco\n    def f(self,\n          x):  # kept\n{}", "\n    y = 1\n"
     code = head + "        # opens\n        return x  # in it\n        # closes\n" + tail

@@ -45,7 +45,7 @@ class Call:
         return self(*[convert(t) if t.is_floating_point() else t for t in self.tensors])
 
     def on_features(self, convert):
-        """... to those that come out of a network, a row an image; weights and queues stay
+        """... to those that come out of a network, a row per image; weights and queues stay
         float32."""
         tensors = []
         for tensor in self.tensors:
@@ -282,8 +282,8 @@ def mixtures(n=1000):
 @pytest.mark.parametrize("name", ["core_tuning.hard_pairs"])
 def test_two_calls_draw_differently(name):
     first, second = mixtures(), mixtures()
-    for one, other, what in zip(first, second, ("shares of the positives", "shares of the negatives",
-                                                "permutations")):
+    names = "shares of the positives", "shares of the negatives", "permutations"
+    for one, other, what in zip(first, second, names):
         same = (one == other).double().mean().item()
         assert same < 0.9, f"two calls draw the same {what}: draw with torch, and set no seed"
 
@@ -313,7 +313,7 @@ def test_the_permutation_is_no_shift(name):
     _, _, nearest = mixtures()
     shift = (nearest - torch.arange(1000)) % 1000
     most = shift.bincount().max().item()
-    assert most < 20, f"{most} of 1000 images are mixed with the one as many rows on: no permutation"
+    assert most < 20, f"{most} of 1000 images are mixed with the one as many rows on: a shift"
 
 
 # --------------------------------------------------------------------------- functions of their own

@@ -243,7 +243,7 @@ def imagenet(root, count):
 
 CIFAR10 = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
            "test_batch"]
-# How it is written, images a class and split, number of images in train, val and test, the metric
+# How it is written, images per class and split, number of images in train, val and test, the metric
 # that is printed first.
 LAYOUTS = {
     "flowers": (flowers, 5, (10, 10, 10), "mean_class"),
@@ -406,7 +406,7 @@ def test_stray_files_among_caltechs_pictures_change_nothing(tmp_path):
         assert [path[-20:] for path in stray[0]] == [path[-20:] for path in clean[0]]
 
 
-# ------------------------------------------------------------ several labels an image
+# ------------------------------------------------------------ several labels per image
 
 @pytest.mark.parametrize("script, flags", [
     (coin, ["--epochs", "2", "--alpha", "0.5"]),

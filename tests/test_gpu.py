@@ -13,7 +13,7 @@ import simclr
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SMALL = "--device cuda --batch-size 16 --image-size 16 --root root"
-# BiSSL's default solver asks the GPU once a product whether another one is needed: products cost
+# BiSSL's default solver asks the GPU once per product whether another one is needed: products cost
 # far more than that.
 BISSL = ("--alternations 2 --lower-steps 2 --upper-steps 2 --head-epochs 1 --pretext-batch-size 16 "
          "--cg-tol 0 --recycle 0")

@@ -476,7 +476,7 @@ def test_the_tilde_is_a_home_after_an_equals_sign_too(here, monkeypatch):
 
 @pytest.fixture
 def singles(here):
-    """One image a class to train on, and no val."""
+    """One image per class to train on, and no val."""
     for path in sorted((here / "pictures" / "train").rglob("*.png")):
         if path.name != "0.png":
             path.unlink()
