@@ -15,29 +15,21 @@ and weight decay and has the best mean. A finished run is a line of RUNS/runs.js
 again. Writes tests/results/ablation-DATA.csv and one figure a group; with --name,
 ablation-NAME.csv. bench_bissl.py has BiSSL's flags and controls.
 """
-import argparse
 import contextlib
-import csv
-import sys
 from pathlib import Path
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import benches
 import bi_tuning
 import coin
 import common
 import core_tuning
-from bench_accuracy import Bench, name_of_data, spread_of
-from bench_speed import device_name
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair",
           "seconds", "stage_seconds", "knn")
 SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning",
@@ -96,7 +88,7 @@ class Ablation:
     once."""
 
     def __init__(self, args):
-        self.args, self.bench = args, Bench(args)
+        self.args, self.bench = args, benches.Bench(args)
         self.pairs = []
         for pair in args.pairs:
             lr, decay = pair.split(",")
@@ -185,7 +177,8 @@ class Ablation:
             own = chosen[value] = scores[:, best]
             of_best = [lines[best] for lines in runs]
             rows.append(dict(
-                group=group, variant=value, val=round(own.mean(), 2), std=round(spread_of(own), 2),
+                group=group, variant=value, val=round(own.mean(), 2),
+                std=round(benches.spread_of(own), 2),
                 scores=" ".join(f"{s:.1f}" for s in own), pair=self.args.pairs[best],
                 seconds=mean_of(of_best, "seconds"), stage_seconds=mean_of(stages, "seconds"),
                 knn=mean_of(stages, "knn")))
@@ -194,7 +187,7 @@ class Ablation:
         for row in rows:
             difference = chosen[row["variant"]] - reference
             row["gain"] = round(difference.mean(), 2)
-            row["gain_std"] = round(spread_of(difference), 2)
+            row["gain_std"] = round(benches.spread_of(difference), 2)
         return rows
 
 
@@ -204,8 +197,6 @@ def mean_of(lines, key):
         return ""
     return round(float(np.mean([line[key] for line in lines])), 4)
 
-
-# -------------------------------------------------------------------------------------- the solvers
 
 # ------------------------------------------------------------------------------------ what came out
 
@@ -226,37 +217,14 @@ def draw(group, rows, path, title):
     figure, axes = plt.subplots(figsize=(6.5, 4.5))
     draw_variants(axes, group, rows)
     axes.set_title(f"{title}: {group}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def write(rows, path):
-    """The table with the rows of a group; those of other devices and groups stay in it."""
-    before = []
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if (row["device"], row["group"]) != (rows[0]["device"], rows[0]["group"]):
-                    before.append(row)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*before, *rows])
+    benches.save_figure(figure, path)
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = benches.parser(__doc__)
     p.add_argument("groups", nargs="*", help="alpha, eta, keys, ...; without: all")
-    p.add_argument("--data", default="petals")
-    p.add_argument("--root", default="data")
     p.add_argument("--ckpt", required=True, help="a SimCLR checkpoint")
-    p.add_argument("--runs", help="folder of the runs; default: runs/ablation-NAME")
     p.add_argument("--name", help="of the results; default: that of the data")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("float32", "bfloat16"))
-    p.add_argument("--image-size", type=int)
     p.add_argument("--labels", type=int, default=20, help="labels per class; 0: all of train")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
@@ -266,7 +234,7 @@ def parse(argv):
     unknown = set(args.groups) - set(VALUES)
     if unknown:
         common.fail(f"no group {', '.join(unknown)}: there are {', '.join(VALUES)}")
-    args.name = args.name or name_of_data(args.data)
+    args.name = args.name or benches.name_of_data(args.data)
     args.runs = args.runs or f"runs/ablation-{args.name}"
     return args
 
@@ -277,9 +245,10 @@ def main(argv=None):
     for group in args.groups or VALUES:
         rows = ablation.rows(group)
         for row in rows:
-            row["device"] = device_name(args.device)
-        write(rows, RESULTS / f"ablation-{args.name}.csv")
-        draw(group, rows, RESULTS / f"ablation-{args.name}-{group}.png", args.name)
+            row["device"] = benches.device_name(args.device)
+        path = benches.RESULTS / f"ablation-{args.name}.csv"
+        benches.replace_rows(rows, path, ("device", "group"), FIELDS)
+        draw(group, rows, path.with_name(f"{path.stem}-{group}.png"), args.name)
 
 
 if __name__ == "__main__":

@@ -26,34 +26,16 @@ to RUNS/log.txt. Writes tests/results/accuracy-DATA.csv and .png (accuracy-DATA-
 images. The best bar of a column is marked where it beats the plain row by more than the pooled
 standard deviation.
 """
-import argparse
-import contextlib
-import csv
-import json
 import math
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-import bi_tuning
+import benches
 import bissl
-import byol
-import coin
 import common
-import core_tuning
-import finetune
-import simclr
-from bench_speed import device_name
 
-SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
-           "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
-RESULTS = Path(__file__).resolve().parent / "results"
 # Labelled images per class, and how many epochs of fine-tuning they get.
 RATES = {"all": 12, "20": 60, "10": 90, "5": 120}
 
@@ -85,45 +67,8 @@ def name_of(row):
 NAMES = [name_of(row) for row in ROWS]
 
 
-class Bench:
-    """Runs scripts with the flags that all cells share; remembers what is done."""
-
-    def __init__(self, args):
-        self.args, self.place = args, Path(args.runs)
-        self.place.mkdir(parents=True, exist_ok=True)
-        self.book, self.done = self.place / "runs.jsonl", {}
-        if self.book.exists():
-            for text in self.book.read_text().splitlines():
-                line = json.loads(text)
-                self.done[line["run"]] = line
-
-    def once(self, run, make):
-        """make() -> dict of results, unless `run` is in the book; the seconds it took are noted
-        beside them (on a CPU the processor's, which other programs do not lengthen)."""
-        if run not in self.done:
-            clock = time.process_time if self.args.device == "cpu" else time.perf_counter
-            start = clock()
-            with open(self.place / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-                print(f"=== {run}", flush=True)
-                result = make()
-            self.done[run] = dict(run=run, seconds=round(clock() - start, 1), **result)
-            with open(self.book, "a") as file:
-                file.write(json.dumps(self.done[run]) + "\n")
-            print(f"{run}: {self.done[run]}", flush=True)
-        return self.done[run]
-
-    def flags(self, out, flags=()):
-        args = self.args
-        shared = ["--data", args.data, "--root", args.root, "--device", args.device]
-        shared += ["--out", self.place / out]
-        if args.precision:
-            shared += ["--precision", args.precision]
-        if args.image_size:
-            shared += ["--image-size", args.image_size]
-        return [str(flag) for flag in shared + list(flags)]
-
-    def main(self, script, out, flags):
-        return SCRIPTS[script].main(self.flags(out, flags) + ["--resume"])
+class Bench(benches.Bench):
+    """... and whole chains of them."""
 
     def pretext(self, name, seed, shorter):
         """Checkpoint of a pretext run (None for scratch) with `shorter` epochs less than
@@ -172,27 +117,6 @@ class Bench:
         (self.place / f"{run}.pt").unlink(missing_ok=True)  # its score is in the book
         return score, pretext_seconds, seconds + line["seconds"]
 
-    def on_test(self, method, out, flags):
-        summary = self.main(method, out, flags)
-        return {name: value for name, value in summary.items() if "test_" in name}
-
-    def on_val(self, method, out, flags):
-        """The score on val after a run's last epoch: what the protocol's search does, for a chain
-        with stages before it."""
-        script = SCRIPTS[method]
-        args = script.parser().parse_args(self.flags(f"{out}-val", flags))
-        args.search = 1  # a pair that diverges is bad, not an error
-        common.start_backbone(args, say=False)  # settles arch and image size
-        data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
-        results = []
-        script.train(finetune.Trial(method, args, args, data, judge=val, watch=None, history=[],
-                                    results=results, resume=False))
-        Path(f"{args.out}.pt").unlink(missing_ok=True)
-        return results[0].get(self.metric(), 0.0)
-
-    def metric(self):
-        return finetune.MAIN_METRIC.get(self.args.data, "top1")
-
 
 def pairs_to_search(count):
     """Random pairs of learning rate (0.003 to 0.3) and weight decay (1e-5 to 1e-2), log-uniform:
@@ -202,11 +126,6 @@ def pairs_to_search(count):
     parts = np.stack([rng.permutation(count), rng.permutation(count)], 1)  # (count, 2)
     share = (parts + rng.random((count, 2))) / count
     return (10 ** (np.array([-2.5, -5]) + share * np.array([2, 3]))).tolist()
-
-
-def spread_of(values):
-    """Standard deviation, 0 of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def cell(bench, row, rate, args):
@@ -223,9 +142,10 @@ def cell(bench, row, rate, args):
         scores.append(score)
         pretext.append(pretext_seconds)
         rest.append(seconds)
-    return dict(device=device_name(args.device), row=name_of(row), labels=rate,
+    return dict(device=benches.device_name(args.device), row=name_of(row), labels=rate,
                 metric=bench.metric(), mean=round(float(np.mean(scores)), 2),
-                std=round(spread_of(scores), 2), scores=" ".join(f"{s:.2f}" for s in scores),
+                std=round(benches.spread_of(scores), 2),
+                scores=" ".join(f"{s:.2f}" for s in scores),
                 lr=f"{lr:.3g}", weight_decay=f"{decay:.3g}",
                 pretext_seconds=round(float(np.mean(pretext)), 1),
                 seconds=round(float(np.mean(rest)), 1))
@@ -279,39 +199,21 @@ def draw(cells, path, title):
     axes.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
     axes.set(ylabel="test accuracy, %", title=title)
     axes.grid(axis="y", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    benches.save_figure(figure, path)
 
 
 def enter(line, path):
-    """The table in the file `path` with this row in its place, marked anew. It is read each time:
-    another of these benches may have written to it."""
-    lines = [line]
-    if path.exists():
-        with path.open(newline="") as file:
-            for old in csv.DictReader(file):
-                if key_of(old) != key_of(line):
-                    lines.append(dict(old, mean=float(old["mean"]), std=float(old["std"])))
+    """The table in the file `path` with this row in its place, marked anew."""
+    lines = benches.with_others([line], path, ("device", "row", "labels"))
+    for line in lines:
+        line.update(mean=float(line["mean"]), std=float(line["std"]))
     lines = mark(sorted(lines, key=place_of))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
+    benches.write_table(lines, path, lines[0])
     return lines
-
-
-def key_of(line):
-    return line["device"], line["row"], line["labels"]
 
 
 def place_of(line):
     return NAMES.index(line["row"]), list(RATES).index(line["labels"])
-
-
-def name_of_data(data):
-    """A folder's own name, without those above it."""
-    return Path(data).resolve().name if Path(data).is_dir() else data
 
 
 def bissl_epochs(bench):
@@ -322,14 +224,7 @@ def bissl_epochs(bench):
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="petals")
-    p.add_argument("--root", default="data")
-    p.add_argument("--runs", help="folder of the runs; default: runs/accuracy-DATA")
-    p.add_argument("--device", default="cuda" if common.torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("float32", "bfloat16"))
-    p.add_argument("--image-size", type=int, help="without: the scripts' own")
+    p = benches.parser(__doc__)
     p.add_argument("--quick", action="store_true",
                    help="six rows, 20 labels per class, 2 seeds, half the pretext epochs")
     p.add_argument("--rows", default="", help="only rows with this in their name")
@@ -340,7 +235,7 @@ def parse(argv):
     p.add_argument("--epochs", type=int, help=f"of fine-tuning; default: {RATES}")
     args = p.parse_args(argv)
     defaults = dict(seeds=3, pretext_epochs=24, labels=list(RATES))
-    args.name = name_of_data(args.data)
+    args.name = benches.name_of_data(args.data)
     if args.quick:
         defaults = dict(seeds=2, pretext_epochs=12, labels=["20"])
         args.name += "-quick"
@@ -353,7 +248,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    bench, path = Bench(args), RESULTS / f"accuracy-{args.name}.csv"
+    bench, path = Bench(args), benches.RESULTS / f"accuracy-{args.name}.csv"
     args.bissl_epochs = bissl_epochs(bench)
     title = (f"{args.name}: {args.pretext_epochs} pretext epochs, {args.seeds} seeds\n"
              "* best of its column and beyond the spread")

@@ -19,25 +19,15 @@ The last three are of features at unit length. Test labels are read, so choose n
 figures. Writes tests/results/alignment-DATA.csv and .png, with each name's first checkpoint side by
 side.
 """
-import argparse
-import csv
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import benches
 import coin
 import common
-from bench_accuracy import name_of_data
-from bench_speed import device_name
 
-RESULTS = Path(__file__).resolve().parent / "results"
 MEASURES = ("linear_probe", "knn", "s_dbw", "silhouette", "alignment", "uniformity")
 
 
@@ -86,7 +76,7 @@ def measure(ckpt, args):
     """All measures of one checkpoint's backbone, and its test features and labels."""
     flags = common.Parser("bench_alignment.py", "", {}, {}).parse_args(
         ["--data", args.data, "--root", args.root, "--device", args.device, "--ckpt", ckpt,
-         "--precision", args.precision, "--out", str(RESULTS / "alignment")])
+         "--precision", args.precision, "--out", str(benches.RESULTS / "alignment")])
     backbone, _ = common.start_backbone(flags)
     train = common.features(backbone, common.load_data(flags, "train"), flags)
     test = common.features(backbone, common.load_data(flags, "test"), flags)
@@ -100,7 +90,7 @@ def measure(ckpt, args):
 
 def row_of(name, runs, device):
     """Mean and standard deviation of each measure over a backbone's runs: its csv row."""
-    row = dict(device=device_name(device), backbone=name, runs=len(runs))
+    row = dict(device=benches.device_name(device), backbone=name, runs=len(runs))
     for key in MEASURES:
         values = np.array([run[key] for run in runs])
         row[key], row[f"{key}_std"] = f"{values.mean():.4g}", ""
@@ -115,19 +105,13 @@ def draw(rows, features, path):
     for axis, row in zip(axes[0], rows):
         common.plot_features(axis, *features[row["backbone"]], title.format(**row))
     figure.suptitle("test features before fine-tuning, where class means differ most")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    benches.save_figure(figure, path)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = benches.parser(__doc__)
+    p.set_defaults(precision="float32")
     p.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
-    p.add_argument("--data", default="petals")
-    p.add_argument("--root", default="data")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     args = p.parse_args(argv)
     measured, features = {}, {}
     for pair in args.checkpoints:
@@ -142,11 +126,8 @@ def main(argv=None):
         said = [f"{key} {row[key]} +- {row[f'{key}_std']}" for key in MEASURES]
         print(f"{name:12}  {'  '.join(said)}", flush=True)
         rows.append(row)
-    path = RESULTS / f"alignment-{name_of_data(args.data)}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    path = benches.RESULTS / f"alignment-{benches.name_of_data(args.data)}.csv"
+    benches.write_table(rows, path, rows[0])
     draw(rows, features, path.with_suffix(".png"))
 
 

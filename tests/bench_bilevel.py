@@ -32,15 +32,10 @@ Writes tests/results/bilevel-solvers.csv.
 """
 import argparse
 import copy
-import csv
 import itertools
 import shutil
-import sys
 from pathlib import Path
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,12 +43,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import benches
 import bissl
 import common
 import simclr
-from bench_speed import device_name
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = ("device", "seed", "alternations", "direction", "length", "optimizer", "steps",
           "change_train", "change_val", "follow", "cosine", "rest", "residual")
 AFTER, LENGTHS, LENGTH = (0, 1, 2, 5, 10), (0.05, 0.1, 0.5, 1, 2), 0.2
@@ -62,7 +56,8 @@ GAMMAS, SOLVE_STEPS, USUAL_STEPS = (1, 10, 100), 60, 20
 LONG_DIRECTIONS = ("implicit 10", "J = I", "direct", "random")
 LOWER_RUNS = [("adamw", 80), ("adamw", 320), ("sgd", 20), ("sgd", 80), ("lars", 20), ("lars", 80)]
 SOLVER_FIELDS = ("device", "seed", "gamma", "images", "solver", "products", "error")
-SOLVER_GAMMAS, H_IMAGES, N_U, EXACT = (10, 100), (128, 32), 8, 1e-4
+SOLVER_GAMMAS, H_IMAGES, N_U = (10, 100), (128, 32), 8
+EXACT, EXACT_STEPS = 1e-4, 100
 
 
 class Enough(Exception):
@@ -323,7 +318,7 @@ def measure_solvers(state):
     for gamma in SOLVER_GAMMAS:
         damping = state.args.lam + gamma
         product = bissl.damped_hessian(exact_graph, exact_theta, damping)
-        solutions = shared(product, exact_vectors, 100, EXACT, 200)
+        solutions = shared(product, exact_vectors, EXACT_STEPS, EXACT, 200)
         for images, name in itertools.product(H_IMAGES, SOLVERS):
             graph = state.pretext_gradient(state.lower, [view[:images] for view in views])
             product = Counted(bissl.damped_hessian(graph, state.theta, damping))
@@ -339,20 +334,6 @@ def measure_solvers(state):
 
 
 # ------------------------------------------------------------------------------------ what came out
-
-def write(rows, name, fields):
-    """Rows of this device and these seeds replace the ones in the file."""
-    path, new = RESULTS / name, {(row["device"], str(row["seed"])) for row in rows}
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if (row["device"], row["seed"]) not in new]
-        rows = kept + rows
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
-
 
 def mean_of(rows, key, **wanted):
     """Mean over the seeds of the rows that have the wanted values; nan without any."""
@@ -398,8 +379,7 @@ def draw(rows):
     axes[1, 1].set(xlabel="alternations before it", ylim=(0, None),
                    title="is theta a best response (rest 0), does it go where A^-1 sends it?")
     figure.tight_layout()
-    figure.savefig(RESULTS / "bilevel.png", dpi=100)
-    plt.close(figure)
+    benches.save_figure(figure, benches.RESULTS / "bilevel.png")
 
 
 def main(argv=None):
@@ -417,13 +397,14 @@ def main(argv=None):
         for alternations in AFTER[:1] if args.quick else AFTER:
             state = State(flags, paths.get(alternations))
             made = measure(state, alternations, args.quick)
-            device = device_name(state.args.device)
+            device = benches.device_name(state.args.device)
             rows += [dict(row, device=device) for row in made]
             if alternations == 0 and not args.quick:
                 solver_rows += [dict(row, device=device) for row in measure_solvers(state)]
     if not args.quick:
-        write(solver_rows, "bilevel-solvers.csv", SOLVER_FIELDS)
-        draw(write(rows, "bilevel.csv", FIELDS))
+        key, path = ("device", "seed"), benches.RESULTS / "bilevel.csv"
+        benches.replace_rows(solver_rows, path.with_name("bilevel-solvers.csv"), key, SOLVER_FIELDS)
+        draw(benches.replace_rows(rows, path, key, FIELDS))
 
 
 if __name__ == "__main__":

@@ -26,28 +26,20 @@ seed. Test is looked at once per run. A gain is a difference seed by seed, with 
 over the seeds). Each finished run is a line of RUNS/runs.jsonl and is not made again. Writes
 tests/results/bissl-NAME.csv and .png.
 """
-import argparse
-import csv
 import json
 import shlex
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+import benches
 import bissl
 import common
 import finetune
 import simclr
-from bench_accuracy import Bench, spread_of
-from bench_speed import device_name
+from benches import paired_gain, spread_of
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FIELDS = ("device", "labels", "row", "seeds", "mean", "std", "gain", "gain_95", "bissl_gain",
           "bissl_gain_95", "seconds", "scores")
 PRETEXT_GOES_ON = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]
@@ -57,19 +49,6 @@ ROWS = ("scratch", "SimCLR", "same steps", "same seconds", "J = I", "BiSSL", "ph
 GRID = {"lam": (0.01, 0.1, 0.3, 3, 10), "damping": (1, 10, 30, 300), "upper-steps": (1, 2, 4),
         "alternations": (5, 10, 40, 100), "hessian-batch": (8, 128), "lr": (0.003, 0.01, 0.1)}
 EPOCHS = {5: 120, 20: 60, 100: 20}  # of fine-tuning, by labels per class
-# 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom.
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
-
-
-def paired_gain(scores, others):
-    """Mean of scores - others over the seeds that both have, and half of its 95 % interval (None
-    with one seed). scores, others: dicts of seed: score."""
-    seeds = sorted(set(scores) & set(others))
-    difference = np.array([scores[seed] - others[seed] for seed in seeds])
-    if len(seeds) < 2:
-        return float(difference.mean()), None
-    quantile = STUDENT[min(len(seeds) - 2, len(STUDENT) - 1)]
-    return float(difference.mean()), quantile * spread_of(difference) / len(seeds) ** 0.5
 
 
 class Chain:
@@ -182,7 +161,8 @@ def table(scores, seconds, args):
     """A line for each row: mean, deviation, its gain on SimCLR, and what BiSSL gains on it."""
     lines = []
     for row, own in scores.items():
-        line = dict(device=device_name(args.device), labels=args.labels, row=row, seeds=len(own),
+        line = dict(device=benches.device_name(args.device), labels=args.labels, row=row,
+                    seeds=len(own),
                     mean=round(float(np.mean(list(own.values()))), 2),
                     std=round(spread_of(list(own.values())), 2),
                     seconds=round(float(np.mean(seconds[row])), 1),
@@ -194,20 +174,6 @@ def table(scores, seconds, args):
                 line[f"{name}_95"] = "" if half is None else round(half, 2)
         lines.append(line)
     return lines
-
-
-def write(lines, path):
-    """Rows of this device and these labels replace the ones in the file, the others stay."""
-    new = {(line["device"], str(line["labels"]), line["row"]) for line in lines}
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [old for old in csv.DictReader(file)
-                    if (old["device"], old["labels"], old["row"]) not in new]
-        lines = kept + lines
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def draw(scores, path, title):
@@ -226,19 +192,12 @@ def draw(scores, path, title):
     axes.set(xlabel="test accuracy, %; | mean of the seeds; right: BiSSL's gain on the row and its "
              "95 % interval", title=title)
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    benches.save_figure(figure, path)
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="petals", help="of bissl.py and finetune.py")
-    p.add_argument("--root", default="data")
-    p.add_argument("--runs", help="folder of the runs; default: runs/bissl-NAME")
+    p = benches.parser(__doc__)
     p.add_argument("--name", default="doodles-petals", help="of the results")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("float32", "bfloat16"))
     p.add_argument("--labels", type=int, default=20, choices=EPOCHS, help="labels per class")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     p.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
@@ -248,7 +207,6 @@ def parse(argv):
     p.add_argument("--stage", type=shlex.split, default=[], help="flags for bissl.py")
     p.add_argument("--finetune", type=shlex.split, default=[], help="flags for finetune.py")
     args = p.parse_args(argv)
-    args.image_size = None
     args.runs = args.runs or f"runs/bissl-{args.name}"
     if args.grid:
         args.rows = ["SimCLR", "BiSSL"]
@@ -259,7 +217,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    bench = Bench(args)
+    bench = benches.Bench(args)
     load_everything(bench)
     scores, seconds = {row: {} for row in args.rows}, {row: [] for row in args.rows}
     for seed in args.seeds:
@@ -269,10 +227,11 @@ def main(argv=None):
             seconds[row].append(spent)
         lines = table(scores, seconds, args)
         print(json.dumps({line["row"]: line["mean"] for line in lines}), flush=True)
-    write(lines, RESULTS / f"bissl-{args.name}.csv")
+    path = benches.RESULTS / f"bissl-{args.name}.csv"
+    benches.replace_rows(lines, path, ("device", "labels", "row"), FIELDS)
     group = "-" + "-".join(args.grid) if args.grid else ""
     labels = "" if args.labels == 20 else f"-{args.labels}"
-    draw(scores, RESULTS / f"bissl-{args.name}{labels}{group}.png",
+    draw(scores, path.with_name(f"{path.stem}{labels}{group}.png"),
          f"{args.name}, {args.labels} labels per class, {len(args.seeds)} seeds")
 
 

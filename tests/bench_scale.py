@@ -20,7 +20,6 @@ the median of the others counts. On a CPU peak_mb is what the process grew by.
              (cold), or, for single batches, never (more data than RAM)
 """
 import contextlib
-import csv
 import ctypes
 import gc
 import io
@@ -37,21 +36,18 @@ from statistics import median
 from types import SimpleNamespace
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+import benches
 import bi_tuning
 import common
 import finetune
 import simclr
-from bench_speed import VIEWS, device_name, do_nothing, pretext, seconds, short_trial
+from bench_speed import VIEWS, do_nothing, pretext, seconds, short_trial
 
-RESULTS = Path(__file__).resolve().parent / "results"
-DATA = Path(__file__).resolve().parent.parent / "data"  # the scripts' --root: /tmp may be memory
+DATA = benches.ROOT / "data"  # the scripts' --root: /tmp may be memory
 FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio", "ratio_low",
           "ratio_high", "anon_start_mb", "anon_end_mb", "read_mb", "wait")
 UNITS = dict(batch="images per batch", side="image side, px", processes="processes",
@@ -565,8 +561,7 @@ def draw(rows, name):
     draw_disk(axes[1, 3], [row for row in rows if row["quantity"] == "disk"])
     figure.suptitle(name)
     figure.tight_layout()
-    figure.savefig(RESULTS / "scale.png", dpi=80)
-    plt.close(figure)
+    benches.save_figure(figure, benches.RESULTS / "scale.png")
 
 
 def draw_lines(axis, quantity, column, found):
@@ -598,19 +593,12 @@ def as_text(row):
     return text
 
 
-def read_table(path):
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main(groups):
     unknown = set(groups) - GROUPS.keys()
     if unknown:
         raise SystemExit(f"no groups {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
-    device, path = "cuda" if torch.cuda.is_available() else "cpu", RESULTS / "scale.csv"
-    name, table = device_name(device), read_table(path)
+    device, path = "cuda" if torch.cuda.is_available() else "cpu", benches.RESULTS / "scale.csv"
+    name, table = benches.device_name(device), benches.read_table(path)
     for group in groups or GROUPS:
         started, rows = time.perf_counter(), []
         for row in GROUPS[group](device, GPU if device == "cuda" else CPU):
@@ -618,11 +606,8 @@ def main(groups):
             shown = [str(rows[-1][key]) for key in FIELDS[1:] if rows[-1].get(key) is not None]
             print("  ".join(shown), flush=True)
         print(f"{group}: {time.perf_counter() - started:.0f} s", flush=True)
-        table = [row for row in table if (row["device"], row["quantity"]) != (name, group)] + rows
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(table)
+        if rows:
+            table = benches.replace_rows(rows, path, ("device", "quantity"), FIELDS)
     here = [row for row in table if row["device"] == name]
     summarise(here)
     draw(here, name)

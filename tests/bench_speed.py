@@ -27,20 +27,15 @@ file.
             CenterCrop, one core each
 """
 import copy
-import csv
 import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +44,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+import benches
 import bi_tuning
 import bissl
 import byol
@@ -58,7 +54,6 @@ import core_tuning
 import finetune
 import simclr
 
-RESULTS = Path(__file__).resolve().parent / "results" / "speed.csv"
 FIELDS = ("device", "row", "setting", "ours", "reference", "unit", "ratio", "aim")
 VIEWS = dict(crop=(0.2, 1), jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.2, blur_p=0.5)
 CPU = SimpleNamespace(  # lightly_batches: those of an epoch, enough for its workers to get going
@@ -70,22 +65,6 @@ GPU = SimpleNamespace(
 
 
 # ---------------------------------------------------------------------------------------- measuring
-
-def cpu_name():
-    """"x86_64 CPU" and what its vector unit is, which decides the figures more than its clock."""
-    about, widest = Path("/proc/cpuinfo"), ""
-    flags = about.read_text() if about.exists() else ""
-    for unit in ("avx2", "avx512f", "avx512_bf16"):
-        if unit in flags:
-            widest = unit
-    return f"{platform.machine()} CPU {widest}".strip()
-
-
-def device_name(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
 
 def sizes(device):
     return GPU if device == "cuda" else CPU
@@ -512,7 +491,7 @@ def main(groups):
     if unknown:
         raise SystemExit(f"no rows {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = device_name(device)
+    name = benches.device_name(device)
     for group in groups or GROUPS:
         measured = GROUPS[group](device)
         if isinstance(measured, dict):
@@ -522,22 +501,9 @@ def main(groups):
             for key in ("ours", "reference", "ratio"):
                 row[key] = f"{row[key]:.4g}"
             print("  ".join(row[key] for key in FIELDS[1:]), flush=True)
-            write(row)  # at once, so that a run that is stopped loses nothing
-
-
-def write(new):
-    """The table with this row; those of other devices and other rows stay in it."""
-    rows = []
-    if RESULTS.exists():
-        with open(RESULTS, newline="") as file:
-            for row in csv.DictReader(file):
-                if (row["device"], row["row"]) != (new["device"], new["row"]):
-                    rows.append(row)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows([*rows, new])
+            # At once, so that a run that is stopped loses nothing.
+            path = benches.RESULTS / "speed.csv"
+            benches.replace_rows([row], path, ("device", "row"), FIELDS)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,21 @@ Each seed draws its own weights, labels and pretext. Writes tests/results/tasks-
 for each run, and prints mean +- standard deviation; runs that --runs holds are not made again.
 """
 import argparse
-import csv
 import json
 import multiprocessing
 import os
 import shlex
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
 
+import benches
 import bissl
 import core_tuning
 import finetune
 import simclr
-from bench_accuracy import spread_of
-from bench_speed import device_name
 
-RESULTS = Path(__file__).resolve().parent / "results"
 CHAINS = (  # the task, the checkpoint that fine-tuning starts from, its script
     ("detect", "scratch", finetune), ("detect", "simclr", finetune), ("detect", "bissl", finetune),
     ("segment", "scratch", finetune), ("segment", "simclr", finetune),
@@ -70,7 +63,7 @@ def runs_of_seed(job):
             if f"test_{metric}" in result:
                 line[metric] = round(result[f"test_{metric}"], 2)
         line["command"] = " ".join(["python", f"{method}.py", *argv])
-        lines.append(dict(line, device=device_name(args.device)))
+        lines.append(dict(line, device=benches.device_name(args.device)))
     return lines
 
 
@@ -96,16 +89,13 @@ def main(argv=None):
     else:
         lines = sum(map(runs_of_seed, jobs), [])
     names = ["data", "task", "start", "method", "seed", *METRICS, "command", "device"]
-    with open(RESULTS / "tasks-petals.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, names, lineterminator="\n")
-        table.writeheader()
-        table.writerows(lines)
+    benches.write_table(lines, benches.RESULTS / "tasks-petals.csv", names)
     for task, start, script in CHAINS:
         metric = "ap50" if task == "detect" else "miou"
         values = [line[metric] for line in lines if (line["task"], line["start"], line["method"])
                   == (task, start, script.__name__)]
         print(f"{task}  {start}  {script.__name__}: {metric} {np.mean(values):.1f} +- "
-              f"{spread_of(values):.1f}")
+              f"{benches.spread_of(values):.1f}")
     return lines
 
 

@@ -25,6 +25,7 @@ import bench_bissl
 import bench_scale
 import bench_speed
 import bench_tasks
+import benches
 import common
 import simclr
 from conftest import draw_nothing
@@ -171,19 +172,19 @@ def few_petals(monkeypatch):
 def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys):
     """Two rows, two seeds, a search of two, from drawing the pretext's views to the figure; then
     once more, from the book."""
-    monkeypatch.setattr(bench_accuracy, "RESULTS", tmp_path)
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
     flags = ("--device cpu --image-size 16 --pretext-epochs 1 --epochs 4 --search 2 --seeds 2 "
              "--labels 5").split()
     flags += ["--data", str(folder), "--root", str(tmp_path / "root")]
     flags += ["--runs", str(tmp_path / "runs")]
-    parser = bench_accuracy.simclr.parser
+    parser = simclr.parser
 
     def small_batches():
         p = parser()
         p.set_defaults(batch_size=8)
         return p
 
-    monkeypatch.setattr(bench_accuracy.simclr, "parser", small_batches)
+    monkeypatch.setattr(simclr, "parser", small_batches)
     for row in ("simclr-finetune", "simclr-coin"):
         bench_accuracy.main([*flags, "--rows", row])
     table = read(tmp_path / "accuracy-pictures.csv")
@@ -193,7 +194,7 @@ def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys)
     book = (tmp_path / "runs" / "runs.jsonl").read_text()
     assert book.count("-val") == 2 * 2 and book.count("-test") == 2 * 2
 
-    for script in bench_accuracy.SCRIPTS.values():
+    for script in benches.SCRIPTS.values():
         monkeypatch.setattr(script, "main", lambda argv: pytest.fail("made again"))
     bench_accuracy.main([*flags, "--rows", "simclr-finetune"])
     assert (tmp_path / "runs" / "runs.jsonl").read_text() == book
@@ -218,7 +219,7 @@ def test_every_kind_of_row_of_the_accuracy_bench_runs(few_petals, ckpt, tmp_path
 
 @pytest.mark.parametrize("group", ["keys", "alpha", "ingredients", "losses"])
 def test_the_ablation_bench_runs(group, few_petals, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_ablation, "RESULTS", tmp_path)
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
     values = dict(bench_ablation.VALUES, keys=(1, 40), alpha=(0, 0.5))
     monkeypatch.setattr(bench_ablation, "VALUES", values)
     bench_ablation.main([group, "--ckpt", ckpt, "--device", "cpu", "--runs", str(tmp_path / "runs"),
@@ -233,26 +234,26 @@ def test_a_paired_interval_holds_the_true_gain_19_times_of_20():
     for _ in range(2000):
         level = rng.normal(70, 8, 10)  # what a seed's rows share leaves the difference alone
         plain, other = level + rng.normal(0, 1, 10), level + rng.normal(3, 2, 10)
-        mean, half = bench_bissl.paired_gain(dict(enumerate(other)), dict(enumerate(plain)))
+        mean, half = benches.paired_gain(dict(enumerate(other)), dict(enumerate(plain)))
         held += abs(mean - 3) <= half
     assert 0.935 < held / 2000 < 0.965
 
 
 def test_a_paired_gain_by_hand():
-    mean, half = bench_bissl.paired_gain({0: 5, 1: 9, 2: 4, 7: 50}, {2: 3, 1: 4, 0: 2, 8: 1})
+    mean, half = benches.paired_gain({0: 5, 1: 9, 2: 4, 7: 50}, {2: 3, 1: 4, 0: 2, 8: 1})
     assert mean == 3  # of 3, 5, 1
     assert half == pytest.approx(4.303 * 2 / math.sqrt(3))
-    assert bench_bissl.paired_gain({0: 5}, {0: 2}) == (3, None)
+    assert benches.paired_gain({0: 5}, {0: 2}) == (3, None)
 
 
 def test_students_quantiles():
-    for freedom, quantile in enumerate(bench_bissl.STUDENT, start=1):
+    for freedom, quantile in enumerate(benches.STUDENT, start=1):
         assert quantile == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=6e-3)
 
 
 def test_the_bissl_bench_runs_every_row_and_none_twice(tmp_path, monkeypatch):
     draw_nothing(monkeypatch)
-    monkeypatch.setattr(bench_bissl, "RESULTS", tmp_path)
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
     monkeypatch.setattr(common, "DOODLES", 128)
     monkeypatch.setattr(bench_bissl, "EPOCHS", {2: 1})
@@ -291,7 +292,7 @@ def test_a_mixture_of_both_backbones_is_one(tmp_path, monkeypatch):
 
 
 def test_the_alignment_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_alignment, "RESULTS", tmp_path)
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
     bench_alignment.main(["--device", "cpu", f"one={ckpt}", f"one={ckpt}", f"two={ckpt}"])
     one, two = read(tmp_path / "alignment-petals.csv")
     assert (one["backbone"], one["runs"], one["knn_std"]) == ("one", "2", "0")
@@ -302,14 +303,14 @@ def test_the_alignment_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
 def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
     """Two states, of which one has been through an alternation; every kind of lower run."""
     draw_nothing(monkeypatch)
-    monkeypatch.setattr(bench_bilevel, "RESULTS", tmp_path)
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
     for name, value in dict(AFTER=(0, 1), LENGTHS=(), MORE_LENGTHS_AFTER=(0,), SOLVE_STEPS=3,
                             LOWER_RUNS=[("sgd", 2), ("lars", 2)], USUAL_STEPS=1, N_U=2,
-                            H_IMAGES=(16, 8), EXACT=0.1).items():
+                            H_IMAGES=(16, 8), EXACT_STEPS=2).items():
         monkeypatch.setattr(bench_bilevel, name, value)
     (tmp_path / "runs/seed0").mkdir(parents=True)
     shutil.copy(ckpt, tmp_path / "runs/seed0/simclr.pt")
-    few = "--device cpu --pretext-batch-size 16 --batch-size 8 --labels-per-class 2 "
+    few = "--device cpu --image-size 16 --pretext-batch-size 16 --batch-size 8 --labels-per-class 2 "
     argv = ["--seeds", "0", "--runs", str(tmp_path / "runs"), "--bissl",
             f"{few} {SHORT_BISSL} --alternations 3"]
     bench_bilevel.main(argv)
@@ -329,7 +330,7 @@ def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_speed(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_speed, "RESULTS", tmp_path / "speed.csv")
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
     for name, value in dict(arch="resnet10", size=16, batch=8, tuning_batch=8, hessian_batch=4,
                             pictures=8, lightly_batches=2).items():
         monkeypatch.setattr(bench_speed.CPU, name, value)
@@ -394,7 +395,7 @@ def test_the_row_against_lightly_runs(small_speed, monkeypatch):
 
 @pytest.fixture
 def small_scale(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_scale, "RESULTS", tmp_path)
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
     monkeypatch.setattr(bench_scale, "DATA", tmp_path / "data")
     monkeypatch.setattr(bench_scale, "alone", bench_speed.seconds)
     for name, value in dict(size=16, batch=8, budget=0.05, batches=[8, 16], sides=[48, 64],
@@ -405,7 +406,7 @@ def small_scale(tmp_path, monkeypatch):
 
 
 def test_the_tasks_bench_runs_and_makes_no_run_twice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_tasks, "RESULTS", tmp_path)
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
     for script in (simclr, bench_tasks.bissl, bench_tasks.finetune):
         monkeypatch.setattr(script, "draw", lambda *ignored: None)
