@@ -16,9 +16,9 @@ Classification only: its pairs are images of one class.
     python coin.py --ckpt simclr.pt          the first 42 of 60 epochs
     python finetune.py --ckpt coin.pt        the other 18: together what plain fine-tuning sees
 
-Look at S_Dbw, printed at the end: how compact the classes of the test features are, before and
-after (lower is better). It is there to read; flags are chosen by the k-NN accuracy on validation
-images.
+Look at S_Dbw, printed at the end: how compact the classes of the features are, before and after
+(lower is better), on val, or on test where val is trained on. It is there to read; flags are chosen
+by the k-NN accuracy on val.
 """
 import itertools
 
@@ -175,13 +175,14 @@ def say_positives(labels, batch_size, balanced=0):
 def train(args):
     coin_epochs = round(args.alpha * args.epochs)
     backbone, _ = common.start_backbone(args)
-    data, test = common.load_labelled(args, args.seed), common.load_data(args, "test")
+    data = common.load_labelled(args, args.seed)
     common.need_one_label(args, data)
     val = common.load_held_out(args, data)
+    shown = val or common.load_data(args, "test")  # test is not looked at where val is held out
     say_positives(data.labels, args.batch_size, args.balanced)
     common.tell(f"{coin_epochs} of {args.epochs} epochs: {len(data):,} labelled images of "
                 f"{len(data.classes)} classes")
-    before = common.features(backbone, test, args)
+    before = common.features(backbone, shown, args)
     projector = make_projector(backbone.num_features, args.dim)
     model = nn.ModuleDict(dict(backbone=backbone, projector=projector)).to(args.device)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
@@ -208,9 +209,9 @@ def train(args):
         run.config["rest"] = rest_of_budget(args, epoch + 1)
         run.end_epoch()
 
-    after = common.features(backbone, test, args)
+    after = common.features(backbone, shown, args)
     indices = dict(s_dbw_before=s_dbw(*before), s_dbw_after=s_dbw(*after))
-    common.tell(f"test features: S_Dbw {indices['s_dbw_before']:.3f} before, "
+    common.tell(f"{'val' if val else 'test'} features: S_Dbw {indices['s_dbw_before']:.3f} before, "
                 f"{indices['s_dbw_after']:.3f} after")
     common.write_lines(args, [*run.history, indices])
     draw(args, run.history, before, after, indices)
@@ -226,14 +227,14 @@ def rest_of_budget(args, done):
 
 
 def draw(args, history, before, after, indices):
-    """Loss and probe over the epochs, and the test features before and after."""
+    """Loss and probe over the epochs, and the features before and after."""
     figure, axes = plt.subplots(1, 4, figsize=(21, 4.8))
     common.plot_curves(axes[0], history, ["loss"])
     common.plot_curves(axes[1], history, ["knn"])
     axes[1].set_ylabel("k-NN accuracy on validation images, %")
     s_before, s_after = indices["s_dbw_before"], indices["s_dbw_after"]
-    common.plot_features(axes[2], *before, f"test features before: S_Dbw {s_before:.3f}")
-    common.plot_features(axes[3], *after, f"test features after: S_Dbw {s_after:.3f}")
+    common.plot_features(axes[2], *before, f"features before: S_Dbw {s_before:.3f}")
+    common.plot_features(axes[3], *after, f"features after: S_Dbw {s_after:.3f}")
     common.save_figure(args, figure)
 
 

@@ -551,6 +551,22 @@ def test_coin_ends_with_s_dbw_of_the_test_features_before_and_after(inside, caps
     assert last["s_dbw_before"] != last["s_dbw_after"]
 
 
+def test_test_is_not_read_where_val_is_held_out(inside, monkeypatch, capsys):
+    """A search over coin.py's flags may go by its log and figure."""
+    read, load = [], common.load_data
+
+    def note(args, split):
+        read.append(split)
+        return load(args, split)
+
+    monkeypatch.setattr(common, "load_data", note)
+    short = [*USUAL, "--ckpt", "simclr.pt", "--epochs", "2", "--out", "unread"]
+    coin.main([*short, "--labels-per-class", "4"])
+    assert "test" not in read and "val features: S_Dbw" in capsys.readouterr().out
+    coin.main(short)
+    assert "test" in read and "test features: S_Dbw" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags, named", [
     ("--alpha 0", "--alpha"),
     ("--alpha 1", "--alpha"),
