@@ -15,9 +15,8 @@ the median of the others counts. On a CPU peak_mb is what the process grew by.
              under torchrun
   classes    Bi-tuning and plain fine-tuning by the number of classes
   store      common.Batches alone and a SimCLR step by the number of images in a mapped file
-  disk       SimCLR from a mapped file larger than the memory that the process may have (Linux),
-             against images in memory; the file in the page cache (warm), not in it at the start
-             (cold), or, for single batches, never (more data than RAM)
+  disk       SimCLR from a mapped file larger than the memory that the process may have (Linux): its
+             private memory before and after, and what a step waits for its batch
 """
 import contextlib
 import ctypes
@@ -48,8 +47,8 @@ import simclr
 from bench_speed import VIEWS, do_nothing, pretext, seconds, short_trial
 
 DATA = benches.ROOT / "data"  # the scripts' --root: /tmp may be memory
-FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "ratio", "ratio_low",
-          "ratio_high", "anon_start_mb", "anon_end_mb", "read_mb", "wait")
+FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "anon_start_mb",
+          "anon_end_mb", "wait")
 UNITS = dict(batch="images per batch", side="image side, px", processes="processes",
              classes="classes", store="images in the file", disk="MB in the file")
 BATCHES, CLASSES = [128, 256, 512, 1024, 2048, 4096], [10, 30, 100, 300, 1000]
@@ -57,13 +56,13 @@ SIDES = [32, 64, 96, 128, 160, 192, 224]
 CPU = SimpleNamespace(
     arch="resnet10", side_arch="resnet10", size=32, batch=128, budget=3, batches=BATCHES,
     sides=SIDES, side_batch=16, classes=CLASSES, class_batch=48,
-    stores=[1 << i for i in range(10, 17)], epoch=8192, disk_images=409_600, limit=1400, rounds=7,
-    disk_steps=6)
+    stores=[1 << i for i in range(10, 17)], epoch=8192, disk_images=409_600, limit=1400,
+    disk_steps=12)
 GPU = SimpleNamespace(
     arch="resnet50", side_arch="resnet18", size=96, batch=512, budget=3, batches=BATCHES,
     sides=SIDES, side_batch=128, classes=CLASSES, class_batch=64,
     stores=[1 << i for i in range(10, 19)], epoch=8192, disk_images=400_000, limit=12_000,
-    rounds=10, disk_steps=10)
+    disk_steps=20)
 SIMCLR = (f"--crop {VIEWS['crop'][0]} --jitter {' '.join(map(str, VIEWS['jitter']))} "
           f"--blur {VIEWS['blur_p']}")
 
@@ -304,7 +303,7 @@ def store_rows(device, size):
 # --------------------------------------------------------------------------------------------- disk
 
 def disk_rows(device, size):
-    if not hasattr(os, "posix_fadvise"):
+    if not Path("/proc/self/status").exists():
         print("disk: needs Linux")
         return []
     with file_of(size.disk_images, common.store_side(size.size)) as path:
@@ -320,104 +319,23 @@ def limited(device, path):
     import resource  # Linux and macOS have it
     size = GPU if device == "cuda" else CPU
     resource.setrlimit(resource.RLIMIT_DATA, (size.limit << 20, size.limit << 20))
-    count = os.path.getsize(path)
-    ways = [("np.load", lambda: np.load(path)),
-            ("torch.empty", lambda: torch.empty(count, dtype=torch.uint8))]
-    for how, load in ways:
-        said = "succeeds: the limit does not hold"
-        try:
-            load()
-        except (MemoryError, RuntimeError) as error:
-            said = f"raises {type(error).__name__}"
-        print(f"disk: under RLIMIT_DATA of {size.limit} MB, {how} of the file's "
-              f"{count / 2**20:,.0f} MB {said}", flush=True)
+    try:
+        np.load(path)
+        print("disk: np.load succeeds, so that the limit does not hold")
+    except MemoryError:
+        print(f"disk: np.load of the whole file does not fit into {size.limit} MB")
     print(json.dumps(rows_from_disk(device, size, path)))
 
 
-def read_so_far():
-    """MB that this process has read from the disk."""
-    return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1]) / 2**20
-
-
-def drop(path):
-    """The file leaves the page cache, as far as nothing has it mapped."""
-    file = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(file)
-
-
-def turn(images, device, size):
-    """What a few steps on these images cost: seconds a step, private memory at the end, MB a step
-    that came from the disk, and seconds a step waited for its batch."""
-    before, data = read_so_far(), store_of(images, device)
-    flags = f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
-    spent, _, wait = steps_of(simclr, flags, data, device, size, steps=size.disk_steps)
-    read = (read_so_far() - before) / (size.disk_steps + 2)
-    return dict(seconds=spent, anon=status("RssAnon"), read=read, wait=wait)
-
-
-def first_batch(path, device, size):
-    """Seconds and MB from the disk of one batch of a file that is not in the page cache."""
-    drop(path)
-    start, before = time.perf_counter(), read_so_far()
-    data = store_of(common.map_images(path), device)
-    list(common.feed(data, torch.randperm(len(data)).split(size.batch)[:1]))
-    return time.perf_counter() - start, read_so_far() - before
-
-
-def turns_with(cache, path, held, device, size):
-    """turn() of the file and of the images in memory, whichever first; the first pair, which does
-    not count, included."""
-    disk, memory = [], []
-    for i in range(size.rounds + 1):
-        if cache == "cold":
-            drop(path)
-        mapped = common.map_images(path)
-        order = [(disk, mapped), (memory, held)]
-        if i % 2 == 0:
-            order.reverse()
-        for turns, images in order:
-            turns.append(turn(images, device, size))
-    return disk, memory
-
-
-def middle(turns, name):
-    return median(turn[name] for turn in turns)
-
-
 def rows_from_disk(device, size, path):
-    """Steps from the file and from memory, in turn."""
-    megabytes, rows = os.path.getsize(path) / 2**20, []
-    mapped = common.map_images(path)
-    held = mapped[:len(mapped) // 8].clone()  # as many of the images as memory has room for
-    del mapped
-    in_memory = held.nbytes / 2**20
-    for cache in ("warm", "cold"):
-        if cache == "warm":
-            with open(path, "rb", buffering=0) as file:
-                while file.read(1 << 24):
-                    pass
-        disk, memory = turns_with(cache, path, held, device, size)
-        start, end = disk[0]["anon"], disk[-1]["anon"]
-        disk, memory = disk[1:], memory[1:]
-        ratios = [one["seconds"] / other["seconds"] for one, other in zip(disk, memory)]
-        low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-        rows.append(dict(setting=f"step, in memory, in turn with {cache} cache", value=in_memory,
-                         seconds=middle(memory, "seconds"), wait=middle(memory, "wait")))
-        rows.append(dict(setting=f"step, mapped, {cache} cache", value=megabytes,
-                         seconds=middle(disk, "seconds"), ratio_low=low, ratio=ratio,
-                         ratio_high=high, anon_start_mb=start, anon_end_mb=end,
-                         read_mb=middle(disk, "read"), wait=middle(disk, "wait")))
-        if cache == "warm":
-            fed = drain(store_of(common.map_images(path), device), size.batch, 40)
-            rows.append(dict(setting="common.batches alone, mapped, warm cache", value=megabytes,
-                             seconds=fed))
-    spent, came = zip(*[first_batch(path, device, size) for _ in range(8)])
-    rows.append(dict(setting="one batch, mapped, never cached", value=megabytes,
-                     seconds=median(spent), read_mb=median(came)))
-    fed = drain(store_of(held, device), size.batch, 40)
-    rows.append(dict(setting="common.batches alone, in memory", value=in_memory, seconds=fed))
-    return rows
+    """Steps from the mapped file, and the process's private memory before and after them."""
+    data = store_of(common.map_images(path), device)
+    flags = f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
+    steps_of(simclr, flags, data, device, size, steps=1)  # what the first step allocates stays
+    start = status("RssAnon")
+    spent, _, wait = steps_of(simclr, flags, data, device, size, steps=size.disk_steps)
+    return [dict(setting="step, mapped", value=os.path.getsize(path) / 2**20, seconds=spent,
+                 anon_start_mb=start, anon_end_mb=status("RssAnon"), wait=wait)]
 
 
 GROUPS = {"batch": batch_rows, "side": side_rows, "processes": processes_rows,
@@ -460,81 +378,20 @@ def curves(rows, column):
     return several
 
 
-def reason(quantity, setting, column, curve, memory):
-    """Why an exponent is above 1, in the numbers that were measured."""
-    found = curve if column == "seconds" else memory
-    if quantity == "batch" and setting == "NT-Xent alone":
-        largest, _ = found[quantity, setting][-1]
-        small, large = (4 * (2 * b) ** 2 / 2**20 for b in (512, largest))
-        return ("it fills and reduces a table of 2B x 2B similarities, which would be 2; the table "
-                f"grows from {small:.0f} to {large:.0f} MB, and a processor's cache holds only the "
-                "small ones")
-    if quantity == "batch":
-        return reason_of_batches(column, found[quantity, setting], found["batch", "NT-Xent alone"])
-    if quantity == "side" and column == "peak_mb":
-        return "views and activations go with the area, which would be 2"
-    if quantity == "side" and setting == "views alone":
-        return ("pixels would be 2; resampling multiplies each with a row of a (size x S) matrix, "
-                "which would be 3")
-    if quantity == "side":
-        (x, y), (_, views) = found["side", "step"][-1], found["side", "views alone"][-1]
-        return (f"it goes with the area, which would be 2; at {x:g} px the views are "
-                f"{100 * views / y:.2g} % of it")
-    return "no reason is known here"
-
-
-def reason_of_batches(column, points, loss_points):
-    """What a step would be if NT-Xent goes with B^2 and the rest with B, by the largest batch."""
-    loss = dict(loss_points)
-    rest = [(b, y - loss[b]) for b, y in points]
-    b, y = rest[-1]
-    linear, square = y / b, loss[b] / b ** 2
-    share = square * b / (square * b + linear)
-    said = f"NT-Xent's 2B x 2B similarities are {100 * share:.2g} % of it at B = {b:g}"
-    if column == "peak_mb":
-        return said
-    return (f"{said}, and a tenth from B = {linear / square / 9:,.0f}, if they go with B^2 and the "
-            f"rest with B; the rest alone has exponent {line_through(rest)[0]:.2f}")
-
-
 def summarise(rows):
-    curve, memory = curves(rows, "seconds"), curves(rows, "peak_mb")
-    for column, unit, found in (("seconds", "s", curve), ("peak_mb", "MB", memory)):
-        for (quantity, setting), points in found.items():
-            if column == "peak_mb" and quantity not in ("batch", "side"):
-                continue
+    for column, unit in (("seconds", "s"), ("peak_mb", "MB")):
+        for (quantity, setting), points in curves(rows, column).items():
             used = fitted_points(quantity, setting, column, points)
-            if len(used) < 2:
-                continue
-            e, error, _ = line_through(used)
-            over, spread, last = ", ".join(f"{x:g}" for x, _ in used), "", ""
-            if len(used) > 2:
-                (x, y), (x2, y2) = points[-2:]
-                spread = f" +- {error:.2f}"
-                last = f"; {np.log(y2 / y) / np.log(x2 / x):.2f} from {x:g} to {x2:g}"
-            print(f"{quantity}, {setting}: {unit} go with exponent {e:.2f}{spread} over {over}"
-                  f"{last}")
-            if e - 2 * error > 1:
-                print(f"    above 1: {reason(quantity, setting, column, curve, memory)}")
+            if len(used) > 1 and (column == "seconds" or quantity in ("batch", "side")):
+                e, error, _ = line_through(used)
+                over = ", ".join(f"{x:g}" for x, _ in used)
+                print(f"{quantity}, {setting}: {unit} go with exponent {e:.2f} +- {error:.2f} over "
+                      f"{over}")
     for row in rows:
-        if row["quantity"] == "disk" and row.get("ratio"):
-            say_disk(row)
-
-
-def say_disk(row):
-    number = {}
-    for key in ("seconds", "ratio", "ratio_low", "ratio_high", "anon_start_mb", "anon_end_mb",
-                "read_mb", "wait"):
-        number[key] = float(row[key] or "nan")
-
-    def more(name):
-        return f"{100 * (1 / number[name] - 1):+.1f} %"
-
-    print(f"disk, {row['setting']}: {1 / number['seconds']:.3g} steps/s, {more('ratio')} against "
-          f"images in memory, half of the rounds between {more('ratio_high')} and "
-          f"{more('ratio_low')}; RssAnon {number['anon_start_mb']:.0f} -> "
-          f"{number['anon_end_mb']:.0f} MB; {number['read_mb']:.1f} MB a step read; a step waited "
-          f"{1000 * number['wait']:.1f} ms for its batch")
+        if row["quantity"] == "disk":
+            number = {key: float(row[key]) for key in ("anon_start_mb", "anon_end_mb", "wait")}
+            print("disk: private memory {anon_start_mb:.0f} -> {anon_end_mb:.0f} MB; a step waits "
+                  "{wait:.4f} s for its batch".format(**number))
 
 
 PANELS = [("batch", "seconds", "s"), ("batch", "peak_mb", "MB at the peak"),
@@ -558,7 +415,7 @@ def draw(rows, name):
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    draw_disk(axes[1, 3], [row for row in rows if row["quantity"] == "disk"])
+    axes[1, 3].remove()
     figure.suptitle(name)
     figure.tight_layout()
     benches.save_figure(figure, benches.RESULTS / "scale.png")
@@ -574,15 +431,6 @@ def draw_lines(axis, quantity, column, found):
             e, _, at = line_through(used)
             x = [point[0] for point in used]
             axis.loglog(x, at(x), color=dots.get_color(), label=f"{setting}: {e:.2f}")
-
-
-def draw_disk(axis, rows):
-    axis.set(xlabel="s", xscale="log", yticks=[], title="disk: a file larger than the process's "
-             "memory")
-    for i, row in enumerate(reversed(rows)):
-        spent = float(row["seconds"])
-        axis.barh(i, spent, color="lightsteelblue", left=1e-5)
-        axis.text(1.2e-5, i, f"{row['setting']}: {spent:.2g} s", va="center", fontsize=8)
 
 
 def as_text(row):
