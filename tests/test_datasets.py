@@ -21,6 +21,7 @@ from scipy.io import savemat
 
 import bi_tuning
 import bissl
+import byol
 import coin
 import common
 import core_tuning
@@ -404,6 +405,46 @@ def test_stray_files_among_caltechs_pictures_change_nothing(tmp_path):
         stray = common.open_dataset("caltech101", tmp_path / "stray", split)
         assert stray[1:] == clean[1:]
         assert [path[-20:] for path in stray[0]] == [path[-20:] for path in clean[0]]
+
+
+# ------------------------------------------------------------ the commands of the papers' scale
+
+SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl, "finetune": finetune,
+           "core_tuning": core_tuning, "bi_tuning": bi_tuning}
+RESULTS = (Path(__file__).parent / "results/README.md").read_text()
+SECTION = RESULTS.split("## The papers' own numbers beside ours")[-1].split("\n## ")[0]
+CHAINS = {part.splitlines()[0]: re.findall(r"^    python (\w+)\.py (.+)$", part, re.M)
+          for part in SECTION.split("### ")[1:]}
+
+
+def moco(path):
+    """Weights as MoCo's authors publish theirs, of a ResNet-10."""
+    state = common.build_backbone("resnet10", True).state_dict()
+    named = {f"module.encoder_q.{name}": value for name, value in state.items()}
+    torch.save({"epoch": 200, "arch": "resnet10", "state_dict": named}, path)
+
+
+@pytest.mark.parametrize("paper", CHAINS)
+def test_the_commands_of_the_papers_scale_run_on_a_small_copy(
+        no_network, tmp_path, monkeypatch, paper):
+    monkeypatch.chdir(tmp_path)
+    for name in ("moco_v1_200ep_pretrain.pth.tar", "moco_v2_800ep_pretrain.pth.tar"):
+        moco(name)
+    for name in ("imagenet", "flowers", "cifar100", "cub200"):
+        if any(f"--data {name} " in flags for _, flags in CHAINS[paper]):
+            LAYOUTS[name][0](tmp_path / "data", 20)
+    small = "--image-size 16 --device cpu --precision float32 --batch-size 8"
+    more = dict.fromkeys(SCRIPTS, "--epochs 1")
+    more["coin"] = "--epochs 2"
+    more["bissl"] = ("--alternations 1 --lower-steps 1 --upper-steps 1 --head-epochs 1 "
+                     "--pretext-batch-size 8")
+    assert CHAINS[paper]
+    for script, flags in CHAINS[paper]:
+        flags = flags.replace("resnet50", "resnet10").replace("--search 100 --seeds 10",
+                                                              "--search 1 --seeds 1")
+        if "after-coin" not in flags:  # has what is left of COIN's budget
+            flags = f"{flags} {small} {more[script]}"
+        SCRIPTS[script].main(flags.replace("--seeds 3", "").split())
 
 
 # ------------------------------------------------------------ several labels per image
