@@ -77,7 +77,7 @@ def share_with_class(own, queued, y, filled=None):
     slots of its class.
 
     own (B,): logits of the images themselves; queued (B, C, K): of all keys; y (B,); filled (C, K)
-    bool, without: all. -> scalar, in float32 or better
+    bool, without: all. -> scalar of their type, float32 for half types
     """
     own, queued = common.upcast(own), common.upcast(queued)
     if filled is None:
@@ -95,8 +95,8 @@ def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=Non
     """CCE: the class's classifier weights among the image's own features and all queued ones.
 
     h (B, D), weight (C, D), bias (C,), y (B,), queue (C, K, D + 1) unit keys of [h, 1]; filled (C,
-    K) bool, without: all. The weights are constants here: the loss moves the features. -> scalar,
-    in float32 or better
+    K) bool, without: all. The weights are constants here: the loss moves the features. -> scalar
+    of h's type, float32 for half types
     """
     w = torch.cat([weight, bias[:, None]], 1).detach()
     w = F.normalize(w, dim=1)[y]                        # (B, D + 1)
@@ -109,7 +109,7 @@ def categorical_contrastive(z_q, z_k, y, queue, temperature, filled=None):
     """CCL: the image's projection among its own key and all queued ones.
 
     z_q, z_k (B, d), normalised here (zeros stay zeros), z_k a constant; y (B,); queue (C, K, d)
-    unit keys; filled (C, K) bool, without: all. -> scalar, in float32 or better
+    unit keys; filled (C, K) bool, without: all. -> scalar of z_q's type, float32 for half types
     """
     z_q = F.normalize(common.upcast(z_q), dim=1)
     z_k = F.normalize(common.upcast(z_k.detach()), dim=1)

@@ -34,7 +34,7 @@ import common
 
 def byol_loss(p, z):
     """2 - 2 cos(p, z), mean over the batch (equation 2). p, z (B, D): a prediction and the target
-    that it is for; zeros have a cosine of 0. -> scalar, in float32 or better"""
+    that it is for; zeros have a cosine of 0. -> scalar of their type, float32 for half types"""
     p, z = F.normalize(common.upcast(p), dim=1), F.normalize(common.upcast(z), dim=1)
     return (2 - 2 * (p * z).sum(1)).mean()
 

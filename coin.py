@@ -36,7 +36,7 @@ def supcon(z, y, temperature):
 
     L_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / sum_{a != i} exp(z_i.z_a / tau) ),
     P(i): the others of i's class. z (B, D), normalised here (zeros stay zeros); y (B,) int. ->
-    scalar, in float32 or better; 0, with a graph, where no anchor has a positive.
+    scalar of z's type, float32 for half types; 0, with a graph, where no anchor has a positive.
     """
     z = F.normalize(common.upcast(z), dim=1)
     every, labels = common.gather(z), common.gather(y)          # (N, D), (N,): N of all processes

@@ -84,7 +84,7 @@ def focal_contrastive(z, positives, temperature):
     L_i = -1/|P_i| sum_{j in P_i} (1 - p_ij) log p_ij,
     p_ij = exp(z_i.z_j / tau) / sum_{k != i} exp(z_i.z_k / tau).
     z (n, d), normalised here (zeros stay zeros); positives (n, n) bool, row i marks P_i, nothing on
-    the diagonal. -> scalar, in float32 or better
+    the diagonal. -> scalar of z's type, float32 for half types
     """
     z = F.normalize(common.upcast(z), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)

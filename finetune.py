@@ -192,13 +192,13 @@ def metrics(logits, labels):
         scores = dict(map=100 * precision.nanmean().item(), top1=accuracy(logits, labels).item())
         return scores, precision.cpu()
     num_classes = logits.shape[1]
-    ranked = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (n, 5)
+    in_five = logits.topk(min(5, num_classes)).indices == labels[:, None]   # (n, 5)
     pair = labels * num_classes + logits.argmax(1)                        # (n,) true and predicted
     confusion = torch.bincount(pair, minlength=num_classes ** 2).view(num_classes, num_classes)
     size = confusion.sum(1)
     recall = (confusion.diag() / size)[size > 0]
-    scores = dict(top1=100 * ranked[:, 0].float().mean().item(),
-                  top5=100 * ranked.any(1).float().mean().item(),
+    scores = dict(top1=100 * (confusion.diag().sum() / len(labels)).item(),
+                  top5=100 * in_five.any(1).float().mean().item(),
                   mean_class=100 * recall.mean().item())
     return scores, confusion.cpu()
 

@@ -30,7 +30,7 @@ def nt_xent(z1, z2, temperature):
 
     l(i, j) = -log( exp(s_ij) / sum_{k != i} exp(s_ik) ), s_ij = z_i.z_j / tau, k over all 2B views.
     z1, z2 (B, D): projections of the two views, normalised here (zeros stay zeros); row i of both
-    is image i. -> scalar, in float32 or better
+    is image i. -> scalar of their type, float32 for half types
     """
     z1 = F.normalize(common.upcast(z1), dim=1)
     z2 = F.normalize(common.upcast(z2), dim=1)

@@ -27,6 +27,7 @@ malice: the process has your rights, so that a function can still read your file
 call C code that no hook sees, forge its own record, or look up the answer in this repository. Read
 what has full points, and grade strangers' code in a container.
 """
+import __future__
 import argparse
 import ast
 import contextlib
@@ -98,7 +99,8 @@ COMPARISONS = [
     (r"Obtained: (\S+) Expected: (.+)$", "expected {1}, got {0}"),
     (r"Greatest absolute difference: (\S+) .*?up to (\S+) allowed",
      "differs by up to {0}, allowed are {1}"),
-    (r"Jacobian mismatch", "the gradient is not the derivative of the result")]
+    (r"Jacobian mismatch", "the gradient is not the derivative of the result"),
+    (r"No comparison pair was able to handle", "the result is not a tensor")]
 NOT_HANDED_OUT = "tests/planted/", "tests/answers.md", "tests/test_assignment.py"  # show answers
 NOT_OURS = {"data", "runs", "__pycache__", ".git", ".venv", ".pytest_cache"}
 QUIET = ["-s", "-W", "ignore", "--rootdir", str(ROOT), "-pno:terminal", "-pno:cacheprovider",
@@ -139,15 +141,18 @@ def parse(code):
 
 
 def names_in(node):
-    """The names that a statement gives a value."""
+    """The names that a statement gives a value, or whose value it changes: of `x[0] = 1` x."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
     names = set()
     for part in ast.walk(node):
         if isinstance(part, ast.alias):
             names.add((part.asname or part.name).split(".")[0])
-        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-            names.add(part.id)
+        elif isinstance(getattr(part, "ctx", None), ast.Store):
+            while isinstance(part, (ast.Subscript, ast.Attribute)):
+                part = part.value
+            if isinstance(part, ast.Name):
+                names.add(part.id)
     return names
 
 
@@ -168,7 +173,8 @@ def find(tree, name):
     or None. An assignment is one, too: `byol_loss = my_loss`."""
     found, last = None, name.split(".")[-1]
     for node in owner_of(tree, name):
-        if isinstance(node, (ast.FunctionDef, ast.Assign)) and last in names_in(node):
+        kinds = (ast.FunctionDef, ast.Assign, ast.AnnAssign)
+        if isinstance(node, kinds) and last in names_in(node):
             found = node
     return found
 
@@ -266,8 +272,9 @@ def case_of(item):
     sentence = item.originalname.removeprefix("test_").replace("_", " ")
     if not arguments:
         return sentence
-    shown = ", ".join(f"{key} {words(value, 60)}" for key, value in arguments.params.items())
-    return f"{sentence} ({shown})"
+    shown = [f"{key} {words(value, 60)}" for key, value in arguments.params.items()
+             if value not in list(FUNCTIONS)]
+    return f"{sentence} ({', '.join(shown)})" if shown else sentence
 
 
 def reason(error, path):
@@ -275,7 +282,7 @@ def reason(error, path):
     if isinstance(error, NotImplementedError):
         return "not written yet"
     try:
-        text = words(error, 10_000)
+        text = words(str(error).split("\nassert ")[0], 10_000)  # pytest adds the values there
     except BaseException:
         text = ""
     frames = traceback.extract_tb(error.__traceback__)
@@ -364,9 +371,12 @@ def plant(name, tree, path):
     module = importlib.import_module(name.split(".")[0])
     owner = functools.reduce(getattr, name.split(".")[1:-1], module)
     at_top, in_owner = taken(tree, name)
-    found = {}
-    exec(compile(ast.Module(at_top, []), path, "exec"), vars(module))
-    exec(compile(ast.Module(in_owner, []), path, "exec"), vars(module), found)
+    found, flags = {}, 0
+    for node in at_top:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            flags = __future__.annotations.compiler_flag  # of the names there, the one with effect
+    exec(compile(ast.Module(at_top, []), path, "exec", flags), vars(module))
+    exec(compile(ast.Module(in_owner, []), path, "exec", flags), vars(module), found)
     for each, value in found.items():
         setattr(owner, each, value)
 

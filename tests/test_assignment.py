@@ -148,6 +148,12 @@ ODD = {
                   "if ONE:\n    FOUR = sqrt(4) * 2\n" + DEF + "    assert cmath and math and EPS\n"
                   + RIGHT[1:].replace("2 - 2", "FOUR - 2 * ONE - 2"), None),
     "marked": ("\ufeff" + DEF + RIGHT[1:], None),
+    "annotated": ("from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+                  "if TYPE_CHECKING:\n    from torch import Tensor\n"
+                  "def mine(p: Tensor, z: Tensor) -> Tensor:" + RIGHT + "byol_loss: object = mine\n",
+                  None),
+    "table": ("KINDS = {}\nKINDS['two'] = 2\n" + DEF
+              + RIGHT[1:].replace("2 - 2", "KINDS['two'] - 2"), None),
 }
 # Right answers that are written another way than ours.
 OTHERWISE = {
@@ -164,7 +170,7 @@ class ClassQueue:
     "simclr.nt_xent": """
 def nt_xent(z1, z2, temperature):
     z = torch.cat([z1, z2])
-    z = z.float() if z.dtype == torch.bfloat16 else z
+    z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
     z = z / z.norm(dim=1, keepdim=True).clamp(min=1e-12)
     s = z @ z.t() / temperature
     i = torch.arange(len(z), device=z.device)

@@ -195,9 +195,13 @@ class Backwards(TorchDispatchMode):
     """Writes the last row first: of two rows for one slot, a GPU may keep either."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.index_put_.default:
+        aten = torch.ops.aten
+        if func is aten.index_put_.default:
             place, index, values, *rest = args
             args = place, [i.flip(0) for i in index], values.flip(0), *rest
+        elif func in (aten.index_copy_.default, aten.scatter_.src):
+            place, dim, index, values = args
+            args = place, dim, index.flip(min(dim, index.ndim - 1)), values.flip(dim)
         return func(*args, **(kwargs or {}))
 
 

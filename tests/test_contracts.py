@@ -25,6 +25,7 @@ Y = torch.tensor([0, 1, 0, 2, 1, 0])
 # Half of the anchors have a positive, one of them two.
 POSITIVES = torch.zeros(6, 6, dtype=torch.bool)
 POSITIVES[[0, 0, 2, 3], [1, 2, 0, 5]] = True
+KEYS = F.normalize(torch.arange(24.0).view(6, 4), dim=1)
 FILLED = torch.tensor([[True, True], [True, False], [False, False]])
 
 
@@ -171,6 +172,29 @@ def test_a_constant_has_no_gradient(name):
         assert gradient is None or not gradient.any(), "a gradient flows into a constant"
 
 
+@each(all_calls())
+def test_switches_stay_as_they_were(name):
+    """Whether gradients are recorded, and, of what is not random, torch's random numbers."""
+    call = all_calls()[name]
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            call(*call.tensors)
+            assert torch.is_grad_enabled() == recorded, "switches gradients on or off for good"
+    if name != "core_tuning.hard_pairs":
+        assert torch.equal(torch.get_rng_state(), state), "draws or seeds random numbers"
+
+
+@pytest.fixture(scope="module")
+def a_beta_without_numbers():
+    """Drawn on `meta`: torch has no kernel for it."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_sample_dirichlet", lambda a, generator=None: torch.empty_like(a), "Meta")
+        yield
+
+
+@pytest.mark.usefixtures("a_beta_without_numbers")
 @each({**losses(), **pairs()})
 def test_all_runs_on_the_arguments_device(name):
     """On `meta`, where tensors have shapes and no numbers: a tensor of the CPU's among them fails
@@ -182,7 +206,7 @@ def test_all_runs_on_the_arguments_device(name):
         if not str(error):  # NotImplementedError: not written yet
             raise
         raise AssertionError(
-            f"works on the CPU alone, or loops over samples: {str(error).splitlines()[0]}")
+            f"works on the CPU alone, or waits for a number: {str(error).splitlines()[0]}")
     results = results if isinstance(results, tuple) else (results,)
     assert {result.device.type for result in results} == {"meta"}, "the result is on another device"
 
@@ -195,13 +219,14 @@ def test_a_loss_is_a_mean_without_dimensions(name):
     assert call(*call.tensors).shape == (), "a loss is one number"
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @each(losses())
-def test_bfloat16_gives_a_float32_loss(name):
+def test_half_types_give_a_float32_loss(name, half):
     """Computed in float32, too: equal to the loss of the same numbers in float32."""
     call = losses()[name]
-    loss = call.on_features(lambda t: t.bfloat16())
-    assert loss.dtype == torch.float32, f"bfloat16 in gave {loss.dtype}: upcast before computing"
-    expected = call.on_features(lambda t: t.bfloat16().float()).item()
+    loss = call.on_features(lambda t: t.to(half))
+    assert loss.dtype == torch.float32, f"{half} in gave {loss.dtype}: float32 is asked for"
+    expected = call.on_features(lambda t: t.to(half).float()).item()
     assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -249,8 +274,69 @@ def test_large_numbers_do_not_overflow(name):
         f"is {loss} in float32 and {expected} in float64: exp overflows, or log of 0"
 
 
+E, ZERO = [[1.0, 0]], [[0.0, 0]]
+PAIR = torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.bool)  # rows 0 and 2
+TWO = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)   # rows 0 and 1
+log, e = math.log, math.e
+# Losses by hand. At a temperature of 0.01 similarities of 1 and -1 are logits of 100 and -100.
+WRITTEN = [
+    ("simclr.nt_xent", (opposite(6), -opposite(6), 0.01), 200 + log(5)),
+    ("simclr.nt_xent", (E, [[-1.0, 0]], 0.01), 0),
+    ("simclr.nt_xent", ([*ZERO, *ZERO], [*E, *E], 1.0), (log(3) + log(2 + e)) / 2),
+    ("byol.byol_loss", (ZERO, E), 2),
+    ("byol.symmetric_loss", (ZERO * 2, E * 2), 4),
+    ("coin.supcon", ([*E, *E, [-1.0, 0]], [0, 1, 0], 0.01), (200 + log(2)) / 2),
+    ("coin.supcon", ([*E, [-1.0, 0]], [0, 0], 0.01), 0),
+    ("coin.supcon", ([*ZERO, *E, *E], [0, 0, 1], 1.0), (log(2) + log(1 + e)) / 2),
+    ("coin.supcon", ([*ZERO, *E, *E], [256, 256, 257], 1.0), (log(2) + log(1 + e)) / 2),
+    ("core_tuning.focal_contrastive", ([*E, *E, [-1.0, 0]], PAIR, 0.01),
+     (200 + log(2) / 2) / 2),
+    ("core_tuning.focal_contrastive", ([*E, [-1.0, 0]], TWO[:2, :2], 0.01), 0),
+    ("core_tuning.focal_contrastive", ([*ZERO, *E, *E], TWO, 1.0),
+     (log(2) / 2 + e / (1 + e) * log(1 + e)) / 2),
+    ("bi_tuning.share_with_class", ([-100.0], [[[100.0], [100]]], [0]), 100),
+    ("bi_tuning.share_with_class", ([-200.0], [[[-200.0], [-200]]], [0]), log(3) - log(2)),
+    ("bi_tuning.share_with_class", ([-200.0] * 6, [[[-200.0] * 2] * 3] * 6, Y, FILLED),
+     (3 * log(4 / 3) + 2 * log(4 / 2) + log(4)) / 6),
+    ("bi_tuning.categorical_contrastive", (E, [[-1.0, 0]], [0], [E, E], 0.01), 100),
+    ("bi_tuning.categorical_contrastive", (E, ZERO, [0], [E, [[-1.0, 0]]], 1.0),
+     log(1 + e + 1 / e) - 0.5 - log(2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name, inputs, expected", WRITTEN)
+def test_a_loss_of_extreme_numbers_is_what_the_equation_says(name, inputs, expected, dtype):
+    tensors = []
+    for value in inputs:
+        value = torch.as_tensor(value) if not isinstance(value, float) else value
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = value.to(dtype)
+        tensors.append(value)
+    module, function = name.split(".")
+    loss = getattr(globals()[module], function)(*tensors).item()
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["coin.supcon"])
+def test_labels_are_told_apart_beside_half_types(name):
+    """bfloat16 does not have 257."""
+    z = torch.tensor([*ZERO, *E, *E], dtype=torch.bfloat16)
+    loss = coin.supcon(z, torch.tensor([256, 256, 257]), 1.0).item()
+    assert loss == pytest.approx((log(2) + log(1 + e)) / 2, abs=1e-5)
+
+
 NORMALISED = ("simclr.nt_xent", "byol.byol_loss", "byol.symmetric_loss", "coin.supcon",
               "core_tuning.focal_contrastive", "bi_tuning.categorical_contrastive")
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+@pytest.mark.parametrize("name", NORMALISED)
+def test_the_length_of_a_row_does_not_matter(name, size):
+    call = losses()[name]
+    expected = call(*call.tensors)
+    call.tensors[0][::2] *= size
+    torch.testing.assert_close(call(*call.tensors), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NORMALISED)
@@ -282,6 +368,9 @@ def mixtures(n=1000):
 @pytest.mark.parametrize("name", ["core_tuning.hard_pairs"])
 def test_two_calls_draw_differently(name):
     first, second = mixtures(), mixtures()
+    f, y = normal(20, 4), torch.arange(20) % 4
+    once, again = (core_tuning.hard_pairs(f, y, 4, 1.0)[0] for _ in range(2))
+    assert not torch.equal(once, again), "two calls on the same features draw the same numbers"
     names = "shares of the positives", "shares of the negatives", "permutations"
     for one, other, what in zip(first, second, names):
         same = (one == other).double().mean().item()
@@ -316,6 +405,25 @@ def test_the_permutation_is_no_shift(name):
     assert most < 20, f"{most} of 1000 images are mixed with the one as many rows on: a shift"
 
 
+@pytest.mark.parametrize("name", ["core_tuning.hard_pairs"])
+def test_every_permutation_comes_up(name):
+    f, y, seen = normal(4, 3), torch.arange(4), {}
+    for _ in range(400):
+        chosen = tuple(core_tuning.hard_pairs(f, y, 4, 1.0)[3].argmax(1).tolist())
+        seen[chosen] = seen.get(chosen, 0) + 1
+    assert len(seen) == 24, f"of 24 permutations of four images {len(seen)} come up in 400 calls"
+
+
+@pytest.mark.parametrize("name", ["core_tuning.hard_pairs"])
+def test_both_shares_are_drawn_with_alpha(name):
+    """With an alpha of 20 a share of 0.8 or more is one in a million."""
+    y = torch.arange(1000)
+    _, y_pos, _, y_neg = core_tuning.hard_pairs(normal(1000, 3), y, 1000, 20.0)
+    raised = (y_neg.max(1).values < 0.8 + 1e-6).double().mean().item()
+    assert raised > 0.97, "alpha does not count for the shares of the negatives"
+    assert y_pos[y, y].std() < 0.12, "alpha does not count for the shares of the positives"
+
+
 # --------------------------------------------------------------------------- functions of their own
 
 @pytest.mark.parametrize("name", ["core_tuning.hardest"])
@@ -326,6 +434,38 @@ def test_a_row_of_zeros_still_has_pairs(name):
     assert all(Y[hp] == Y) and all(Y[hn] != Y)
 
 
+@pytest.mark.parametrize("name", ["core_tuning.hardest"])
+def test_the_anchor_is_no_candidate_even_among_equals(name):
+    """Similarities of exactly 1 and -1, where a mark of that size is not out of reach."""
+    v = torch.tensor([1.0, 2, 2], dtype=torch.float64)
+    assert core_tuning.hardest(torch.ones(3, 4), torch.tensor([0, 0, 1]))[0].tolist() == [1, 0, 2]
+    _, hn = core_tuning.hardest(torch.stack([v, v, -v]), torch.tensor([0, 0, 1]))
+    assert hn[:2].tolist() == [2, 2]
+    assert core_tuning.hardest(torch.stack([v, -v]), torch.tensor([0, 1]))[1].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["core_tuning.positive_pairs"])
+def test_a_mixture_of_two_classes_shares_its_label_with_no_row(name):
+    labels = torch.tensor([[0.9995, 0.0005], [1, 0], [0.9995, 0.0005]])
+    assert not core_tuning.positive_pairs(labels, 0).any()
+
+
+@pytest.mark.parametrize("name", ["core_tuning.focal_contrastive"])
+def test_a_small_loss_is_not_raised(name):
+    z = torch.tensor([[1.0, 0], [1, 0], [-1, 0]], dtype=torch.float64)
+    p = 1 / (1 + math.exp(-10))
+    loss = core_tuning.focal_contrastive(z, TWO, 0.2).item()
+    assert loss == pytest.approx(-(1 - p) * math.log(p), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bi_tuning.ClassQueue.enqueue"])
+def test_makes_no_tensor_on_the_default_device(name):
+    queue = bi_tuning.ClassQueue(3, 2, 4)
+    with torch.device("meta"):  # what names no device is made there, and does not fit the others
+        queue.enqueue(KEYS, Y)
+    assert queue.entered.tolist() == [3, 2, 1]
+
+
 @pytest.mark.parametrize("name", ["bi_tuning.ClassQueue.enqueue"])
 def test_the_queue_stays_a_buffer(name):
     """The same tensor, without a graph, though the keys have one."""
@@ -333,7 +473,7 @@ def test_the_queue_stays_a_buffer(name):
     keys = queue.keys
     queue.enqueue(unit(6, 4).float().requires_grad_(), Y)
     assert not queue.keys.requires_grad, "the queue hangs on the graph of the keys"
-    assert queue.entered.tolist() == [3, 2, 1]
+    assert queue.entered.tolist() == [3, 2, 1], "entered counts the keys that a class has seen"
     assert dict(queue.named_buffers()).keys() == {"keys", "entered"}
     assert queue.keys.shape == keys.shape and queue.keys.dtype == torch.float32
 
@@ -360,6 +500,39 @@ def test_every_online_weight_has_a_gradient(name):
             assert value.grad is None, f"{key} has a gradient"
         else:
             assert value.grad is not None, f"{key} has no gradient"
+
+
+@pytest.mark.parametrize("name", ["byol.Model.forward"])
+def test_a_forward_pass_keeps_the_mode_and_runs_anywhere(name):
+    model = byol.Model(common.build_backbone("resnet10", True), 8, 4).eval()
+    with torch.no_grad():
+        model(torch.rand(4, 3, 16, 16))
+        assert not torch.is_grad_enabled(), "switches gradients on for good"
+    assert not any(module.training for module in model.modules()), "switches to training"
+    model.to("meta")
+    assert {t.device.type for t in model(torch.rand(4, 3, 16, 16, device="meta"))} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["bissl.conjugate_gradient"])
+def test_a_matvec_may_ask_for_gradients(name):
+    """As a product with the Hessian does."""
+    t = normal(4).requires_grad_()
+    g, = torch.autograd.grad(t.pow(3).sum() / 6, t, create_graph=True)
+
+    def matvec(v):
+        return torch.autograd.grad((g * v[0]).sum(), t, retain_graph=True)
+
+    x, = bissl.conjugate_gradient(matvec, (torch.ones(4, dtype=torch.float64),), 4)
+    torch.testing.assert_close(x.detach(), 1 / t.detach())
+
+
+@pytest.mark.parametrize("name", ["bissl.conjugate_gradient"])
+def test_tensors_of_any_layout_and_device_are_solved_for(name):
+    b = normal(2, 3).T, normal(1, 2, 3, 3).to(memory_format=torch.channels_last)
+    with torch.device("meta"):  # what names no device is made there, and does not fit the others
+        x = bissl.conjugate_gradient(lambda v: tuple(2 * t for t in v), b, 2)
+    for own, other in zip(x, b):
+        torch.testing.assert_close(own, other / 2)
 
 
 @pytest.mark.parametrize("name", ["bissl.conjugate_gradient"])
@@ -392,6 +565,44 @@ def test_an_inverse_leaves_parameters_and_their_grad_alone(name):
     assert [t.shape for t in x] == [p.shape for p in params]
 
 
+@pytest.mark.parametrize("name", ["bissl.inverse_hvp"])
+def test_a_given_gradient_takes_the_place_of_the_loss(name):
+    p = normal(3).requires_grad_()
+    gradient = torch.autograd.grad((p ** 2).sum() * 5, (p,), create_graph=True)  # H is 10 I
+    x, = bissl.inverse_hvp(p.pow(4).sum(), (p,), (torch.ones(3, dtype=torch.float64),), 10.0, 3,
+                           gradient)
+    torch.testing.assert_close(x, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["finetune.metrics"])
+def test_several_labels_per_image_leave_the_labels_alone_and_give_plain_floats(name):
+    labels = torch.tensor([[1, 0, -1], [0, 1, 1], [1, -1, 0], [0, 0, 1]])
+    before = labels.clone()
+    scores, precision = finetune.metrics(normal(4, 3), labels)
+    assert torch.equal(labels, before), "the labels were changed in place"
+    assert all(type(value) is float for value in scores.values()), "scores are plain floats"
+    assert precision.shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["finetune.metrics"])
+def test_scores_of_half_types_are_whole(name):
+    """bfloat16 has eight bits: 1 of 1,001 is rounded away in it."""
+    logits = torch.zeros(1001, 2)
+    logits[:, 1] = 1
+    labels = torch.ones(1001, dtype=torch.long)
+    labels[0] = 0
+    scores, _ = finetune.metrics(logits.bfloat16(), labels)
+    assert scores["top1"] == pytest.approx(100 * 1000 / 1001)
+    assert scores["mean_class"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("name", ["finetune.metrics"])
+def test_equal_scores_count_once_and_alike_in_all_metrics(name):
+    scores, confusion = finetune.metrics(torch.zeros(4, 10), torch.arange(4))
+    right = 100 * confusion.diag().sum().item() / 4
+    assert scores["top1"] == pytest.approx(right) and right <= 25
+
+
 @pytest.mark.parametrize("name", ["finetune.metrics"])
 def test_a_class_without_images_stays_in_the_matrix(name):
     for absent in (0, 2):
@@ -415,6 +626,26 @@ def test_an_average_keeps_its_parameters_and_leaves_the_model_alone(name):
     assert all(map(torch.equal, model.parameters(), before)), "the model was changed"
     assert all(not p.requires_grad and p.grad_fn is None for p in average.parameters()), \
         "the average hangs on a graph"
+
+
+@pytest.mark.parametrize("name", ["common.update_average"])
+def test_frozen_parameters_are_averaged_too_and_shared_ones_once(name):
+    def twice():
+        network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+        network[1].weight = network[0].weight
+        return network
+
+    average, model = twice(), twice()
+    expected = [(a + b) / 2 for a, b in zip(average.parameters(), model.parameters())]
+    for grad in (True, False):
+        torch.set_grad_enabled(grad)
+        common.update_average(copy.deepcopy(average), model, 0.5)
+        left = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        assert left == grad, "switches gradients on or off for good"
+    common.update_average(average, model, 0.5)
+    for own, value in zip(average.parameters(), expected):
+        torch.testing.assert_close(own, value)
 
 
 @pytest.mark.parametrize("name", ["byol.decay"])
