@@ -63,6 +63,7 @@ def test_strip_takes_the_named_bodies_and_nothing_else(tmp_path, capsys):
     assert {"common.py", "tests/test_simclr.py", "tests/assignment.py"} <= now.keys()
     assert "tests/test_assignment.py" not in now  # it shows answers, as the planted faults do
     assert not (tmp_path / "out/tests/planted").exists()
+    assert (TESTS / "answers.md").exists() and not (tmp_path / "out/tests/answers.md").exists()
     assert (tmp_path / "out/README.md").exists() and not (tmp_path / "out/.git").exists()
     for name in names:
         old, new = (find(parse(files[file_of(name)]), name) for files in (was, now))
