@@ -178,7 +178,9 @@ def train(args):
     data = common.load_labelled(args, args.seed)
     common.need_one_label(args, data)
     val = common.load_held_out(args, data)
-    shown = val or common.load_data(args, "test")  # test is not looked at where val is held out
+    shown, split = val, "val"
+    if not val:  # test is looked at only where val is trained on
+        shown, split = common.load_data(args, "test"), "test"
     say_positives(data.labels, args.batch_size, args.balanced)
     common.tell(f"{coin_epochs} of {args.epochs} epochs: {len(data):,} labelled images of "
                 f"{len(data.classes)} classes")
@@ -211,7 +213,7 @@ def train(args):
 
     after = common.features(backbone, shown, args)
     indices = dict(s_dbw_before=s_dbw(*before), s_dbw_after=s_dbw(*after))
-    common.tell(f"{'val' if val else 'test'} features: S_Dbw {indices['s_dbw_before']:.3f} before, "
+    common.tell(f"{split} features: S_Dbw {indices['s_dbw_before']:.3f} before, "
                 f"{indices['s_dbw_after']:.3f} after")
     common.write_lines(args, [*run.history, indices])
     draw(args, run.history, before, after, indices)

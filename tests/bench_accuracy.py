@@ -134,10 +134,8 @@ class Bench(benches.Bench):
         if stage.startswith("bissl"):
             of_stage = self.args.stage + labels + of_stage
             args, shorter = self.bissl_stage(of_stage)
-            images = len(common.load_labelled(args, seed))
             if stage == "bissl":
-                shown = args.alternations * args.upper_steps * args.batch_size
-                epochs -= args.head_epochs + round(shown / images)
+                epochs -= benches.bissl_epochs(args, seed)
         ckpt, pretext_seconds = self.pretext(pretext, seed, shorter)
         start = ["--ckpt", ckpt] if ckpt else []
         tuning, budget = tuning + labels, ["--epochs", max(1, epochs)]

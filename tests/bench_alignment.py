@@ -109,7 +109,7 @@ def draw(rows, features, path):
 
 
 def main(argv=None):
-    p = benches.parser(__doc__)
+    p = benches.parser(__doc__, runs=False)
     p.set_defaults(precision="float32")
     p.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
     args = p.parse_args(argv)

@@ -172,12 +172,10 @@ class State:
         return found
 
     def pretext_gradient(self, lower, views):
-        """d L_P / d theta_B of the lower level on these views, in their type, with its graph."""
-        exact = argparse.Namespace(**vars(self.pretext_args))
-        exact.precision = "float32"  # no autocast
-        with common.frozen_statistics(lower, second_order=True):
-            loss = self.pretext.loss(lower, views, exact)
-            return torch.autograd.grad(loss, tuple(lower.backbone.parameters()), create_graph=True)
+        """bissl.pretext_gradient() of the lower level on views that are made already, in their
+        type."""
+        given = argparse.Namespace(make_views=lambda views, _: views, loss=self.pretext.loss)
+        return bissl.pretext_gradient(given, lower, views, self.pretext_args)
 
     def directions(self):
         """name: a vector v of length 1, the residual of the solve that made it, and A^-1 v with the
@@ -309,8 +307,10 @@ def measure_solvers(state):
     """A row for each gamma, number of images that H is taken on, and solver."""
     vectors, rows = state.upper_gradients(N_U), []
     x, _ = next(state.batches(seed=3))
-    views = [view.contiguous() for view in state.pretext.make_views(x, state.pretext_args)]
-    state.lower.to(memory_format=torch.contiguous_format)
+    views = state.pretext.make_views(x, state.pretext_args)
+    graphs = {}
+    for images in H_IMAGES:
+        graphs[images] = state.pretext_gradient(state.lower, [view[:images] for view in views])
     exact = copy.deepcopy(state.lower).double()
     exact_theta = tuple(exact.backbone.parameters())
     exact_graph = state.pretext_gradient(exact, [view.double() for view in views])
@@ -320,8 +320,7 @@ def measure_solvers(state):
         product = bissl.damped_hessian(exact_graph, exact_theta, damping)
         solutions = shared(product, exact_vectors, EXACT_STEPS, EXACT, 200)
         for images, name in itertools.product(H_IMAGES, SOLVERS):
-            graph = state.pretext_gradient(state.lower, [view[:images] for view in views])
-            product = Counted(bissl.damped_hessian(graph, state.theta, damping))
+            product = Counted(bissl.damped_hessian(graphs[images], state.theta, damping))
             errors = []
             for x, x_star in zip(SOLVERS[name](product, vectors), solutions):
                 x, x_star = bissl.as_vector(x).double(), bissl.as_vector(x_star)

@@ -123,10 +123,7 @@ class Chain:
     def epochs(self, row):
         epochs = EPOCHS[self.args.labels]
         if row in MORE:
-            stage = self.stage_args()
-            images = len(common.load_labelled(stage, self.seed))
-            shown = stage.alternations * stage.upper_steps * stage.batch_size
-            epochs += stage.head_epochs + round(shown / images)
+            epochs += benches.bissl_epochs(self.stage_args(), self.seed)
         return epochs
 
     def stage_args(self):

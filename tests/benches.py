@@ -58,16 +58,17 @@ def name_of_data(data):
     return Path(data).resolve().name if Path(data).is_dir() else data
 
 
-def parser(doc, data="petals"):
-    """The flags of a bench that runs scripts."""
+def parser(doc, runs=True):
+    """The flags of a bench; runs: of one that runs scripts."""
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default=data)
+    p.add_argument("--data", default="petals")
     p.add_argument("--root", default="data")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("float32", "bfloat16"))
-    p.add_argument("--image-size", type=int, help="without: the scripts' own")
-    p.add_argument("--runs", help="folder of the runs; default: runs/ and the results' name")
+    if runs:
+        p.add_argument("--image-size", type=int, help="without: the scripts' own")
+        p.add_argument("--runs", help="folder of the runs; default: runs/ and the results' name")
     return p
 
 
@@ -138,6 +139,13 @@ class Bench:
         return finetune.MAIN_METRIC.get(self.args.data, "top1")
 
 
+def bissl_epochs(args, seed):
+    """How many epochs of labelled images a run of bissl.py shows: those that warm up its head, and
+    what its upper level goes through."""
+    shown = args.alternations * args.upper_steps * args.batch_size
+    return args.head_epochs + round(shown / len(common.load_labelled(args, seed)))
+
+
 # ------------------------------------------------------------------------------------------ figures
 
 def spread_of(values):
@@ -176,7 +184,7 @@ def with_others(rows, path, key):
 
 def write_table(rows, path, fields):
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
 
