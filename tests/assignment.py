@@ -197,13 +197,17 @@ def new_names(nodes, known):
 def taken(tree, name):
     """What is taken from a submission: new names of its file, new names of the function's class,
     and the function."""
-    module, *owners = name.split(".")[:-1]
-    known = importlib.import_module(module)
-    at_top, in_class = new_names(tree.body, known), []
-    if owners:
-        owner = functools.reduce(getattr, owners, known)
+    module, owner = home_of(name)
+    at_top, in_class = new_names(tree.body, module), []
+    if owner is not module:
         in_class = new_names(owner_of(tree, name), owner)
     return at_top, [*in_class, find(tree, name)]
+
+
+def home_of(name):
+    """This repository's module that has the function, and its class, or the module once more."""
+    module = importlib.import_module(name.split(".")[0])
+    return module, functools.reduce(getattr, name.split(".")[1:-1], module)
 
 
 # -------------------------------------------------------------------------------------------- strip
@@ -273,7 +277,7 @@ def case_of(item):
     if not arguments:
         return sentence
     shown = [f"{key} {words(value, 60)}" for key, value in arguments.params.items()
-             if value not in list(FUNCTIONS)]
+             if not (isinstance(value, str) and value in FUNCTIONS)]  # which is said already
     return f"{sentence} ({', '.join(shown)})" if shown else sentence
 
 
@@ -368,8 +372,7 @@ def prepare():
 
 def plant(name, tree, path):
     """Put the submission's function into the trusted module."""
-    module = importlib.import_module(name.split(".")[0])
-    owner = functools.reduce(getattr, name.split(".")[1:-1], module)
+    module, owner = home_of(name)
     at_top, in_owner = taken(tree, name)
     found, flags = {}, 0
     for node in at_top:

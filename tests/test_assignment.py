@@ -151,8 +151,8 @@ ODD = {
     "marked": ("\ufeff" + DEF + RIGHT[1:], None),
     "annotated": ("from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
                   "if TYPE_CHECKING:\n    from torch import Tensor\n"
-                  "def mine(p: Tensor, z: Tensor) -> Tensor:" + RIGHT + "byol_loss: object = mine\n",
-                  None),
+                  "def mine(p: Tensor, z: Tensor) -> Tensor:" + RIGHT
+                  + "byol_loss: object = mine\n", None),
     "table": ("KINDS = {}\nKINDS['two'] = 2\n" + DEF
               + RIGHT[1:].replace("2 - 2", "KINDS['two'] - 2"), None),
 }

@@ -56,6 +56,10 @@ class Call:
         return self(*tensors)
 
 
+def as_tuple(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
 def normal(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
@@ -146,8 +150,7 @@ def test_the_gradient_is_whole(name):
     call = all_calls()[name]
     for place in call.trains:
         call.tensors[place].requires_grad_()
-    results = call(*call.tensors)
-    results = results if isinstance(results, tuple) else (results,)
+    results = as_tuple(call(*call.tensors))
     assert any(result.requires_grad for result in results), "no gradient flows into the result"
     try:
         torch.autograd.gradcheck(call, call.tensors)
@@ -161,8 +164,7 @@ def test_a_constant_has_no_gradient(name):
     call = all_calls()[name]
     for place in (*call.trains, *call.constants):
         call.tensors[place].requires_grad_()
-    results = call(*call.tensors)
-    results = results if isinstance(results, tuple) else (results,)
+    results = as_tuple(call(*call.tensors))
     with_graph = [result.sum() for result in results if result.requires_grad]
     if not call.trains:
         assert not with_graph, "the result hangs on a graph, and should be a constant"
@@ -201,13 +203,12 @@ def test_all_runs_on_the_arguments_device(name):
     there as it does on a GPU, and so does what waits for a number."""
     call = {**losses(), **pairs()}[name]
     try:
-        results = call(*[tensor.to("meta") for tensor in call.tensors])
+        results = as_tuple(call(*[tensor.to("meta") for tensor in call.tensors]))
     except RuntimeError as error:
         if not str(error):  # NotImplementedError: not written yet
             raise
         raise AssertionError(
             f"works on the CPU alone, or waits for a number: {str(error).splitlines()[0]}")
-    results = results if isinstance(results, tuple) else (results,)
     assert {result.device.type for result in results} == {"meta"}, "the result is on another device"
 
 
@@ -637,12 +638,10 @@ def test_frozen_parameters_are_averaged_too_and_shared_ones_once(name):
 
     average, model = twice(), twice()
     expected = [(a + b) / 2 for a, b in zip(average.parameters(), model.parameters())]
-    for grad in (True, False):
-        torch.set_grad_enabled(grad)
-        common.update_average(copy.deepcopy(average), model, 0.5)
-        left = torch.is_grad_enabled()
-        torch.set_grad_enabled(True)
-        assert left == grad, "switches gradients on or off for good"
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            common.update_average(copy.deepcopy(average), model, 0.5)
+            assert torch.is_grad_enabled() == recorded, "switches gradients on or off for good"
     common.update_average(average, model, 0.5)
     for own, value in zip(average.parameters(), expected):
         torch.testing.assert_close(own, value)
