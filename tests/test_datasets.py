@@ -21,12 +21,12 @@ from scipy.io import savemat
 
 import bi_tuning
 import bissl
-import byol
 import coin
 import common
 import core_tuning
 import finetune
 import simclr
+from benches import SCRIPTS
 from conftest import error_line, json_lines, options, write_folder
 
 pytestmark = pytest.mark.usefixtures("any_copy")
@@ -409,8 +409,6 @@ def test_stray_files_among_caltechs_pictures_change_nothing(tmp_path):
 
 # ------------------------------------------------------------ the commands of the papers' scale
 
-SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl, "finetune": finetune,
-           "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 RESULTS = (Path(__file__).parent / "results/README.md").read_text()
 SECTION = RESULTS.split("## The papers' own numbers beside ours")[-1].split("\n## ")[0]
 CHAINS = {part.splitlines()[0]: re.findall(r"^    python (\w+)\.py (.+)$", part, re.M)
