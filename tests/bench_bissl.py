@@ -6,6 +6,7 @@ whole chain, beside everything that could explain the gain.
     python tests/bench_bissl.py --seeds 0 2 4 6 8            share the seeds out among two of it
     python tests/bench_bissl.py --labels 5 --rows SimCLR BiSSL
     python tests/bench_bissl.py --grid lam --seeds 0 1 2     BiSSL with other values of a flag
+    python tests/bench_bissl.py --rates 0.02 0.04 0.08       each row at its own rate of fine-tuning
     python tests/bench_bissl.py --data EMOJI --name clipart-emoji --pretext "--data CLIPART
         --epochs 40" --stage "--lam 0.1"                     other data, with flags of their own
 
@@ -40,7 +41,7 @@ import finetune
 import simclr
 from benches import paired_gain, spread_of
 
-FIELDS = ("device", "labels", "row", "seeds", "mean", "std", "gain", "gain_95", "bissl_gain",
+FIELDS = ("device", "labels", "row", "epochs", "rate", "seeds", "mean", "std", "gain", "gain_95", "bissl_gain",
           "bissl_gain_95", "seconds", "scores")
 PRETEXT_GOES_ON = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]
 MORE = ("more epochs", "BiSSL, more epochs")
@@ -121,7 +122,7 @@ class Chain:
         return self.stage([f"--{flag}", value])
 
     def epochs(self, row):
-        epochs = EPOCHS[self.args.labels]
+        epochs = self.args.epochs
         if row in MORE:
             epochs += benches.bissl_epochs(self.stage_args(), self.seed)
         return epochs
@@ -130,15 +131,32 @@ class Chain:
         flags = self.bench.flags("flags", [*self.labels, *self.args.stage])
         return bissl.parser().parse_args(flags)
 
-    def score(self, row):
-        """Test score in per cent, and the seconds of the stage before fine-tuning."""
+    def score(self, row, rate, judge="test"):
+        """Score in per cent, and the seconds of the stage before fine-tuning. rate: of fine-tuning;
+        None: the script's."""
         ckpt, line = self.start(row)
-        out = f"finetune-{row}-{self.args.labels}-{self.seed}".replace(" ", "_")
-        flags = [*self.labels, "--epochs", self.epochs(row), *self.args.finetune]
+        epochs = self.epochs(row)
+        out = f"finetune-{row}-{self.args.labels}-{self.seed}-{epochs}-{rate}".replace(" ", "_")
+        flags = [*self.labels, "--epochs", epochs, *self.args.finetune]
+        if rate is not None:
+            flags += ["--lr", rate]
         if ckpt:
             flags = ["--ckpt", ckpt, *flags]
+        seconds = line.get("seconds", 0)
+        if judge == "val":
+            made = self.bench.once(f"{out}-val",
+                                   lambda: dict(val=self.bench.on_val("finetune", out, flags)))
+            return made["val"], seconds
         made = self.bench.once(out, lambda: self.bench.on_test("finetune", out, flags))
-        return made[f"test_{self.bench.metric()}"], line.get("seconds", 0)
+        return made[f"test_{self.bench.metric()}"], seconds
+
+
+def best_rate(chains, row, rates):
+    """The rate at which the row's mean on val over all seeds is highest; None without rates."""
+    means = {}
+    for rate in rates:
+        means[rate] = np.mean([chain.score(row, rate, "val")[0] for chain in chains])
+    return max(means, key=means.get) if means else None
 
 
 def pretext_flags(args):
@@ -154,12 +172,13 @@ def load_everything(bench):
     common.load_data(args, "unlabeled")
 
 
-def table(scores, seconds, args):
-    """A line for each row: mean, deviation, its gain on SimCLR, and what BiSSL gains on it."""
+def table(scores, seconds, args, tuning):
+    """A line for each row: mean, deviation, its gain on SimCLR, and what BiSSL gains on it.
+    tuning: {row: epochs and learning rate of its fine-tuning}"""
     lines = []
     for row, own in scores.items():
         line = dict(device=benches.device_name(args.device), labels=args.labels, row=row,
-                    seeds=len(own),
+                    **tuning[row], seeds=len(own),
                     mean=round(float(np.mean(list(own.values()))), 2),
                     std=round(spread_of(list(own.values())), 2),
                     seconds=round(float(np.mean(seconds[row])), 1),
@@ -203,7 +222,11 @@ def parse(argv):
     p.add_argument("--pretext", type=shlex.split, default=[], help="flags for simclr.py")
     p.add_argument("--stage", type=shlex.split, default=[], help="flags for bissl.py")
     p.add_argument("--finetune", type=shlex.split, default=[], help="flags for finetune.py")
+    p.add_argument("--epochs", type=int, help=f"of fine-tuning; default: {EPOCHS} by labels")
+    p.add_argument("--rates", type=float, nargs="+", default=[],
+                   help="learning rates of fine-tuning: each row takes the best of them on val")
     args = p.parse_args(argv)
+    args.epochs = args.epochs or EPOCHS[args.labels]
     args.runs = args.runs or f"runs/bissl-{args.name}"
     if args.grid:
         args.rows = ["SimCLR", "BiSSL"]
@@ -216,19 +239,23 @@ def main(argv=None):
     args = parse(argv)
     bench = benches.Bench(args)
     load_everything(bench)
-    scores, seconds = {row: {} for row in args.rows}, {row: [] for row in args.rows}
-    for seed in args.seeds:
-        chain = Chain(bench, seed)
-        for row in args.rows:
-            scores[row][seed], spent = chain.score(row)
+    chains = [Chain(bench, seed) for seed in args.seeds]
+    scores, seconds, tuning = {}, {}, {}
+    for row in args.rows:
+        rate = best_rate(chains, row, args.rates)
+        tuning[row] = dict(epochs=chains[0].epochs(row), rate=rate)
+        scores[row], seconds[row] = {}, []
+        for chain in chains:
+            scores[row][chain.seed], spent = chain.score(row, rate)
             seconds[row].append(spent)
-        lines = table(scores, seconds, args)
+        lines = table(scores, seconds, args, tuning)
         print(json.dumps({line["row"]: line["mean"] for line in lines}), flush=True)
-    path = benches.RESULTS / f"bissl-{args.name}.csv"
-    benches.replace_rows(lines, path, ("device", "labels", "row"), FIELDS)
+    name = f"bissl-{args.name}" + ("-rates" if args.rates else "")
+    path = benches.RESULTS / f"{name}.csv"
+    benches.replace_rows(lines, path, ("device", "labels", "row", "epochs"), FIELDS)
     group = "-" + "-".join(args.grid) if args.grid else ""
     labels = "" if args.labels == 20 else f"-{args.labels}"
-    draw(scores, path.with_name(f"{path.stem}{labels}{group}.png"),
+    draw(scores, path.with_name(f"{name}{labels}{group}.png"),
          f"{args.name}, {args.labels} labels per class, {len(args.seeds)} seeds")
 
 

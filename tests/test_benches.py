@@ -301,6 +301,20 @@ def test_the_bissl_bench_runs_every_row_and_none_twice(tmp_path, monkeypatch):
     assert grown.startswith(book) and len(grown.splitlines()) == len(book.splitlines()) + 2
     bench_bissl.main(argv)
     assert (tmp_path / "runs/runs.jsonl").read_text() == grown
+    bench_bissl.main([*argv, "--rates", "0.01", "0.1", "--rows", "SimCLR", "BiSSL"])
+    for row in read(tmp_path / "bissl-doodles-petals-rates.csv"):
+        assert row["rate"] in ("0.01", "0.1")
+    tried = [line for line in (tmp_path / "runs/runs.jsonl").read_text().splitlines()
+             if "-val" in line]
+    assert len(tried) == 4
+
+
+def test_the_rate_of_a_row_is_that_of_its_best_mean_on_val():
+    scores = {0.1: (50, 70), 0.2: (61, 61), 0.3: (10, 90)}
+    chains = [SimpleNamespace(score=lambda row, rate, judge, i=i: (scores[rate][i], 0))
+              for i in range(2)]
+    assert bench_bissl.best_rate(chains, "BiSSL", list(scores)) == 0.2
+    assert bench_bissl.best_rate(chains, "BiSSL", []) is None
 
 
 def test_a_mixture_of_both_backbones_is_one(tmp_path, monkeypatch):
