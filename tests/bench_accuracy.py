@@ -220,14 +220,10 @@ def draw(cells, path, title):
         for line in cells:
             if line["labels"] != rate:
                 continue
-            place, values = rows.index(line["row"]), list(scores_of(line).values())
-            axis.plot(values, [place] * len(values), "o", color="C0", alpha=0.4)
-            axis.plot(line["mean"], place, "|", color="black", markersize=16)
             said = "* " if line["best"] is True else ""
             if line["gain"] != "":
                 said += f"{line['gain']:+} +- {line['gain_95']}"
-            axis.annotate(said, (1.01, place), xycoords=("axes fraction", "data"), va="center",
-                          fontsize=8)
+            benches.draw_row(axis, rows.index(line["row"]), list(scores_of(line).values()), said)
         axis.set(title="all labels" if rate == "all" else f"{rate} labels per class",
                  xlabel="test score, %")
         axis.grid(axis="x", alpha=0.3)

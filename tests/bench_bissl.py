@@ -7,6 +7,11 @@ whole chain, beside everything that could explain the gain.
     python tests/bench_bissl.py --labels 5 --rows SimCLR BiSSL
     python tests/bench_bissl.py --grid lam --seeds 0 1 2     BiSSL with other values of a flag
     python tests/bench_bissl.py --rates 0.02 0.04 0.08       each row at its own rate of fine-tuning
+    python tests/bench_bissl.py --name probe --finetune=--freeze
+                                                             linear probes: how the features fit the
+                                                             labels before they are fine-tuned
+    python tests/bench_bissl.py --name detect --task detect --labels 100 --rows scratch SimCLR BiSSL
+                                                             objects, or with segment pixels
     python tests/bench_bissl.py --data EMOJI --name clipart-emoji --pretext "--data CLIPART
         --epochs 40" --stage "--lam 0.1"                     other data, with flags of their own
 
@@ -41,14 +46,15 @@ import finetune
 import simclr
 from benches import paired_gain, spread_of
 
-FIELDS = ("device", "labels", "row", "epochs", "rate", "seeds", "mean", "std", "gain", "gain_95", "bissl_gain",
-          "bissl_gain_95", "seconds", "scores")
+FIELDS = ("device", "labels", "row", "epochs", "rate", "seeds", "mean", "std", "gain", "gain_95",
+          "bissl_gain", "bissl_gain_95", "seconds", "scores")
 PRETEXT_GOES_ON = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]
 MORE = ("more epochs", "BiSSL, more epochs")
 ROWS = ("scratch", "SimCLR", "same steps", "same seconds", "J = I", "BiSSL", "phi_B", "halfway",
         *MORE)
 GRID = {"lam": (0.01, 0.1, 0.3, 3, 10), "damping": (1, 10, 30, 300), "upper-steps": (1, 2, 4),
         "alternations": (5, 10, 40, 100), "hessian-batch": (8, 128), "lr": (0.003, 0.01, 0.1)}
+METHODS = ("finetune", "core_tuning", "bi_tuning")
 EPOCHS = {5: 120, 20: 60, 100: 20}  # of fine-tuning, by labels per class
 
 
@@ -58,6 +64,8 @@ class Chain:
     def __init__(self, bench, seed):
         self.bench, self.args, self.seed = bench, bench.args, seed
         self.labels = ["--labels-per-class", self.args.labels, "--seed", seed]
+        if self.args.task != "classify":
+            self.labels += ["--task", self.args.task]
 
     def pretext(self):
         out = f"simclr-{self.seed}"
@@ -136,19 +144,20 @@ class Chain:
         None: the script's."""
         ckpt, line = self.start(row)
         epochs = self.epochs(row)
-        out = f"finetune-{row}-{self.args.labels}-{self.seed}-{epochs}-{rate}".replace(" ", "_")
+        own = "".join(self.args.finetune).replace("/", "_")
+        out = f"{self.args.method}{own}-{row}-{self.args.labels}-{self.seed}-{epochs}-{rate}"
+        out = out.replace(" ", "_")
         flags = [*self.labels, "--epochs", epochs, *self.args.finetune]
         if rate is not None:
             flags += ["--lr", rate]
         if ckpt:
             flags = ["--ckpt", ckpt, *flags]
-        seconds = line.get("seconds", 0)
+        bench, method, seconds = self.bench, self.args.method, line.get("seconds", 0)
         if judge == "val":
-            made = self.bench.once(f"{out}-val",
-                                   lambda: dict(val=self.bench.on_val("finetune", out, flags)))
+            made = bench.once(f"{out}-val", lambda: dict(val=bench.on_val(method, out, flags)))
             return made["val"], seconds
-        made = self.bench.once(out, lambda: self.bench.on_test("finetune", out, flags))
-        return made[f"test_{self.bench.metric()}"], seconds
+        made = bench.once(out, lambda: bench.on_test(method, out, flags))
+        return made[f"test_{bench.metric()}"], seconds
 
 
 def best_rate(chains, row, rates):
@@ -196,13 +205,11 @@ def draw(scores, path, title):
     """A point per seed and the mean, a line per row; what BiSSL gains on it stands beside it."""
     figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(scores)))
     for i, (row, own) in enumerate(scores.items()):
-        values = list(own.values())
-        axes.plot(values, [i] * len(values), "o", color="C0", alpha=0.4)
-        axes.plot(np.mean(values), i, "|", color="black", markersize=18)
+        said = ""
         if row != "BiSSL" and "BiSSL" in scores:
             mean, half = paired_gain(scores["BiSSL"], own)
             said = f"{mean:+.1f}" + (f" +- {half:.1f}" if half else "")
-            axes.annotate(said, (1.01, i), xycoords=("axes fraction", "data"), va="center")
+        benches.draw_row(axes, i, list(own.values()), said)
     axes.set_yticks(range(len(scores)), list(scores))
     axes.invert_yaxis()
     axes.set(xlabel="test accuracy, %; | mean of the seeds; right: BiSSL's gain on the row and its "
@@ -214,6 +221,8 @@ def draw(scores, path, title):
 def parse(argv):
     p = benches.parser(__doc__)
     p.add_argument("--name", default="doodles-petals", help="of the results")
+    p.add_argument("--task", default="classify", choices=finetune.TASKS)
+    p.add_argument("--method", default="finetune", choices=METHODS, help="what learns the labels")
     p.add_argument("--labels", type=int, default=20, choices=EPOCHS, help="labels per class")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     p.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW")
@@ -222,11 +231,17 @@ def parse(argv):
     p.add_argument("--pretext", type=shlex.split, default=[], help="flags for simclr.py")
     p.add_argument("--stage", type=shlex.split, default=[], help="flags for bissl.py")
     p.add_argument("--finetune", type=shlex.split, default=[], help="flags for finetune.py")
-    p.add_argument("--epochs", type=int, help=f"of fine-tuning; default: {EPOCHS} by labels")
+    p.add_argument("--epochs", type=int, help=f"of fine-tuning; default: {EPOCHS} by labels, for "
+                   "other tasks the script's own")
     p.add_argument("--rates", type=float, nargs="+", default=[],
                    help="learning rates of fine-tuning: each row takes the best of them on val")
     args = p.parse_args(argv)
-    args.epochs = args.epochs or EPOCHS[args.labels]
+    if args.epochs is None:
+        args.epochs = EPOCHS[args.labels]
+        if args.task != "classify":
+            script = benches.SCRIPTS[args.method]
+            flags = ["--data", args.data, "--task", args.task]
+            args.epochs = script.parser().parse_args(flags).epochs
     args.runs = args.runs or f"runs/bissl-{args.name}"
     if args.grid:
         args.rows = ["SimCLR", "BiSSL"]

@@ -1,7 +1,6 @@
-"""How a step's cost grows with batch, image side, processes, classes and store; and a store that is
-larger than memory.
+"""How a step's cost grows with the batch, the image side and the number of classes.
 
-    python tests/bench_scale.py                 every group, 11 minutes on one slow CPU core; on the
+    python tests/bench_scale.py                 every group, 8 minutes on one slow CPU core; on the
                                                 GPU where there is one
     python tests/bench_scale.py batch side      these groups only
 
@@ -11,21 +10,13 @@ one of the scripts' own train(), from having a batch to having the next one; the
 the median of the others counts. On a CPU peak_mb is what the process grew by.
   batch      SimCLR by batch size, whole and with --chunk 128; and NT-Xent alone, forward + backward
   side       SimCLR by image side; and its two views alone
-  processes  SimCLR by the number of processes that share one batch (gloo, or nccl with a GPU each),
-             under torchrun
   classes    Bi-tuning and plain fine-tuning by the number of classes
-  store      common.Batches alone and a SimCLR step by the number of images in a mapped file
-  disk       SimCLR from a mapped file larger than the memory that the process may have (Linux): its
-             private memory before and after, and what a step waits for its batch
 """
 import contextlib
 import ctypes
 import gc
 import io
-import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,23 +37,14 @@ import finetune
 import simclr
 from bench_speed import VIEWS, do_nothing, pretext, seconds, short_trial
 
-DATA = benches.ROOT / "data"  # the scripts' --root: /tmp may be memory
-FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb", "anon_start_mb",
-          "anon_end_mb", "wait")
-UNITS = dict(batch="images per batch", side="image side, px", processes="processes",
-             classes="classes", store="images in the file", disk="MB in the file")
+FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb")
+UNITS = dict(batch="images per batch", side="image side, px", classes="classes")
 BATCHES, CLASSES = [128, 256, 512, 1024, 2048, 4096], [10, 30, 100, 300, 1000]
 SIDES = [32, 64, 96, 128, 160, 192, 224]
-CPU = SimpleNamespace(
-    arch="resnet10", side_arch="resnet10", size=32, batch=128, budget=3, batches=BATCHES,
-    sides=SIDES, side_batch=16, classes=CLASSES, class_batch=48,
-    stores=[1 << i for i in range(10, 17)], epoch=8192, disk_images=409_600, limit=1400,
-    disk_steps=12)
-GPU = SimpleNamespace(
-    arch="resnet50", side_arch="resnet18", size=96, batch=512, budget=3, batches=BATCHES,
-    sides=SIDES, side_batch=128, classes=CLASSES, class_batch=64,
-    stores=[1 << i for i in range(10, 19)], epoch=8192, disk_images=400_000, limit=12_000,
-    disk_steps=20)
+BUDGET = 3  # seconds of steps, at least
+CPU = SimpleNamespace(arch="resnet10", side_arch="resnet10", size=32, side_batch=16, class_batch=48)
+GPU = SimpleNamespace(arch="resnet50", side_arch="resnet18", size=96, side_batch=128,
+                      class_batch=64)
 SIMCLR = (f"--crop {VIEWS['crop'][0]} --jitter {' '.join(map(str, VIEWS['jitter']))} "
           f"--blur {VIEWS['blur_p']}")
 
@@ -93,55 +75,39 @@ def peak_memory(device):
         yield lambda: None
 
 
-def timed_batches(stamps, waits, steps, budget):
-    """A class to put in the place of common.Batches. It notes when each batch was there and how
-    long that took, and stops when enough was measured: after so many steps or, where that is None,
-    after `budget` seconds; the first step counts for neither."""
-    def enough():
-        if steps is not None:
-            return len(stamps) == steps + 2
-        return len(stamps) > 2 and stamps[-1] - stamps[1] > budget
-
+def timed_batches(stamps):
+    """A class to put in the place of common.Batches. It notes when each batch was there, and stops
+    after BUDGET seconds, of which the first step is none."""
     class TimedBatches(common.Batches):
         def __iter__(self):
-            asked = time.perf_counter()
             for batch in super().__iter__():
-                waits.append(time.perf_counter() - asked)
-                wait_for(batch[1])
+                if batch[1].is_cuda:
+                    torch.cuda.synchronize()
                 stamps.append(time.perf_counter())
-                if enough():
+                if len(stamps) > 2 and stamps[-1] - stamps[1] > BUDGET:
                     return
                 yield batch
-                asked = time.perf_counter()
 
     return TimedBatches
 
 
-def wait_for(tensor):
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-
-
-def steps_of(script, flags, data, device, size, steps=None):
-    """Median seconds of a step of the script's own train() on `data`, the peak of memory in MB, and
-    the mean seconds that a step waited for its batch, which a busy machine changes less than the
-    step. steps: as many; without, as fit into size.budget seconds."""
-    stamps, waits = [], []
-    timed = timed_batches(stamps, waits, steps, size.budget)
-    flags = f"--epochs 1 --lr 1e-4 --device {device} --arch {size.arch} {flags}"
+def steps_of(script, flags, data, device, arch):
+    """Median seconds of a step of the script's own train() on `data`, and the peak of memory in
+    MB."""
+    stamps = []
+    flags = f"--epochs 1 --lr 1e-4 --device {device} --arch {arch} {flags}"
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.multiple(
-            common, Batches=timed, load_unlabeled=lambda args: data, load_probe=do_nothing,
-            save_checkpoint=do_nothing))
+            common, Batches=timed_batches(stamps), load_unlabeled=lambda args: data,
+            load_probe=do_nothing, save_checkpoint=do_nothing))
         stack.enter_context(mock.patch.object(simclr, "draw", do_nothing))
         stack.enter_context(mock.patch.object(finetune.Run, "end_epoch", do_nothing))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         peak = stack.enter_context(peak_memory(device))
         args = script.parser().parse_args([*flags.split(), "--out", f"{folder}/x"])
         script.train(args if script is simclr else short_trial(args, data))
-        spent = [after - before for before, after in zip(stamps[1:], stamps[2:])]
-        return median(spent), peak(), sum(waits[1:]) / len(waits[1:])
+        return median(np.diff(stamps[1:])), peak()
 
 
 def alone(work, device, budget=1):
@@ -152,52 +118,22 @@ def alone(work, device, budget=1):
     return median(times[1:])
 
 
-def noise(size, image_size, batch, device):
+def noise(arch, image_size, batch, device):
     """A Store of random pictures, each in it again and again: enough for any number of steps."""
-    _, _, data = pretext(device, size.arch, image_size, batch)
-    return again(data, 100)
-
-
-def again(data, times):
-    return replace(data, rows=data.rows.repeat(times), labels=data.labels.repeat(times))
-
-
-@contextlib.contextmanager
-def file_of(count, side):
-    """Path of an .npy file with `count` random images, real bytes that have reached the disk."""
-    there = DATA.exists()
-    DATA.mkdir(exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=DATA) as folder:
-            path, rng = f"{folder}/store.npy", np.random.default_rng(0)
-            images = np.lib.format.open_memmap(path, "w+", np.uint8, (count, 3, side, side))
-            for i in range(0, count, 8192):
-                images[i:i + 8192] = rng.integers(0, 256, images[i:i + 8192].shape, np.uint8)
-            images.flush()
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            del images
-            yield path
-    finally:
-        if not there:
-            DATA.rmdir()
-
-
-def store_of(images, device):
-    labels = torch.zeros(len(images), dtype=torch.long, device=device)
-    return common.Store(images, labels, torch.arange(len(images)), ["none"])
+    _, _, data = pretext(device, arch, image_size, batch)
+    return replace(data, rows=data.rows.repeat(100), labels=data.labels.repeat(100))
 
 
 # ------------------------------------------------------------------------------------------- groups
 
 def batch_rows(device, size):
     rows = []
-    for batch in size.batches:
-        data = noise(size, size.size, batch, device)
+    for batch in BATCHES:
+        data = noise(size.arch, size.size, batch, device)
         for setting, chunk in (("whole", 0), ("--chunk 128", 128)):
             flags = f"{SIMCLR} --image-size {size.size} --batch-size {batch} --chunk {chunk}"
             try:
-                spent, peak, _ = steps_of(simclr, flags, data, device, size)
+                spent, peak = steps_of(simclr, flags, data, device, size.arch)
             except torch.OutOfMemoryError:
                 print(f"batch {batch}, {setting}: does not fit", flush=True)
                 continue
@@ -219,127 +155,34 @@ def nt_xent_alone(batch, device):
 
 
 def side_rows(device, size):
-    size, rows = SimpleNamespace(**vars(size)), []
-    size.arch = size.side_arch
-    for side in size.sides:
-        data = noise(size, side, size.side_batch, device)
+    rows = []
+    for side in SIDES:
+        data = noise(size.side_arch, side, size.side_batch, device)
         flags = f"{SIMCLR} --image-size {side} --batch-size {size.side_batch}"
-        spent, peak, _ = steps_of(simclr, flags, data, device, size)
+        spent, peak = steps_of(simclr, flags, data, device, size.side_arch)
         rows.append(dict(setting="step", value=side, seconds=spent, peak_mb=peak))
-        _, args, _ = pretext(device, size.arch, side, 4)
+        _, args, _ = pretext(device, size.side_arch, side, 4)
         x = data.images[:size.side_batch]
         spent = alone(lambda: simclr.make_views(x, args), device)
         rows.append(dict(setting="views alone", value=side, seconds=spent))
     return rows
 
 
-def processes_rows(device, size):
-    rows, most = [], 2 if device == "cpu" else torch.cuda.device_count()
-    threads = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()))
-    for processes in (1, 2, 4, 8):
-        if processes > most:
-            break
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                       f"--nproc-per-node={processes}", __file__, "one-of", device, f"{folder}/row"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=threads)
-            rows.append(json.loads(Path(f"{folder}/row").read_text()))
-    if most < 2:
-        print("processes: this machine has one GPU, so there is nothing to compare")
-    return rows
-
-
-def one_of(device, path):
-    """A process of torchrun's; they all take the same number of steps."""
-    size = GPU if device == "cuda" else CPU
-    flags = f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
-    data = noise(size, size.size, size.batch, device)
-    spent, peak, _ = steps_of(simclr, flags, data, device, size, steps=12)
-    if int(os.environ["RANK"]) == 0:
-        processes = int(os.environ["WORLD_SIZE"])
-        row = dict(setting="step", value=processes, seconds=spent, peak_mb=peak)
-        Path(path).write_text(json.dumps(row))
-
-
 def classes_rows(device, size):
     rows = []
     works = [("finetune", finetune, ""), ("bi_tuning", bi_tuning, "--random-queue")]  # full queues
-    for classes in size.classes:
-        data = noise(size, size.size, size.class_batch, device)
+    for classes in CLASSES:
+        data = noise(size.arch, size.size, size.class_batch, device)
         names = [str(label) for label in range(classes)]
         data = replace(data, labels=(data.rows % classes).to(device), classes=names)
         for setting, script, more in works:
             flags = f"--image-size {size.size} --batch-size {size.class_batch} {more}"
-            spent, peak, _ = steps_of(script, flags, data, device, size)
+            spent, peak = steps_of(script, flags, data, device, size.arch)
             rows.append(dict(setting=setting, value=classes, seconds=spent, peak_mb=peak))
     return rows
 
 
-def drain(data, batch, most):
-    """Seconds a batch of common.Batches alone, by `most` batches in random order, the first left
-    out."""
-    stamps = []
-    for _, y in common.Batches(data, batch, whole_only=True):
-        wait_for(y)
-        stamps.append(time.perf_counter())
-        if len(stamps) > most:
-            break
-    return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
-
-
-def store_rows(device, size):
-    rows, flags = [], f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
-    with file_of(size.stores[-1], common.store_side(size.size)) as path:
-        for count in size.stores:
-            data = store_of(common.map_images(path)[:count], device)
-            data = again(data, common.steps_of(size.epoch, count))
-            fed = median(drain(data, size.batch, 60) for _ in range(5))
-            rows.append(dict(setting="common.batches alone", value=count, seconds=fed))
-            spent, peak, _ = steps_of(simclr, flags, data, device, size)
-            rows.append(dict(setting="step", value=count, seconds=spent, peak_mb=peak))
-    return rows
-
-
-# --------------------------------------------------------------------------------------------- disk
-
-def disk_rows(device, size):
-    if not Path("/proc/self/status").exists():
-        print("disk: needs Linux")
-        return []
-    with file_of(size.disk_images, common.store_side(size.size)) as path:
-        command = [sys.executable, __file__, "limited", device, path]
-        apart = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    *lines, rows = apart.stdout.splitlines()
-    print(*lines, sep="\n", flush=True)
-    return json.loads(rows)
-
-
-def limited(device, path):
-    """In a process whose private memory is limited to less than the file."""
-    import resource  # Linux and macOS have it
-    size = GPU if device == "cuda" else CPU
-    resource.setrlimit(resource.RLIMIT_DATA, (size.limit << 20, size.limit << 20))
-    try:
-        np.load(path)
-        print("disk: np.load succeeds, so that the limit does not hold")
-    except MemoryError:
-        print(f"disk: np.load of the whole file does not fit into {size.limit} MB")
-    print(json.dumps(rows_from_disk(device, size, path)))
-
-
-def rows_from_disk(device, size, path):
-    """Steps from the mapped file, and the process's private memory before and after them."""
-    data = store_of(common.map_images(path), device)
-    flags = f"{SIMCLR} --image-size {size.size} --batch-size {size.batch}"
-    steps_of(simclr, flags, data, device, size, steps=1)  # what the first step allocates stays
-    start = status("RssAnon")
-    spent, _, wait = steps_of(simclr, flags, data, device, size, steps=size.disk_steps)
-    return [dict(setting="step, mapped", value=os.path.getsize(path) / 2**20, seconds=spent,
-                 anon_start_mb=start, anon_end_mb=status("RssAnon"), wait=wait)]
-
-
-GROUPS = {"batch": batch_rows, "side": side_rows, "processes": processes_rows,
-          "classes": classes_rows, "store": store_rows, "disk": disk_rows}
+GROUPS = {"batch": batch_rows, "side": side_rows, "classes": classes_rows}
 
 
 # ------------------------------------------------------------------------------------ what came out
@@ -368,7 +211,7 @@ def curves(rows, column):
     """{(quantity, setting): [(value, rows' column), ...]}"""
     found, several = {}, {}
     for row in rows:
-        if row.get(column) in (None, "") or row["quantity"] == "disk":
+        if row.get(column) in (None, ""):
             continue
         point = float(row["value"]), float(row[column])
         found.setdefault((row["quantity"], row["setting"]), []).append(point)
@@ -387,20 +230,15 @@ def summarise(rows):
                 over = ", ".join(f"{x:g}" for x, _ in used)
                 print(f"{quantity}, {setting}: {unit} go with exponent {e:.2f} +- {error:.2f} over "
                       f"{over}")
-    for row in rows:
-        if row["quantity"] == "disk":
-            number = {key: float(row[key]) for key in ("anon_start_mb", "anon_end_mb", "wait")}
-            print("disk: private memory {anon_start_mb:.0f} -> {anon_end_mb:.0f} MB; a step waits "
-                  "{wait:.4f} s for its batch".format(**number))
 
 
 PANELS = [("batch", "seconds", "s"), ("batch", "peak_mb", "MB at the peak"),
           ("side", "seconds", "s"), ("side", "peak_mb", "MB at the peak"),
-          ("processes", "seconds", "s"), ("classes", "seconds", "s"), ("store", "seconds", "s")]
+          ("classes", "seconds", "s")]
 
 
 def draw(rows, name):
-    figure, axes = plt.subplots(2, 4, figsize=(20, 9))
+    figure, axes = plt.subplots(1, 5, figsize=(24, 4.5))
     for axis, (quantity, column, unit) in zip(axes.flat, PANELS):
         draw_lines(axis, quantity, column, curves(rows, column))
         axis.set(xlabel=UNITS[quantity], ylabel=unit, title=f"{quantity}: exponents of the lines")
@@ -415,7 +253,6 @@ def draw(rows, name):
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[1, 3].remove()
     figure.suptitle(name)
     figure.tight_layout()
     benches.save_figure(figure, benches.RESULTS / "scale.png")
@@ -462,9 +299,4 @@ def main(groups):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one-of"]:
-        one_of(*sys.argv[2:])
-    elif sys.argv[1:2] == ["limited"]:
-        limited(*sys.argv[2:])
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])

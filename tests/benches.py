@@ -136,7 +136,8 @@ class Bench:
         return results[0].get(self.metric(), 0.0)
 
     def metric(self):
-        return finetune.MAIN_METRIC.get(self.args.data, "top1")
+        """The name of the score that counts, for a bench with --task that of the task."""
+        return finetune.MAIN_METRIC.get(self.args.data, finetune.make_task(self.args).metric)
 
 
 def bissl_epochs(args, seed):
@@ -194,6 +195,13 @@ def replace_rows(rows, path, key, fields):
     rows = with_others(rows, path, key)
     write_table(rows, path, fields)
     return rows
+
+
+def draw_row(axis, place, values, said):
+    """A row of a figure: a point for each seed, their mean, and beside it what is `said` of it."""
+    axis.plot(values, [place] * len(values), "o", color="C0", alpha=0.4)
+    axis.plot(np.mean(values), place, "|", color="black", markersize=16)
+    axis.annotate(said, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
 
 
 def save_figure(figure, path):

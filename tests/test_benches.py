@@ -1,7 +1,6 @@
 """The benches' own arithmetic, and each of them run from end to end on a few pictures. What they
 measure is never asserted."""
 import csv
-import json
 import math
 import shutil
 import sys
@@ -12,19 +11,16 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_ablation
 import bench_accuracy
-import bench_alignment
 import bench_bilevel
 import bench_bissl
 import bench_scale
 import bench_speed
-import bench_tasks
 import benches
 import common
 import simclr
@@ -35,66 +31,7 @@ SHORT_BISSL = ("--alternations 1 --lower-steps 1 --upper-steps 1 --head-epochs 1
                "--pretext-batch-size 16")
 
 
-def points(n=24, dim=3, classes=4):
-    return torch.randn(n, dim, dtype=torch.float64), torch.arange(n) % classes
-
-
 # --------------------------------------------------------------------------------- their arithmetic
-
-def slow_silhouette(x, y):
-    scores = []
-    for i in range(len(x)):
-        mean = {}
-        for c in set(y.tolist()):
-            distances = [math.dist(x[i], x[j]) for j in range(len(x)) if y[j] == c and j != i]
-            mean[c] = sum(distances) / len(distances) if distances else None
-        a = mean.pop(int(y[i]))
-        if a is None:
-            scores.append(0.0)
-            continue
-        b = min(mean.values())
-        scores.append((b - a) / max(a, b))
-    return sum(scores) / len(scores)
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_silhouette_against_a_loop(alone):
-    x, y = points()
-    if alone:
-        y[0] = 9
-    expected = slow_silhouette(x.tolist(), y)
-    assert bench_alignment.silhouette(x, y) == pytest.approx(expected, abs=1e-12)
-
-
-def test_silhouette_of_two_far_points_is_1_and_of_mixed_ones_below_0():
-    x, y = torch.tensor([[0.0], [0.0], [9.0], [9.0]]), torch.tensor([0, 0, 1, 1])
-    assert bench_alignment.silhouette(x, y) == pytest.approx(1)
-    assert bench_alignment.silhouette(x, torch.tensor([0, 1, 0, 1])) < 0
-
-
-def test_alignment_and_uniformity_against_a_loop():
-    x, y = points()
-    x = F.normalize(x, dim=1)
-    squared, same = [], []
-    for i in range(len(x)):
-        for j in range(len(x)):
-            if i == j:
-                continue
-            squared.append(math.dist(x[i], x[j]) ** 2)
-            if y[i] == y[j]:
-                same.append(squared[-1])
-    mean = sum(math.exp(-2 * d) for d in squared) / len(squared)
-    alignment, uniformity = bench_alignment.alignment_and_uniformity(x, y)
-    assert alignment == pytest.approx(sum(same) / len(same), abs=1e-12)
-    assert uniformity == pytest.approx(math.log(mean), abs=1e-12)
-
-
-def test_linear_probe_tells_what_a_plane_separates():
-    x = torch.randn(400, 5)
-    y = (x[:, 0] > 0).long()
-    assert bench_alignment.linear_probe(x[:300], y[:300], x[300:], y[300:]) > 95
-    assert bench_alignment.linear_probe(x[:300], y[:300], x[300:], 1 - y[300:]) < 5
-
 
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
 def test_the_search_has_one_trial_in_each_part_of_every_range(count):
@@ -332,15 +269,6 @@ def test_a_mixture_of_both_backbones_is_one(tmp_path, monkeypatch):
     torch.testing.assert_close(half, (theta["conv1.weight"] + phi["conv1.weight"]) / 2)
 
 
-def test_the_alignment_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(benches, "RESULTS", tmp_path)
-    bench_alignment.main(["--device", "cpu", f"one={ckpt}", f"one={ckpt}", f"two={ckpt}"])
-    one, two = read(tmp_path / "alignment-petals.csv")
-    assert (one["backbone"], one["runs"], one["knn_std"]) == ("one", "2", "0")
-    assert (two["backbone"], two["runs"], two["knn_std"]) == ("two", "1", "")
-    assert (tmp_path / "alignment-petals.png").exists()
-
-
 def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
     """Two states, of which one has been through an alternation; every kind of lower run."""
     draw_nothing(monkeypatch)
@@ -435,58 +363,36 @@ def test_the_row_against_lightly_runs(small_speed, monkeypatch):
     assert row["row"] == "lightly" and float(row["ratio"]) > 0
 
 
-@pytest.fixture
-def small_scale(tmp_path, monkeypatch):
-    monkeypatch.setattr(benches, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench_scale, "DATA", tmp_path / "data")
-    monkeypatch.setattr(bench_scale, "alone", bench_speed.seconds)
-    for name, value in dict(size=16, batch=8, budget=0.05, batches=[8, 16], sides=[48, 64],
-                            side_batch=4, classes=[3, 5], class_batch=8, stores=[16, 32], epoch=64,
-                            disk_steps=1).items():
-        monkeypatch.setattr(bench_scale.CPU, name, value)
-    return bench_scale.CPU
-
-
-def test_the_tasks_bench_runs_and_makes_no_run_twice(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("task, method, metric", [("detect", "finetune", "ap50"),
+                                                  ("segment", "core_tuning", "miou")])
+def test_the_bissl_bench_detects_and_segments(task, method, metric, tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
-    for script in (simclr, bench_tasks.bissl, bench_tasks.finetune):
-        monkeypatch.setattr(script, "draw", lambda *ignored: None)
-    few = "--labels-per-class 2 --image-size 16"
-    argv = ["--seeds", "1", "--jobs", "1", "--runs", str(tmp_path / "runs"),
-            "--flags", f"--epochs 1 {few}", "--pretext-flags", "--epochs 1 --image-size 16",
-            "--bissl-flags", f"{SHORT_BISSL} {few}"]
-    lines = bench_tasks.main(argv)
-    assert len(lines) == 7 and "segment  simclr  core_tuning: miou" in capsys.readouterr().out
-    monkeypatch.setattr(bench_tasks.finetune, "main", lambda *argv: 1 / 0)
-    assert bench_tasks.main(argv) == lines
-    assert len(read(tmp_path / "tasks-petals.csv")) == 7
+    monkeypatch.setattr(common, "DOODLES", 128)
+    monkeypatch.setattr(bench_bissl, "EPOCHS", {2: 1})
+    small = "--image-size 16 --batch-size 8"
+    bench_bissl.main([
+        "--device", "cpu", "--seeds", "0", "--labels", "2", "--task", task, "--method", method,
+        "--epochs", "1", "--rows", "SimCLR", "BiSSL", "--finetune", small, "--stage",
+        f"{SHORT_BISSL} {small}", "--pretext", f"--epochs 1 {small}", "--name", task,
+        "--runs", str(tmp_path / "runs")])
+    assert len(read(tmp_path / f"bissl-{task}.csv")) == 2
+    assert f'"test_{metric}"' in (tmp_path / "runs/runs.jsonl").read_text()
 
 
-def test_the_scale_bench_runs(small_scale, tmp_path, capsys):
-    bench_scale.main(["batch", "side", "classes", "store"])
+def test_the_scale_bench_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_scale, "alone", bench_speed.seconds)
+    for name, value in dict(BUDGET=0.05, BATCHES=[8, 16], SIDES=[48, 64], CLASSES=[3, 5]).items():
+        monkeypatch.setattr(bench_scale, name, value)
+    for name, value in dict(size=16, side_batch=4, class_batch=8).items():
+        monkeypatch.setattr(bench_scale.CPU, name, value)
+    bench_scale.main([])
     rows = read(tmp_path / "scale.csv")
     counts = {}
     for row in rows:
         counts[row["quantity"]] = counts.get(row["quantity"], 0) + 1
-    assert counts == dict(batch=6, side=4, classes=4, store=4)
+    assert counts == dict(batch=6, side=4, classes=4)
     assert "batch, whole: s go with exponent" in capsys.readouterr().out
     assert (tmp_path / "scale.png").exists()
-
-
-def test_the_scale_bench_measures_a_process_of_several(small_scale, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    bench_scale.one_of("cpu", tmp_path / "row")
-    row = json.loads((tmp_path / "row").read_text())
-    assert row["value"] == 1 and row["seconds"] > 0
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_scale_bench_measures_a_file(small_scale, capsys):
-    with bench_scale.file_of(240, common.store_side(16)) as path:
-        rows = bench_scale.rows_from_disk("cpu", small_scale, path)
-    row, = rows
-    assert row["seconds"] > 0 and row["anon_end_mb"] > 0
-    bench_scale.summarise([dict(bench_scale.as_text(row), quantity="disk", device="cpu")])
-    assert "disk: private memory" in capsys.readouterr().out
