@@ -9,14 +9,13 @@ on val, test untouched.
   ingredients  Core-tuning without each of its three
   keys         Bi-tuning's K
   losses       Bi-tuning without each of its two losses
-Each variant is trained from the same SimCLR checkpoint and fine-tuned with the same flags, --seeds
-times: labelled images, views and heads differ. Each is fine-tuned with all --pairs of learning rate
-and weight decay and has the best mean. A finished run is a line of RUNS/runs.jsonl and is not made
-again. Writes tests/results/ablation-DATA.csv and one figure a group; with --name,
-ablation-NAME.csv. bench_bissl.py has BiSSL's flags and controls.
+Each variant is trained from the same checkpoint with each of --pairs of learning rate and weight
+decay, --seeds times (labelled images, views and heads differ), and has the pair with the best mean.
+A gain is on plain fine-tuning, seed by seed, with its 95 % interval. A finished run is a line of
+RUNS/runs.jsonl and is not made again. Writes tests/results/ablation-NAME.csv and a figure for each
+group. bench_bissl.py has BiSSL's flags and controls.
 """
 import contextlib
-from pathlib import Path
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -26,22 +25,20 @@ import torch.nn.functional as F
 
 import benches
 import bi_tuning
-import coin
-import common
 import core_tuning
 
-FIELDS = ("device", "group", "variant", "value", "val", "std", "scores", "gain", "gain_std", "pair",
-          "seconds", "stage_seconds", "knn")
-SCRIPT = {"eta": "core_tuning", "ingredients": "core_tuning",
-          "keys": "bi_tuning", "losses": "bi_tuning"}
-FLAG = {"alpha": "--alpha", "eta": "--eta", "keys": "--keys"}
-VALUES = {
-    "alpha": (0, 0.1, 0.3, 0.5, 0.7, 0.9), "eta": (0, 0.1, 0.3, 1, 3, 10),
-    "keys": (1, 4, 16, 40, 100), "losses": ("both", "no CCE", "no CCL", "neither", "fine-tuning"),
-    "ingredients": ("all", "no hard positives", "no semi-hard negatives", "no focal weight",
-                    "fine-tuning")}
+FIELDS = ("device", "group", "variant", "val", "std", "gain", "gain_95", "pair", "scores")
 BI_LOSSES = {"no CCE": ["contrastive_cross_entropy"], "no CCL": ["categorical_contrastive"],
              "neither": ["contrastive_cross_entropy", "categorical_contrastive"]}
+PLAIN = "fine-tuning"
+# The script of each group, and its variants: values of a flag, or what is left out.
+GROUPS = {
+    "alpha": ("coin", "--alpha", (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "eta": ("core_tuning", "--eta", (0, 0.1, 0.3, 1, 3, 10)),
+    "ingredients": ("core_tuning", None, ("all", "no hard positives", "no semi-hard negatives",
+                                          "no focal weight")),
+    "keys": ("bi_tuning", "--keys", (1, 4, 16, 40, 100)),
+    "losses": ("bi_tuning", None, ("both", "no CCE", "no CCL", "neither"))}
 
 
 # --------------------------------------------------------------------- methods with a part left out
@@ -83,146 +80,74 @@ def without(part):
 
 # ----------------------------------------------------------------------------------------- the runs
 
-class Ablation:
-    """The runs of all groups; equal ones, such as the default that stands in many groups, are made
-    once."""
+def score(bench, group, variant, seed, pair):
+    """Score on val in per cent of a variant, fine-tuned with this learning rate and weight
+    decay."""
+    args, (script, flag, _) = bench.args, GROUPS[group]
+    lr, decay = pair.split(",")
+    labels = ["--labels-per-class", args.labels] if args.labels else ["--fraction", 1]
+    budget = ["--epochs", args.epochs, "--lr", lr, "--weight-decay", decay, "--seed", seed]
+    start, flags, part = ["--ckpt", args.ckpt], [], None
+    if variant == PLAIN:
+        script = "finetune"
+    elif flag:
+        flags = [flag, variant]
+    else:
+        part = variant
+    name = f"{script}-{variant}-{pair}-{seed}".replace(" ", "_")
+    if script == "coin":
+        bench.once(name, lambda: bench.main("coin", name, start + budget + labels + flags))
+        # Its checkpoint says which epochs and which rates are left.
+        script, start, flags = "finetune", ["--ckpt", bench.place / f"{name}.pt"], []
+        budget = ["--seed", seed]
 
-    def __init__(self, args):
-        self.args, self.bench = args, benches.Bench(args)
-        self.pairs = []
+    def make():
+        with without(part):
+            return dict(val=bench.on_val(script, name, start + budget + labels + flags))
+
+    return bench.once(f"{name}-val", make)["val"]
+
+
+def rows_of(bench, group):
+    """One row for each variant: mean and standard deviation over the seeds of its best pair."""
+    rows, args = [], bench.args
+    for variant in (PLAIN, *GROUPS[group][2]):
+        found = {}
         for pair in args.pairs:
-            lr, decay = pair.split(",")
-            self.pairs.append(["--lr", lr, "--weight-decay", decay])
-        self.labels = ["--fraction", 1]
-        if args.labels:
-            self.labels = ["--labels-per-class", args.labels]
-
-    def default(self, group):
-        """What the flag of a group is where nothing is varied."""
-        script = {"alpha": coin, "eta": core_tuning, "keys": bi_tuning}[group]
-        args = script.parser().parse_args(self.bench.flags("flags", ["--ckpt", self.args.ckpt]))
-        return getattr(args, FLAG[group].strip("-").replace("-", "_"))
-
-    def coin(self, seed, flags):
-        """A run of coin.py from --ckpt: its checkpoint and its line in the book."""
-        flags = [str(flag) for flag in flags]
-        out = f"coin{''.join(flags)}-{seed}".replace("--", "-")
-        start = ["--ckpt", self.args.ckpt, "--seed", seed]
-
-        def make():
-            return dict(knn=self.bench.main("coin", out, start + self.labels + flags)["knn"])
-
-        return self.bench.place / f"{out}.pt", self.bench.once(out, make)
-
-    def score(self, method, ckpt, seed, flags=(), part=None):
-        """Score on val of a fine-tuning run, and its line in the book."""
-        stem, flags = Path(ckpt).stem, [str(flag) for flag in flags]
-        if not stem.startswith("coin"):  # which tells the epochs that are left
-            flags = ["--epochs", str(self.args.epochs)] + flags
-        name = f"{method}{part or ''}{''.join(flags)}-{seed}"
-        out = f"{stem}-" + name.replace("--", "-").replace(" ", "_")
-        argv = ["--ckpt", ckpt, "--seed", seed] + self.labels + flags
-
-        def make():
-            with without(part):
-                return dict(val=self.bench.on_val(method, out, argv))
-
-        return self.bench.once(out, make)
-
-    def scores(self, method, ckpt, seed, flags=(), part=None):
-        """score() with each of --pairs."""
-        lines = []
-        for pair in self.pairs:
-            lines.append(self.score(method, ckpt, seed, pair + list(flags), part))
-        return lines
-
-    def run(self, group, value, seed):
-        """Lines of the book: the stage before fine-tuning ({} without), and the fine-tuning runs,
-        one for each of --pairs."""
-        if value == "fine-tuning" or (group, value) == ("alpha", 0):
-            return {}, self.scores("finetune", self.args.ckpt, seed)
-        flags = []
-        if group in FLAG and value != self.default(group):
-            flags = [FLAG[group], value]
-        if group == "alpha":  # its search begins before fine-tuning
-            stages, lines = [], []
-            for pair in self.pairs:
-                budget = ["--epochs", self.args.epochs]
-                ckpt, stage = self.coin(seed, budget + pair + flags)
-                stages.append(stage)
-                lines.append(self.score("finetune", ckpt, seed))
-            return stages[0], lines
-        part = value if group in ("ingredients", "losses") else None
-        return {}, self.scores(SCRIPT[group], self.args.ckpt, seed, flags, part)
-
-    def reference(self, group):
-        """The variant that the others of a group are compared with: plain fine-tuning, all parts,
-        or the flag's default."""
-        if group in FLAG and group != "alpha":
-            return self.default(group)
-        return VALUES[group][0]
-
-    def rows(self, group):
-        """One row per variant: mean and standard deviation over the seeds of its best pair, and
-        `gain` over the group's reference, seed by seed, on the same images."""
-        rows, chosen = [], {}
-        for value in VALUES[group]:
-            stages, runs = [], []
-            for seed in range(self.args.seeds):
-                stage, lines = self.run(group, value, seed)
-                stages.append(stage)
-                runs.append(lines)
-            scores = np.array([[line["val"] for line in lines] for lines in runs])  # (seeds, pairs)
-            best = scores.mean(0).argmax()
-            own = chosen[value] = scores[:, best]
-            of_best = [lines[best] for lines in runs]
-            rows.append(dict(
-                group=group, variant=value, val=round(own.mean(), 2),
-                std=round(benches.spread_of(own), 2),
-                scores=" ".join(f"{s:.1f}" for s in own), pair=self.args.pairs[best],
-                seconds=mean_of(of_best, "seconds"), stage_seconds=mean_of(stages, "seconds"),
-                knn=mean_of(stages, "knn")))
-            print("--- {group} {variant}: {val} +- {std} % on val".format(**rows[-1]), flush=True)
-        reference = chosen[self.reference(group)]
-        for row in rows:
-            difference = chosen[row["variant"]] - reference
-            row["gain"] = round(difference.mean(), 2)
-            row["gain_std"] = round(benches.spread_of(difference), 2)
-        return rows
+            found[pair] = [score(bench, group, variant, seed, pair) for seed in range(args.seeds)]
+        pair = max(found, key=lambda pair: np.mean(found[pair]))
+        own = dict(enumerate(found[pair]))
+        row = dict(device=benches.device_name(args.device), group=group, variant=variant, pair=pair,
+                   val=round(float(np.mean(found[pair])), 2),
+                   std=round(benches.spread_of(found[pair]), 2),
+                   scores=" ".join(f"{value:.1f}" for value in own.values()))
+        if variant == PLAIN:
+            plain = own
+        else:
+            gain, half = benches.paired_gain(own, plain)
+            row.update(gain=round(gain, 2), gain_95="" if half is None else round(half, 2))
+        rows.append(row)
+        print("--- {group} {variant}: {val} +- {std} % on val".format(**row), flush=True)
+    return rows
 
 
-def mean_of(lines, key):
-    """Of lines of the book; nothing where the first has no such figure."""
-    if lines[0].get(key) is None:
-        return ""
-    return round(float(np.mean([line[key] for line in lines])), 4)
-
-
-# ------------------------------------------------------------------------------------ what came out
-
-def draw_variants(axes, group, rows):
-    """Bars of the means, and a line per seed: the same labelled images in all variants."""
-    places = range(len(rows))
-    axes.bar(places, [row["val"] for row in rows], yerr=[row["std"] for row in rows],
-             color="lightsteelblue", capsize=3)
-    scores = np.array([row["scores"].split() for row in rows], float)  # (variants, seeds)
-    axes.plot(places, scores, marker=".", color="black", linewidth=0.5, alpha=0.6)
-    is_flag = group in FLAG
-    axes.set_xticks(places, [str(row["variant"]) for row in rows], rotation=0 if is_flag else 20)
-    axes.set(xlabel=group if is_flag else "", ylabel="top-1 on val, %",
-             ylim=(max(0, scores.min() - 5), None))
-
-
-def draw(group, rows, path, title):
-    figure, axes = plt.subplots(figsize=(6.5, 4.5))
-    draw_variants(axes, group, rows)
-    axes.set_title(f"{title}: {group}")
+def draw(rows, path, title):
+    """A point per seed and the mean, a line per variant; its gain stands beside it."""
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(rows)))
+    for place, row in enumerate(rows):
+        said = f"{row['gain']} +- {row['gain_95']}" if row.get("gain") else ""
+        benches.draw_row(axes, place, np.array(row["scores"].split(), float), said)
+    axes.set_yticks(range(len(rows)), [str(row["variant"]) for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="score on val, %; right: gain on plain fine-tuning", title=title)
+    axes.grid(axis="x", alpha=0.3)
     benches.save_figure(figure, path)
 
 
 def parse(argv):
     p = benches.parser(__doc__)
-    p.add_argument("groups", nargs="*", help="alpha, eta, keys, ...; without: all")
+    p.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; "
+                   "without: all")
     p.add_argument("--ckpt", required=True, help="a SimCLR checkpoint")
     p.add_argument("--name", help="of the results; default: that of the data")
     p.add_argument("--labels", type=int, default=20, help="labels per class; 0: all of train")
@@ -231,9 +156,9 @@ def parse(argv):
     p.add_argument("--pairs", nargs="+", default=["0.03,0.0005", "0.08,0.008"],
                    help="LR,WEIGHT_DECAY of fine-tuning")
     args = p.parse_args(argv)
-    unknown = set(args.groups) - set(VALUES)
-    if unknown:
-        common.fail(f"no group {', '.join(unknown)}: there are {', '.join(VALUES)}")
+    for group in args.groups:
+        if group not in GROUPS:
+            p.error(f"no group {group}: there are {', '.join(GROUPS)}")
     args.name = args.name or benches.name_of_data(args.data)
     args.runs = args.runs or f"runs/ablation-{args.name}"
     return args
@@ -241,14 +166,11 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    ablation = Ablation(args)
-    for group in args.groups or VALUES:
-        rows = ablation.rows(group)
-        for row in rows:
-            row["device"] = benches.device_name(args.device)
-        path = benches.RESULTS / f"ablation-{args.name}.csv"
+    bench, path = benches.Bench(args), benches.RESULTS / f"ablation-{args.name}.csv"
+    for group in args.groups or GROUPS:
+        rows = rows_of(bench, group)
         benches.replace_rows(rows, path, ("device", "group"), FIELDS)
-        draw(group, rows, path.with_name(f"{path.stem}-{group}.png"), args.name)
+        draw(rows, path.with_name(f"{path.stem}-{group}.png"), f"{args.name}: {group}")
 
 
 if __name__ == "__main__":

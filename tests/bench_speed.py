@@ -3,7 +3,7 @@ machine, in turn with it.
 
     python tests/bench_speed.py                 every row, about 8 minutes on two fast CPU cores; on
                                                 the GPU where there is one
-    python tests/bench_speed.py bi byol         these groups of rows only
+    python tests/bench_speed.py hvp byol        these groups of rows only
 
 Prints the table and writes tests/results/speed.csv; rows that were not measured anew stay in that
 file.
@@ -17,9 +17,6 @@ file.
   views     two views a picture, uint8 128 -> 96 px / torchvision.transforms.v2 an image at a time,
             one DataLoader worker a core
   hvp       one Hessian-vector product on a kept graph / forward + backward of the same batch
-  products  the 8 x 5 products of a BiSSL alternation, graph built once / anew for each product
-  bi        Bi-tuning's two losses and the enqueue, forward + backward / a loop over the samples
-            written from the equations
   tuning    a training step of each method that learns from labels / of plain fine-tuning, same
             batch and backbone
   byol      a training step of BYOL / of SimCLR
@@ -272,9 +269,9 @@ def views_row(device):
                 aim=">= 3")
 
 
-# ------------------------------------------------------------------------ products with the Hessian
+# ---------------------------------------------------------------------- a product with the Hessian
 
-def hessian_rows(device):
+def hvp_row(device):
     size = sizes(device)
     batch = size.hessian_batch
     model, args, data = pretext(device, size.arch, size.size, batch)
@@ -284,100 +281,15 @@ def hessian_rows(device):
     planar_views = [view.contiguous() for view in views]
     theta, weights = tuple(planar.backbone.parameters()), tuple(model.backbone.parameters())
     vector = tuple(torch.randn_like(p) for p in theta)
-
-    def first_order():
-        loss = simclr.loss(planar, planar_views, args)
-        return torch.autograd.grad(loss, theta, create_graph=True)
-
-    def product(gradient):
-        bissl.damped_hessian(gradient, theta, 100)(vector)
+    loss = simclr.loss(planar, planar_views, args)
+    product = bissl.damped_hessian(torch.autograd.grad(loss, theta, create_graph=True), theta, 100)
 
     def forward_and_backward():
         torch.autograd.grad(simclr.loss(model, views, args), weights)
 
-    def forty_on_one_graph():
-        gradient = first_order()
-        for _ in range(40):
-            product(gradient)
-
-    def forty_on_a_graph_each():
-        for _ in range(40):
-            product(first_order())
-
-    kept = first_order()
-    one = in_turn(lambda: product(kept), forward_and_backward, device, 7)
-    del kept
-    forty = in_turn(forty_on_one_graph, forty_on_a_graph_each, device, 1)
-    rows, setting = [], f"{size.arch}, {size.size} px, batch {batch}, float32"
-    for row, measured, aim in (("hvp", one, "<= 2.6"), ("products", forty, "<= 0.75")):
-        ours, reference, ratio = measured
-        rows.append(dict(row=row, setting=setting, ours=ours, reference=reference, unit="s",
-                         ratio=ratio, aim=aim))
-    return rows
-
-
-# ---------------------------------------------------------------------------------------- Bi-tuning
-
-def slow_share_with_class(own, anchor, y, queue, tau):
-    """KL between the uniform target and the softmax over all candidates, of one sample of class y:
-    the sample itself, own (D,), then the keys of queue (C, K, D)."""
-    logits = torch.cat([(own * anchor).sum()[None], queue.flatten(0, 1) @ anchor])  # (1 + C K,)
-    size = queue.shape[1]
-    target = torch.zeros_like(logits)
-    target[0] = 1 / (size + 1)
-    target[1 + y * size:1 + (y + 1) * size] = 1 / (size + 1)
-    return F.kl_div((logits / tau).log_softmax(0), target, reduction="sum")
-
-
-def slow_bi_losses(h, z_q, z_k, weight, bias, y, queue_h, queue_z, tau):
-    """Both losses of Bi-tuning a sample at a time."""
-    total = 0
-    for i, c in enumerate(y.tolist()):
-        w = F.normalize(torch.cat([weight[c], bias[c:c + 1]]).detach(), dim=0)
-        own = F.normalize(torch.cat([h[i], h.new_ones(1)]), dim=0)
-        total = total + slow_share_with_class(own, w, c, queue_h, tau)
-        query, key = F.normalize(z_q[i], dim=0), F.normalize(z_k[i], dim=0)
-        total = total + slow_share_with_class(key, query, c, queue_z, tau)
-    return total / len(y)
-
-
-def bi_row(device):
-    B, C, K, D, d, tau = 48, 200, 40, 512, 128, 0.07
-    h = torch.randn(B, D, device=device, requires_grad=True)
-    z_q = torch.randn(B, d, device=device, requires_grad=True)
-    h_k, z_k = torch.randn(B, D, device=device), torch.randn(B, d, device=device)
-    y = torch.randint(C, (B,), device=device)
-    weight, bias = torch.randn(C, D, device=device), torch.randn(C, device=device)
-    queue_h = bi_tuning.ClassQueue(C, K, D + 1, random=True).to(device)
-    queue_z = bi_tuning.ClassQueue(C, K, d, random=True).to(device)
-    rings = [queue_h.keys.clone(), queue_z.keys.clone()]
-    keys = bi_tuning.unit_with_one(h_k), F.normalize(z_k, dim=1)
-    value = {}
-
-    def ours():
-        cce = bi_tuning.contrastive_cross_entropy(h, weight, bias, y, queue_h.keys, tau,
-                                                  queue_h.filled())
-        ccl = bi_tuning.categorical_contrastive(z_q, z_k, y, queue_z.keys, tau, queue_z.filled())
-        loss = cce + ccl
-        loss.backward()
-        queue_h.enqueue(keys[0], y)
-        queue_z.enqueue(keys[1], y)
-        value["ours"] = loss.item()
-
-    def reference():
-        loss = slow_bi_losses(h, z_q, z_k, weight, bias, y, *rings, tau)
-        loss.backward()
-        for ring, new in zip(rings, keys):
-            for key, label in zip(new, y.tolist()):  # the oldest first
-                ring[label] = torch.cat([ring[label, 1:], key[None]])
-        value["reference"] = loss.item()
-
-    ours, reference, ratio = in_turn(ours, reference, device, 15)
-    difference = abs(value["ours"] - value["reference"])
-    assert difference < 1e-3 * abs(value["reference"])  # the same work was done
-    setting = f"B {B}, C {C}, K {K}, D {D}, d {d}, losses + enqueue, forward + backward"
-    return dict(row="bi losses", setting=setting, ours=ours, reference=reference, unit="s",
-                ratio=ratio, aim="<= 0.2")
+    ours, reference, ratio = in_turn(lambda: product(vector), forward_and_backward, device, 7)
+    return dict(row="hvp", setting=f"{size.arch}, {size.size} px, batch {batch}, float32",
+                ours=ours, reference=reference, unit="s", ratio=ratio, aim="<= 2.6")
 
 
 # ----------------------------------------------------------------------------- learning from labels
@@ -482,8 +394,8 @@ def decode_row(device):
                 aim=">= 1.5")
 
 
-GROUPS = {"step": step_row, "lightly": lightly_row, "views": views_row, "hvp": hessian_rows,
-          "bi": bi_row, "tuning": tuning_rows, "byol": byol_row, "decode": decode_row}
+GROUPS = {"step": step_row, "lightly": lightly_row, "views": views_row, "hvp": hvp_row,
+          "tuning": tuning_rows, "byol": byol_row, "decode": decode_row}
 
 
 def main(groups):

@@ -82,23 +82,21 @@ def test_of_equal_rows_hardly_one_is_called_the_best():
         False, False, False, True, False, False]
 
 
-def test_an_ablation_takes_each_variants_best_pair_and_compares_seed_by_seed():
+def test_an_ablation_takes_each_variants_best_pair_and_compares_seed_by_seed(monkeypatch):
     # A list of pairs for each seed.
-    scores = {"all": [[50, 60], [52, 66]], "no focal weight": [[49, 10], [51, 10]]}
-    ablation = object.__new__(bench_ablation.Ablation)
-    ablation.args = SimpleNamespace(seeds=2, pairs=["0.1,0", "0.2,0"])
+    scores = {"fine-tuning": [[50, 60], [52, 66]], "no focal weight": [[49, 10], [51, 10]]}
+    bench = SimpleNamespace(args=SimpleNamespace(seeds=2, pairs=["0.1,0", "0.2,0"], device="cpu"))
 
-    def run(group, value, seed):
-        of_variant = scores.get(value, [[40, 41], [40, 41]])
-        return dict(knn=0.5), [dict(val=val, seconds=3) for val in of_variant[seed]]
+    def score(bench, group, variant, seed, pair):
+        return scores.get(variant, [[40, 41], [40, 41]])[seed][bench.args.pairs.index(pair)]
 
-    ablation.run = run
-    rows = {row["variant"]: row for row in ablation.rows("ingredients")}
-    whole, unweighted = rows["all"], rows["no focal weight"]
-    assert (whole["val"], whole["pair"], whole["gain"]) == (63, "0.2,0", 0)
+    monkeypatch.setattr(bench_ablation, "score", score)
+    rows = {row["variant"]: row for row in bench_ablation.rows_of(bench, "ingredients")}
+    plain, unweighted = rows["fine-tuning"], rows["no focal weight"]
+    assert (plain["val"], plain["pair"], plain["scores"]) == (63, "0.2,0", "60.0 66.0")
     assert (unweighted["val"], unweighted["pair"]) == (50, "0.1,0")
-    assert (unweighted["gain"], unweighted["gain_std"]) == (-13, 2.83)  # -11 and -15
-    assert whole["knn"] == 0.5 and whole["scores"] == "60.0 66.0"
+    assert unweighted["gain"] == -13  # -11 and -15
+    assert unweighted["gain_95"] == pytest.approx(12.71 * 2, abs=0.01)
 
 
 # -------------------------------------------------------------------------------- each bench, small
@@ -184,12 +182,13 @@ def test_every_kind_of_row_of_the_accuracy_bench_runs(few_petals, ckpt, tmp_path
 @pytest.mark.parametrize("group", ["keys", "alpha", "ingredients", "losses"])
 def test_the_ablation_bench_runs(group, few_petals, ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
-    values = dict(bench_ablation.VALUES, keys=(1, 40), alpha=(0, 0.5))
-    monkeypatch.setattr(bench_ablation, "VALUES", values)
+    few = dict(bench_ablation.GROUPS, keys=("bi_tuning", "--keys", (1, 40)),
+               alpha=("coin", "--alpha", (0.5,)))
+    monkeypatch.setattr(bench_ablation, "GROUPS", few)
     bench_ablation.main([group, "--ckpt", ckpt, "--device", "cpu", "--runs", str(tmp_path / "runs"),
                          "--seeds", "1", "--epochs", "2", "--labels", "2", "--pairs", "0.01,0"])
     rows = read(tmp_path / "ablation-petals.csv")
-    assert [row["variant"] for row in rows] == [str(value) for value in values[group]]
+    assert [row["variant"] for row in rows] == ["fine-tuning", *map(str, few[group][2])]
     assert (tmp_path / f"ablation-petals-{group}.png").exists()
 
 
@@ -317,7 +316,7 @@ def small_speed(tmp_path, monkeypatch):
 def test_the_speed_bench_runs(group, small_speed, monkeypatch):
     bench_speed.main([group])
     rows = read(small_speed)
-    assert len(rows) == dict(hvp=2, tuning=4).get(group, 1)
+    assert len(rows) == (4 if group == "tuning" else 1)
     for row in rows:
         assert list(row) == list(bench_speed.FIELDS) and float(row["ratio"]) > 0
 
