@@ -40,7 +40,7 @@ from bench_speed import VIEWS, do_nothing, pretext, seconds, short_trial
 FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb")
 UNITS = dict(batch="images per batch", side="image side, px", classes="classes")
 BATCHES, CLASSES = [128, 256, 512, 1024, 2048, 4096], [10, 30, 100, 300, 1000]
-SIDES = [32, 64, 96, 128, 160, 192, 224]
+SIDES = [64, 96, 128, 160, 192, 224]  # up to 40 px the stem is another one
 BUDGET = 3  # seconds of steps, at least
 CPU = SimpleNamespace(arch="resnet10", side_arch="resnet10", size=32, side_batch=16, class_batch=48)
 GPU = SimpleNamespace(arch="resnet50", side_arch="resnet18", size=96, side_batch=128,
@@ -65,12 +65,12 @@ def peak_memory(device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        yield lambda: (torch.cuda.max_memory_allocated() - start) / 2**20
+        yield lambda: round((torch.cuda.max_memory_allocated() - start) / 2**20)
     elif Path("/proc/self/clear_refs").exists():
         ctypes.CDLL(None).malloc_trim(0)  # what earlier work has freed goes back
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         start = status("VmRSS")
-        yield lambda: status("VmHWM") - start
+        yield lambda: round(status("VmHWM") - start)
     else:
         yield lambda: None
 
@@ -187,95 +187,31 @@ GROUPS = {"batch": batch_rows, "side": side_rows, "classes": classes_rows}
 
 # ------------------------------------------------------------------------------------ what came out
 
-def line_through(points):
-    """Least squares of log y on log x: exponent, its standard error (nan for two points), and y as
-    a function of x."""
+def exponent(points):
+    """e of y = constant x^e, by least squares of log y on log x."""
     x, y = np.log(np.array(points, float)).T
-    e, constant = np.polyfit(x, y, 1)
-    rest, error = ((y - e * x - constant) ** 2).sum(), np.nan
-    if len(x) > 2:
-        error = (rest / (len(x) - 2) / ((x - x.mean()) ** 2).sum()) ** 0.5
-    return e, error, lambda x: np.exp(constant) * np.asarray(x, float) ** e
-
-
-def fitted_points(quantity, setting, column, points):
-    """The points that one power can describe: not where another stem or a fixed cost decides."""
-    if quantity == "side":
-        return [p for p in points if p[0] > 40]  # up to 40 px the stem is another one
-    if setting == "NT-Xent alone" or (quantity == "batch" and column == "peak_mb"):
-        return [p for p in points if p[0] >= 512]
-    return points
-
-
-def curves(rows, column):
-    """{(quantity, setting): [(value, rows' column), ...]}"""
-    found, several = {}, {}
-    for row in rows:
-        if row.get(column) in (None, ""):
-            continue
-        point = float(row["value"]), float(row[column])
-        found.setdefault((row["quantity"], row["setting"]), []).append(point)
-    for key, points in found.items():
-        if len(points) > 1:
-            several[key] = sorted(points)
-    return several
-
-
-def summarise(rows):
-    for column, unit in (("seconds", "s"), ("peak_mb", "MB")):
-        for (quantity, setting), points in curves(rows, column).items():
-            used = fitted_points(quantity, setting, column, points)
-            if len(used) > 1 and (column == "seconds" or quantity in ("batch", "side")):
-                e, error, _ = line_through(used)
-                over = ", ".join(f"{x:g}" for x, _ in used)
-                print(f"{quantity}, {setting}: {unit} go with exponent {e:.2f} +- {error:.2f} over "
-                      f"{over}")
-
-
-PANELS = [("batch", "seconds", "s"), ("batch", "peak_mb", "MB at the peak"),
-          ("side", "seconds", "s"), ("side", "peak_mb", "MB at the peak"),
-          ("classes", "seconds", "s")]
+    return np.polyfit(x, y, 1)[0]
 
 
 def draw(rows, name):
-    figure, axes = plt.subplots(1, 5, figsize=(24, 4.5))
-    for axis, (quantity, column, unit) in zip(axes.flat, PANELS):
-        draw_lines(axis, quantity, column, curves(rows, column))
-        axis.set(xlabel=UNITS[quantity], ylabel=unit, title=f"{quantity}: exponents of the lines")
-        if axis.lines:  # whole decades, so that no slope looks larger than it is
-            low, high = axis.get_ylim()
-            axis.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
-        ticks = sorted({float(row["value"]) for row in rows if row["quantity"] == quantity})
-        if len(ticks) > 6:
-            ticks = ticks[::2]
-        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axis.minorticks_off()
+    """Seconds by quantity, a panel each, with the exponents; printed, too."""
+    figure, axes = plt.subplots(1, len(UNITS), figsize=(16, 4.5))
+    for axis, (quantity, unit) in zip(axes, UNITS.items()):
+        lines = {}
+        for row in rows:
+            if row["quantity"] == quantity:
+                point = float(row["value"]), float(row["seconds"])
+                lines.setdefault(row["setting"], []).append(point)
+        for setting, points in lines.items():
+            said = f"{setting}: exponent {exponent(points):.2f}"
+            print(f"{quantity}, {said}")
+            axis.loglog(*zip(*points), "o-", label=said)
+        axis.set(xlabel=unit, ylabel="seconds per step", title=quantity)
+        axis.set_aspect("equal", adjustable="datalim")  # a slope of 1 looks like one
+        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.suptitle(name)
-    figure.tight_layout()
     benches.save_figure(figure, benches.RESULTS / "scale.png")
-
-
-def draw_lines(axis, quantity, column, found):
-    for (other, setting), points in found.items():
-        if other != quantity:
-            continue
-        dots, = axis.loglog(*zip(*points), "o")
-        used = fitted_points(quantity, setting, column, points)
-        if len(used) > 1:
-            e, _, at = line_through(used)
-            x = [point[0] for point in used]
-            axis.loglog(x, at(x), color=dots.get_color(), label=f"{setting}: {e:.2f}")
-
-
-def as_text(row):
-    """A row as it stands in the CSV."""
-    text = {}
-    for key, value in row.items():
-        text[key] = f"{value:.5g}" if isinstance(value, float) else value
-    return text
 
 
 def main(groups):
@@ -283,19 +219,15 @@ def main(groups):
     if unknown:
         raise SystemExit(f"no groups {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
     device, path = "cuda" if torch.cuda.is_available() else "cpu", benches.RESULTS / "scale.csv"
-    name, table = benches.device_name(device), benches.read_table(path)
+    name, table = benches.device_name(device), []
     for group in groups or GROUPS:
-        started, rows = time.perf_counter(), []
+        rows = []
         for row in GROUPS[group](device, GPU if device == "cuda" else CPU):
-            rows.append(as_text(dict(row, device=name, quantity=group)))
-            shown = [str(rows[-1][key]) for key in FIELDS[1:] if rows[-1].get(key) is not None]
-            print("  ".join(shown), flush=True)
-        print(f"{group}: {time.perf_counter() - started:.0f} s", flush=True)
-        if rows:
-            table = benches.replace_rows(rows, path, ("device", "quantity"), FIELDS)
-    here = [row for row in table if row["device"] == name]
-    summarise(here)
-    draw(here, name)
+            row.update(device=name, quantity=group, seconds=f"{row['seconds']:.5g}")
+            rows.append(row)
+            print("  ".join(str(row.get(key, "")) for key in FIELDS[1:]), flush=True)
+        table = benches.replace_rows(rows, path, ("device", "quantity"), FIELDS)
+    draw([row for row in table if row["device"] == name], name)
 
 
 if __name__ == "__main__":

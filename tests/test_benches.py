@@ -393,5 +393,6 @@ def test_the_scale_bench_runs(tmp_path, monkeypatch, capsys):
     for row in rows:
         counts[row["quantity"]] = counts.get(row["quantity"], 0) + 1
     assert counts == dict(batch=6, side=4, classes=4)
-    assert "batch, whole: s go with exponent" in capsys.readouterr().out
+    assert "batch, whole: exponent" in capsys.readouterr().out
     assert (tmp_path / "scale.png").exists()
+    assert bench_scale.exponent([(x, 3 * x ** 1.5) for x in (1, 2, 5)]) == pytest.approx(1.5)
