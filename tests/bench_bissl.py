@@ -7,6 +7,8 @@ whole chain, beside everything that could explain the gain.
     python tests/bench_bissl.py --labels 5 --rows SimCLR BiSSL
     python tests/bench_bissl.py --grid lam --seeds 0 1 2     BiSSL with other values of a flag
     python tests/bench_bissl.py --rates 0.02 0.04 0.08       each row at its own rate of fine-tuning
+    python tests/bench_bissl.py --parts                      how much of the spread is the pretext's,
+                                                             how much the labels'
     python tests/bench_bissl.py --name probe --finetune=--freeze
                                                              linear probes: how the features fit the
                                                              labels before they are fine-tuned
@@ -160,6 +162,37 @@ class Chain:
         return made[f"test_{bench.metric()}"], seconds
 
 
+def parts_of_variance(scores):
+    """Standard deviations that the pretext, the labels and all else bring to scores (P, L), one of
+    each pretext with each set of labels: a random effect for each, by their mean squares."""
+    scores = np.asarray(scores, float)
+    pretexts, sets = scores.shape
+    by_pretext = scores.mean(1, keepdims=True) - scores.mean()
+    by_labels = scores.mean(0, keepdims=True) - scores.mean()
+    rest = scores - scores.mean() - by_pretext - by_labels
+    square = (rest ** 2).sum() / ((pretexts - 1) * (sets - 1))
+    of_pretext = (by_pretext ** 2).sum() / (pretexts - 1) - square / sets
+    of_labels = (by_labels ** 2).sum() / (sets - 1) - square / pretexts
+    return np.sqrt(np.maximum([of_pretext, of_labels, square], 0))
+
+
+def say_parts(chains, args):
+    """SimCLR of each seed, fine-tuned with the labels and draws of each seed, judged on val."""
+    scores = []
+    for chain in chains:
+        scores.append([])
+        for seed in args.seeds:
+            out = f"parts-{chain.seed}-{args.labels}-{seed}-{args.epochs}"
+            flags = ["--ckpt", chain.pretext(), "--labels-per-class", args.labels, "--seed", seed,
+                     "--epochs", args.epochs, *args.finetune]
+            line = chain.bench.once(
+                out, lambda: dict(val=chain.bench.on_val("finetune", out, flags)))
+            scores[-1].append(line["val"])
+    names = "the pretext", "the labels and their order", "both together, and chance"
+    for name, deviation in zip(names, parts_of_variance(scores)):
+        print(f"standard deviation over {name}: {deviation:.1f} points")
+
+
 def best_rate(chains, row, rates):
     """The rate at which the row's mean on val over all seeds is highest; None without rates."""
     means = {}
@@ -235,6 +268,8 @@ def parse(argv):
                    "other tasks the script's own")
     p.add_argument("--rates", type=float, nargs="+", default=[],
                    help="learning rates of fine-tuning: each row takes the best of them on val")
+    p.add_argument("--parts", action="store_true",
+                   help="SimCLR alone: each seed's pretext with each seed's labels, on val; printed")
     args = p.parse_args(argv)
     if args.epochs is None:
         args.epochs = EPOCHS[args.labels]
@@ -255,6 +290,8 @@ def main(argv=None):
     bench = benches.Bench(args)
     load_everything(bench)
     chains = [Chain(bench, seed) for seed in args.seeds]
+    if args.parts:
+        return say_parts(chains, args)
     scores, seconds, tuning = {}, {}, {}
     for row in args.rows:
         rate = best_rate(chains, row, args.rates)

@@ -214,7 +214,7 @@ def test_students_quantiles():
         assert quantile == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=6e-3)
 
 
-def test_the_bissl_bench_runs_every_row_and_none_twice(tmp_path, monkeypatch):
+def test_the_bissl_bench_runs_every_row_and_none_twice(tmp_path, monkeypatch, capsys):
     draw_nothing(monkeypatch)
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
@@ -240,9 +240,20 @@ def test_the_bissl_bench_runs_every_row_and_none_twice(tmp_path, monkeypatch):
     bench_bissl.main([*argv, "--rates", "0.01", "0.1", "--rows", "SimCLR", "BiSSL"])
     for row in read(tmp_path / "bissl-doodles-petals-rates.csv"):
         assert row["rate"] in ("0.01", "0.1")
+    bench_bissl.main([*argv, "--parts", "--seeds", "0", "1"])
+    assert "over the pretext: " in capsys.readouterr().out
     tried = [line for line in (tmp_path / "runs/runs.jsonl").read_text().splitlines()
              if "-val" in line]
     assert len(tried) == 4
+
+
+def test_the_parts_of_a_variance_are_found_again():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(400):
+        scores = rng.normal(0, 5, (6, 1)) + rng.normal(0, 3, (1, 6)) + rng.normal(0, 2, (6, 6))
+        found.append(bench_bissl.parts_of_variance(scores) ** 2)
+    assert np.mean(found, 0) == pytest.approx([25, 9, 4], rel=0.1)
+    assert bench_bissl.parts_of_variance([[1, 1], [5, 5]]) == pytest.approx([8 ** 0.5, 0, 0])
 
 
 def test_the_rate_of_a_row_is_that_of_its_best_mean_on_val():
