@@ -23,17 +23,18 @@ level goes on with the pretext task, pulled towards an upper level that learns t
         directions of those before. The norm of both gradients together is clipped at 10.
   3. The result is theta_B.
 
-The implicit function theorem gives A^-1 but for two approximations. The argmin also runs over
-theta_H, so that the exact matrix has the Schur complement H_BB - H_BH H_HH^-1 H_HB in H's place.
-And with damping the exact factor is lambda (H + (lambda + gamma) I)^-1, of which A^-1 leaves out
+Where grad L_P + lambda (theta_B - phi_B) = 0, the implicit function theorem gives
+J = d theta_B / d phi_B = (I + H/lambda)^-1. A^-1 differs from J twice. The argmin also runs over
+theta_H, so that the exact matrix has H_BB - H_BH H_HH^-1 H_HB, a Schur complement, in H's place.
+And damping makes it lambda (H + (lambda + gamma) I)^-1, of which A^-1 leaves out the factor
 lambda/(lambda + gamma).
 
     python bissl.py --ckpt simclr.pt --data flowers --out runs/bissl
     python finetune.py --ckpt runs/bissl.pt --data flowers
     python bissl.py --ckpt simclr.pt --task detect; python finetune.py --ckpt bissl.pt --task detect
 
-Look at `follow` in the log: how far theta_B has come along the way that phi_B went. Near 0 it has
-not heard of phi_B, and the stage is its pretext continued: --lam or --alternations has to grow.
+Look at `follow` in the log: how far theta_B has come along the way that phi_B went. Near 0 the
+stage was its pretext continued: --lam or --alternations has to grow.
 `residual` is ||g_theta - A x|| / ||g_theta|| of the worst solve of an alternation, as the solver's
 recurrence has it without a further product, exact but for rounding. Near 1 the implicit gradient is
 noise, and --damping or --cg-steps has to grow; the scale of H depends on the network. `products`
@@ -77,12 +78,14 @@ def conjugate_gradient(matvec, b, steps, tolerance=0, directions=None):
         if tolerance and r.norm() <= tolerance * rhs.norm():
             break
         p = r
+        # p is made conjugate to all earlier directions. A textbook's beta does so for the last one,
+        # which is the same but for rounding where none are kept from other solves.
         for q, Aq, qAq in directions:
             p = p - ratio(Aq @ p, qAq) * q  # now q.Ap = 0
         Ap = as_vector(matvec(as_tensors(p, b)))
         pAp = p @ Ap
         directions.append((p, Ap, pAp))
-        if tolerance and pAp == 0:  # no step along p solves anything
+        if tolerance and pAp == 0:  # the step's length p.r / p.Ap has no value
             break
         alpha = ratio(p @ r, pAp)
         x, r = x + alpha * p, r - alpha * Ap
@@ -158,8 +161,7 @@ def pretext_gradient(pretext, lower, x, pretext_args):
     weights, because BatchNorm's second derivative is a third slower in channels_last.
     """
     lower.to(memory_format=torch.contiguous_format)
-    exact = Namespace(**vars(pretext_args))
-    exact.precision = "float32"
+    exact = Namespace(**dict(vars(pretext_args), precision="float32"))
     views = [view.contiguous() for view in pretext.make_views(x, exact)]
     with common.frozen_statistics(lower, second_order=True):
         loss = pretext.loss(lower, views, exact)
@@ -179,12 +181,11 @@ def squared_distance(theta_B, phi_B):
 
 def share_of_way(theta_B, phi_B, start_B):
     """<theta_B - start, phi_B - start> / ||phi_B - start||^2: how far theta_B has come along the
-    way of phi_B. 0: it never heard of it, and the stage was its pretext continued; 1: it has come
-    as far."""
-    along = 0
-    for theta, phi, start in zip(theta_B, phi_B, start_B):
-        along = along + ((theta - start) * (phi - start)).sum()
-    return ratio(along, squared_distance(phi_B, start_B))
+    way of phi_B. 0: it has not moved towards phi_B, and the stage was its pretext continued; 1: it
+    has come as far."""
+    theta_way = as_vector(theta_B) - as_vector(start_B)
+    phi_way = as_vector(phi_B) - as_vector(start_B)
+    return ratio(theta_way @ phi_way, phi_way @ phi_way)
 
 
 def start_pretext(args, backbone, ckpt):
@@ -257,6 +258,7 @@ def train(args):
     lower_steps = args.alternations * args.lower_steps
     upper_steps = args.alternations * args.upper_steps
     for alternation in run.epochs_left(args.lower_steps + args.upper_steps):
+        # Begun anew, so that --resume draws the same as a run that was not stopped.
         lower_batches, upper_batches = endless(pretext_batches), endless(task_batches)
 
         for step in range(alternation * args.lower_steps, (alternation + 1) * args.lower_steps):
@@ -275,7 +277,8 @@ def train(args):
 
         x, _ = next(lower_batches)
         x = x[:args.hessian_batch // common.world()]
-        graph = pretext_gradient(pretext, lower, x, pretext_args)  # for all products: theta stays
+        # theta does not move in the upper steps: one graph serves all products.
+        g_pretext = pretext_gradient(pretext, lower, x, pretext_args)
         directions, residuals, products = [], [], 0
 
         for step in range(alternation * args.upper_steps, (alternation + 1) * args.upper_steps):
@@ -287,18 +290,18 @@ def train(args):
             (theta_loss + phi_loss).backward(inputs=[*theta_B, *upper.parameters()])
             common.average_gradients(lower)
             common.average_gradients(upper)
-            g_theta, known = [p.grad for p in theta_B], len(directions)
+            g_theta, before = [p.grad for p in theta_B], len(directions)
             implicit = inverse_hvp(None, theta_B, g_theta, args.lam + args.damping, args.cg_steps,
-                                   graph, args.cg_tol, directions)
+                                   g_pretext, args.cg_tol, directions)
             torch._foreach_add_([p.grad for p in phi_B], implicit)
             nn.utils.clip_grad_norm_(upper.parameters(), 10)  # A may be close to singular
             upper_optimizer.step()
             residuals.append(relative_residual(g_theta, directions))
-            products += len(directions) - known
+            products += len(directions) - before
             directions = reusable(directions, args.recycle)
             run.add(len(x), upper_theta=theta_loss, upper_phi=phi_loss)
 
-        del graph, directions  # their memory is free for the next lower steps
+        del g_pretext, directions  # their memory is free for the next lower steps
         lower.to(memory_format=torch.channels_last)
         common.average_statistics(upper)
         residual = torch.stack(residuals).max()
@@ -326,7 +329,7 @@ def downstream_losses(args, theta_backbone, upper, x, y):
     averages in theta_B do not move."""
     task, (phi_backbone, phi_head) = finetune.make_task(args), upper
     x, y = task.views(x, y)
-    with common.autocast(args.device, args.precision):  # phi_H is rounded once, for both
+    with common.autocast(args.device, args.precision):  # casts phi_H once, for both losses
         with common.frozen_statistics(theta_backbone):
             theta_loss, _, _ = task.loss(theta_backbone, phi_head, x, y)
         phi_loss, _, _ = task.loss(phi_backbone, phi_head, x, y)
@@ -413,14 +416,16 @@ def parser(paper=False):
     p.option("--pretext", str, "pretext task, where --ckpt brings none", "simclr",
              choices=sorted(PRETEXTS))
     p.option("--pretext-data", common.path, "data set of the pretext task; none: the checkpoint's")
-    p.option("--pretext-batch-size", common.bounded(int, 4), "images of a lower step, and of H")
+    p.option("--pretext-batch-size", common.bounded(int, 4), "images of a lower step; H is "
+             "taken on --hessian-batch of such a batch")
     p.option("--alternations", common.COUNT, "lower stage, upper stage, so many times", 20)
     p.option("--lower-steps", common.COUNT, "N_L", 20)
     p.option("--upper-steps", common.COUNT, "N_U", 8)
     p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; none: "
              "a fifth of pre-training's")
     p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up, lower level", 1)
-    p.option("--head-epochs", common.FROM_ZERO, "labelled epochs that warm up phi_H", 20)
+    p.option("--head-epochs", common.FROM_ZERO, "epochs that warm up phi_H, and a "
+             "pretext head where --ckpt brings none", 20)
     p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B",
              0.1)
     p.option("--damping", common.NOT_NEGATIVE, "gamma in (I + H/(lambda + gamma))^-1", 100)

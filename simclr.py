@@ -135,7 +135,7 @@ def draw(args, history, views):
 
 def parser():
     drawn = dict(image_size=32, arch="resnet10", epochs=12, batch_size=128, lr=2e-3,
-                  weight_decay=1e-4, crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
+                 weight_decay=1e-4, crop=0.4, jitter=[0.5, 0.5, 0.5, 0.5], blur=0.0)
     others = dict(drawn, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
     optimizers = dict(sgd=dict(lr=0.05, weight_decay=5e-4), lars=dict(lr=0.85, weight_decay=1e-6))
     p = common.Parser("simclr.py", __doc__, drawn, others, data="doodles", optimizers=optimizers)

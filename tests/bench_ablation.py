@@ -7,13 +7,14 @@ on val, test untouched.
   alpha        COIN's share of the budget
   eta          Core-tuning's weight
   ingredients  Core-tuning without each of its three
-  keys         Bi-tuning's K
+  keys         Bi-tuning's keys per class
   losses       Bi-tuning without each of its two losses
 Each variant is trained from the same checkpoint with each of --pairs of learning rate and weight
 decay, --seeds times (labelled images, views and heads differ), and has the pair with the best mean.
 A gain is on plain fine-tuning, seed by seed, with its 95 % interval. A finished run is a line of
-RUNS/runs.jsonl and is not made again. Writes tests/results/ablation-NAME.csv and a figure for each
-group. bench_bissl.py has BiSSL's flags and controls.
+RUNS/runs.jsonl and is not made again: give another --name for another --ckpt, --labels or --epochs.
+Writes tests/results/ablation-NAME.csv and a figure for each group. bench_bissl.py has BiSSL's flags
+and controls.
 """
 import contextlib
 from unittest import mock
@@ -135,7 +136,7 @@ def draw(rows, path, title):
     """A point per seed and the mean, a line per variant; its gain stands beside it."""
     figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(rows)))
     for place, row in enumerate(rows):
-        said = f"{row['gain']} +- {row['gain_95']}" if row.get("gain") else ""
+        said = f"{row['gain']} +- {row['gain_95']}" if row.get("gain_95") else ""
         benches.draw_row(axes, place, np.array(row["scores"].split(), float), said)
     axes.set_yticks(range(len(rows)), [str(row["variant"]) for row in rows])
     axes.invert_yaxis()

@@ -117,8 +117,8 @@ class Bench(benches.Bench):
     def bissl_stage(self, flags):
         """What bissl.py makes of these flags, and the pretext epochs that its lower level goes
         through."""
-        stage = bissl.parser().parse_args(self.flags("flags", flags))
-        pretext = simclr.parser().parse_args(self.flags("flags", self.args.pretext))
+        stage = bissl.parser().parse_args(self.flags(flags))
+        pretext = simclr.parser().parse_args(self.flags(self.args.pretext))
         seen = stage.alternations * stage.lower_steps * stage.pretext_batch_size
         return stage, round(seen / len(common.load_data(pretext, "unlabeled")))
 

@@ -1,7 +1,8 @@
 """Does BiSSL's A^-1 g predict what the lower level makes of a move of phi?
 
-    python tests/bench_bilevel.py                  README's commands, 5 seeds: an hour of one core
+    python tests/bench_bilevel.py                  README's commands, 5 seeds: two hours of one core
     python tests/bench_bilevel.py --seeds 0 2      these seeds; their rows replace the old ones
+    python tests/bench_bilevel.py --solvers        the other question, below
     python tests/bench_bilevel.py --quick          a state, a length, the first seed: printed only
 
 A state is theta and phi as they stand before bissl.py's first alternation and after 1, 2, 5 and 10.
@@ -22,9 +23,10 @@ The lower level's optimiser begins anew, at bissl.py's rate without warm-up. Oth
 before the first alternation and after 5, other N_L and optimisers (a fifth of simclr.py's rate for
 each) before the first. Writes tests/results/bilevel.csv and bilevel.png.
 
-And how well is A^-1 g known? Before the first alternation A x = g_theta is solved for the labelled
-batches of eight upper steps, with gamma 10 and 100, by the paper's five steps from zero, by the
-released code's (layer-wise), and as bissl.py does, each with H on 128 and on 32 images.
+With --solvers: how well is A^-1 g known? Before the first alternation A x = g_theta is solved for
+the labelled batches of eight upper steps, with gamma 10 and 100, by the paper's five steps from
+zero, by the released code's (layer-wise), and as bissl.py does, each with H on 128 and on 32
+images.
   products    Hessian-vector products of the eight solves together
   error       ||x - x*|| / ||x*||, mean of the eight; x* is solved in float64 with H on all 128
               images, to a residual of 1e-4
@@ -386,24 +388,28 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     p.add_argument("--runs", default="runs/bilevel", help="folder of the checkpoints")
+    p.add_argument("--solvers", action="store_true")
     p.add_argument("--quick", action="store_true")
     p.add_argument("--simclr", type=str.split, default=[], help="flags for simclr.py")
     p.add_argument("--bissl", type=str.split, default=[], help="flags for bissl.py")
     args = p.parse_args(argv)
-    rows, solver_rows = [], []
+    key, path = ("device", "seed"), benches.RESULTS / "bilevel.csv"
     for seed in args.seeds[:1] if args.quick else args.seeds:
         flags, paths = make_states(seed, Path(args.runs) / f"seed{seed}", args)
-        for alternations in AFTER[:1] if args.quick else AFTER:
+        rows = []
+        for alternations in AFTER[:1] if args.quick or args.solvers else AFTER:
             state = State(flags, paths.get(alternations))
-            made = measure(state, alternations, args.quick)
-            device = benches.device_name(state.args.device)
-            rows += [dict(row, device=device) for row in made]
-            if alternations == 0 and not args.quick:
-                solver_rows += [dict(row, device=device) for row in measure_solvers(state)]
-    if not args.quick:
-        key, path = ("device", "seed"), benches.RESULTS / "bilevel.csv"
-        benches.replace_rows(solver_rows, path.with_name("bilevel-solvers.csv"), key, SOLVER_FIELDS)
-        draw(benches.replace_rows(rows, path, key, FIELDS))
+            if args.solvers:
+                rows += measure_solvers(state)
+            else:
+                rows += measure(state, alternations, args.quick)
+        device = benches.device_name(state.args.device)
+        rows = [dict(row, device=device) for row in rows]
+        if args.solvers:
+            solvers = path.with_name("bilevel-solvers.csv")
+            benches.replace_rows(rows, solvers, key, SOLVER_FIELDS)
+        elif not args.quick:
+            draw(benches.replace_rows(rows, path, key, FIELDS))
 
 
 if __name__ == "__main__":

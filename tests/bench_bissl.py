@@ -3,19 +3,20 @@ whole chain, beside everything that could explain the gain.
 
     python tests/bench_bissl.py                              doodles, then petals: 10 seeds of all
                                                              rows: two hours of one CPU core
-    python tests/bench_bissl.py --seeds 0 2 4 6 8            share the seeds out among two of it
+    python tests/bench_bissl.py --seeds 0 2 4 6 8            half of the seeds; then the others in a
+                                                             second process, then all once more
     python tests/bench_bissl.py --labels 5 --rows SimCLR BiSSL
     python tests/bench_bissl.py --grid lam --seeds 0 1 2     BiSSL with other values of a flag
     python tests/bench_bissl.py --rates 0.02 0.04 0.08       each row at its own rate of fine-tuning
-    python tests/bench_bissl.py --parts                      how much of the spread is the pretext's,
-                                                             how much the labels'
+    python tests/bench_bissl.py --parts                      how much of the spread comes from the
+                                                             pretext, how much from the labels
     python tests/bench_bissl.py --name probe --finetune=--freeze
                                                              linear probes: how the features fit the
                                                              labels before they are fine-tuned
     python tests/bench_bissl.py --name detect --task detect --labels 100 --rows scratch SimCLR BiSSL
                                                              objects, or with segment pixels
     python tests/bench_bissl.py --data EMOJI --name clipart-emoji --pretext "--data CLIPART
-        --epochs 40" --stage "--lam 0.1"                     other data, with flags of their own
+        --epochs 40" --stage "--lam 1"                       other data, with flags of their own
 
 A row is what happens between the pretext and fine-tuning with the script's default flags:
   scratch             no pretext
@@ -30,9 +31,13 @@ A row is what happens between the pretext and fine-tuning with the script's defa
   more epochs         SimCLR, and as many more epochs of fine-tuning as BiSSL shows labelled images
   BiSSL, more epochs  the same after BiSSL
 Weights, views and labelled images differ from seed to seed, and are the same for all rows of a
-seed. Test is looked at once per run. A gain is a difference seed by seed, with its 95 % interval (t
-over the seeds). Each finished run is a line of RUNS/runs.jsonl and is not made again. Writes
-tests/results/bissl-NAME.csv and .png.
+seed. Test is looked at once per run. Each finished run is a line of RUNS/runs.jsonl and is not made
+again: give other flags for the stages another --name. Writes tests/results/bissl-NAME.csv (with
+--rates bissl-NAME-rates.csv) and a .png, whose name has --labels and --grid, too. Its columns:
+  rate        of fine-tuning, where --rates chose it
+  gain        on SimCLR, seed by seed, and half of its 95 % interval (t over the seeds)
+  bissl_gain  what BiSSL has more than this row
+  seconds     of bissl.py
 """
 import json
 import shlex
@@ -54,7 +59,7 @@ PRETEXT_GOES_ON = ["--lam", 0, "--upper-steps", 1, "--cg-steps", 1]
 MORE = ("more epochs", "BiSSL, more epochs")
 ROWS = ("scratch", "SimCLR", "same steps", "same seconds", "J = I", "BiSSL", "phi_B", "halfway",
         *MORE)
-GRID = {"lam": (0.01, 0.1, 0.3, 3, 10), "damping": (1, 10, 30, 300), "upper-steps": (1, 2, 4),
+GRID = {"lam": (0.001, 0.01, 0.3, 1, 3), "damping": (1, 10, 30, 300), "upper-steps": (1, 2, 4),
         "alternations": (5, 10, 40, 100), "hessian-batch": (8, 128), "lr": (0.003, 0.01, 0.1)}
 METHODS = ("finetune", "core_tuning", "bi_tuning")
 EPOCHS = {5: 120, 20: 60, 100: 20}  # of fine-tuning, by labels per class
@@ -96,11 +101,9 @@ class Chain:
         mixed = path.with_name(f"{path.stem}-mixed{c:g}.pt")
         ckpt = torch.load(path, weights_only=True)
         theta, phi = ckpt["backbone"], ckpt["resume"]["upper_backbone"]
-        ckpt["backbone"] = {}
         for name, value in theta.items():
-            ckpt["backbone"][name] = value
             if value.is_floating_point():
-                ckpt["backbone"][name] = value + c * (phi[name] - value)
+                theta[name] = value + c * (phi[name] - value)
         torch.save(ckpt, mixed)
         return mixed, line
 
@@ -138,7 +141,7 @@ class Chain:
         return epochs
 
     def stage_args(self):
-        flags = self.bench.flags("flags", [*self.labels, *self.args.stage])
+        flags = self.bench.flags([*self.labels, *self.args.stage])
         return bissl.parser().parse_args(flags)
 
     def score(self, row, rate, judge="test"):
@@ -177,18 +180,18 @@ def parts_of_variance(scores):
 
 
 def say_parts(chains, args):
-    """SimCLR of each seed, fine-tuned with the labels and draws of each seed, judged on val."""
+    """SimCLR of each seed, with the labels and draws of each seed, judged on val."""
     scores = []
     for chain in chains:
         scores.append([])
-        for seed in args.seeds:
-            out = f"parts-{chain.seed}-{args.labels}-{seed}-{args.epochs}"
-            flags = ["--ckpt", chain.pretext(), "--labels-per-class", args.labels, "--seed", seed,
-                     "--epochs", args.epochs, *args.finetune]
+        for other in chains:
+            out = f"parts-{chain.seed}-{args.labels}-{other.seed}-{args.epochs}"
+            flags = ["--ckpt", chain.pretext(), *other.labels, "--epochs", args.epochs,
+                     *args.finetune]
             line = chain.bench.once(
-                out, lambda: dict(val=chain.bench.on_val("finetune", out, flags)))
+                out, lambda: dict(val=chain.bench.on_val(args.method, out, flags)))
             scores[-1].append(line["val"])
-    names = "the pretext", "the labels and their order", "both together, and chance"
+    names = "pretexts", "sets of labels and their order", "what neither explains"
     for name, deviation in zip(names, parts_of_variance(scores)):
         print(f"standard deviation over {name}: {deviation:.1f} points")
 
@@ -207,10 +210,10 @@ def pretext_flags(args):
 
 def load_everything(bench):
     """Draw or decode all images before the first stage is timed."""
-    args = finetune.parser().parse_args(bench.flags("flags", bench.args.finetune))
+    args = finetune.parser().parse_args(bench.flags(bench.args.finetune))
     for split in ("train", "val", "test"):
         common.load_data(args, split)
-    args = simclr.parser().parse_args(bench.flags("flags", pretext_flags(bench.args)))
+    args = simclr.parser().parse_args(bench.flags(pretext_flags(bench.args)))
     common.load_data(args, "unlabeled")
 
 
@@ -253,7 +256,7 @@ def draw(scores, path, title):
 
 def parse(argv):
     p = benches.parser(__doc__)
-    p.add_argument("--name", default="doodles-petals", help="of the results")
+    p.add_argument("--name", default="doodles-petals", help="of the results and the runs")
     p.add_argument("--task", default="classify", choices=finetune.TASKS)
     p.add_argument("--method", default="finetune", choices=METHODS, help="what learns the labels")
     p.add_argument("--labels", type=int, default=20, choices=EPOCHS, help="labels per class")
@@ -268,8 +271,8 @@ def parse(argv):
                    "other tasks the script's own")
     p.add_argument("--rates", type=float, nargs="+", default=[],
                    help="learning rates of fine-tuning: each row takes the best of them on val")
-    p.add_argument("--parts", action="store_true",
-                   help="SimCLR alone: each seed's pretext with each seed's labels, on val; printed")
+    p.add_argument("--parts", action="store_true", help="SimCLR alone: each seed's pretext with "
+                   "each seed's labels, on val; printed")
     args = p.parse_args(argv)
     if args.epochs is None:
         args.epochs = EPOCHS[args.labels]

@@ -12,12 +12,12 @@ the median of the others counts. On a CPU peak_mb is what the process grew by.
   side       SimCLR by image side; and its two views alone
   classes    Bi-tuning and plain fine-tuning by the number of classes
 """
+import argparse
 import contextlib
 import ctypes
 import gc
 import io
 import re
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -40,7 +40,7 @@ from bench_speed import VIEWS, do_nothing, pretext, seconds, short_trial
 FIELDS = ("device", "quantity", "setting", "value", "seconds", "peak_mb")
 UNITS = dict(batch="images per batch", side="image side, px", classes="classes")
 BATCHES, CLASSES = [128, 256, 512, 1024, 2048, 4096], [10, 30, 100, 300, 1000]
-SIDES = [64, 96, 128, 160, 192, 224]  # up to 40 px the stem is another one
+SIDES = [64, 96, 128, 160, 192, 224]  # up to 40 px build_backbone() has a smaller stem
 BUDGET = 3  # seconds of steps, at least
 CPU = SimpleNamespace(arch="resnet10", side_arch="resnet10", size=32, side_batch=16, class_batch=48)
 GPU = SimpleNamespace(arch="resnet50", side_arch="resnet18", size=96, side_batch=128,
@@ -77,7 +77,7 @@ def peak_memory(device):
 
 def timed_batches(stamps):
     """A class to put in the place of common.Batches. It notes when each batch was there, and stops
-    after BUDGET seconds, of which the first step is none."""
+    BUDGET seconds after the first step."""
     class TimedBatches(common.Batches):
         def __iter__(self):
             for batch in super().__iter__():
@@ -214,10 +214,14 @@ def draw(rows, name):
     benches.save_figure(figure, benches.RESULTS / "scale.png")
 
 
-def main(groups):
-    unknown = set(groups) - GROUPS.keys()
-    if unknown:
-        raise SystemExit(f"no groups {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("groups", nargs="*", metavar="GROUP", help="without: all")
+    groups = p.parse_args(argv).groups
+    for group in groups:
+        if group not in GROUPS:
+            p.error(f"no group {group}: there are {', '.join(GROUPS)}")
     device, path = "cuda" if torch.cuda.is_available() else "cpu", benches.RESULTS / "scale.csv"
     name, table = benches.device_name(device), []
     for group in groups or GROUPS:
@@ -231,4 +235,4 @@ def main(groups):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -23,10 +23,10 @@ file.
   decode    images/s of building the cache from JPEGs / of torchvision's ImageFolder with Resize and
             CenterCrop, one core each
 """
+import argparse
 import copy
 import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -398,10 +398,14 @@ GROUPS = {"step": step_row, "lightly": lightly_row, "views": views_row, "hvp": h
           "tuning": tuning_rows, "byol": byol_row, "decode": decode_row}
 
 
-def main(groups):
-    unknown = set(groups) - GROUPS.keys()
-    if unknown:
-        raise SystemExit(f"no rows {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("groups", nargs="*", metavar="GROUP", help="without: all")
+    groups = p.parse_args(argv).groups
+    for group in groups:
+        if group not in GROUPS:
+            p.error(f"no group {group}: there are {', '.join(GROUPS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = benches.device_name(device)
     for group in groups or GROUPS:
@@ -419,4 +423,4 @@ def main(groups):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -31,7 +31,7 @@ import simclr
 SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
            "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 RESULTS = ROOT / "tests" / "results"
-# 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom.
+# 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; the last serves for more, too.
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
@@ -58,17 +58,16 @@ def name_of_data(data):
     return Path(data).resolve().name if Path(data).is_dir() else data
 
 
-def parser(doc, runs=True):
-    """The flags of a bench; runs: of one that runs scripts."""
+def parser(doc):
+    """The flags of a bench that runs scripts."""
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="petals")
     p.add_argument("--root", default="data")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("float32", "bfloat16"))
-    if runs:
-        p.add_argument("--image-size", type=int, help="without: the scripts' own")
-        p.add_argument("--runs", help="folder of the runs; default: runs/ and the results' name")
+    p.add_argument("--image-size", type=int, help="without: the scripts' own")
+    p.add_argument("--runs", help="folder of the runs; default: runs/ and the results' name")
     return p
 
 
@@ -103,7 +102,7 @@ class Bench:
             print(f"{run}: {self.done[run]}", flush=True)
         return self.done[run]
 
-    def flags(self, out, flags=()):
+    def flags(self, flags, out="unused"):
         args = self.args
         shared = ["--data", args.data, "--root", args.root, "--device", args.device]
         shared += ["--out", self.place / out]
@@ -114,7 +113,7 @@ class Bench:
         return [str(flag) for flag in shared + list(flags)]
 
     def main(self, script, out, flags):
-        return SCRIPTS[script].main(self.flags(out, flags) + ["--resume"])
+        return SCRIPTS[script].main(self.flags(flags, out) + ["--resume"])
 
     def on_test(self, script, out, flags):
         """What a run of the protocol finds on test."""
@@ -124,14 +123,13 @@ class Bench:
     def on_val(self, script, out, flags):
         """The score on val after a run's last epoch: what the protocol's search does, for a chain
         with stages before it."""
-        method, script = script, SCRIPTS[script]
-        args = script.parser().parse_args(self.flags(f"{out}-val", flags))
-        args.search = 1  # a pair that diverges is bad, not an error
+        args = SCRIPTS[script].parser().parse_args(self.flags(flags, f"{out}-val"))
+        args.search = 1  # as in a search, a run that diverges scores 0 and stops nothing
         common.start_backbone(args, say=False)  # settles arch and image size
         data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
         results = []
-        script.train(finetune.Trial(method, args, args, data, judge=val, watch=None, history=[],
-                                    results=results, resume=False))
+        SCRIPTS[script].train(finetune.Trial(script, args, args, data, judge=val, watch=None,
+                                             history=[], results=results, resume=False))
         Path(f"{args.out}.pt").unlink(missing_ok=True)
         return results[0].get(self.metric(), 0.0)
 
@@ -142,9 +140,9 @@ class Bench:
 
 def bissl_epochs(args, seed):
     """How many epochs of labelled images a run of bissl.py shows: those that warm up its head, and
-    what its upper level goes through."""
-    shown = args.alternations * args.upper_steps * args.batch_size
-    return args.head_epochs + round(shown / len(common.load_labelled(args, seed)))
+    those of its upper level, whose batches are of equal size."""
+    batches = common.Batches(common.load_labelled(args, seed), args.batch_size)
+    return args.head_epochs + round(args.alternations * args.upper_steps / len(batches))
 
 
 # ------------------------------------------------------------------------------------------ figures

@@ -241,7 +241,7 @@ def test_the_bissl_bench_runs_every_row_and_none_twice(tmp_path, monkeypatch, ca
     for row in read(tmp_path / "bissl-doodles-petals-rates.csv"):
         assert row["rate"] in ("0.01", "0.1")
     bench_bissl.main([*argv, "--parts", "--seeds", "0", "1"])
-    assert "over the pretext: " in capsys.readouterr().out
+    assert "over pretexts: " in capsys.readouterr().out
     tried = [line for line in (tmp_path / "runs/runs.jsonl").read_text().splitlines()
              if "-val" in line]
     assert len(tried) == 4
@@ -266,7 +266,8 @@ def test_the_rate_of_a_row_is_that_of_its_best_mean_on_val():
 
 def test_a_mixture_of_both_backbones_is_one(tmp_path, monkeypatch):
     """c = 1 is phi_B, statistics and counters aside."""
-    chain = bench_bissl.Chain(SimpleNamespace(args=SimpleNamespace(labels=20)), 0)
+    chain = bench_bissl.Chain(SimpleNamespace(
+        args=SimpleNamespace(labels=20, task="classify")), 0)
     theta, phi = (common.build_backbone("resnet10", True).state_dict() for _ in range(2))
     path = tmp_path / "bissl.pt"
     torch.save(dict(backbone=theta, resume=dict(upper_backbone=phi)), path)
@@ -294,6 +295,7 @@ def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
     argv = ["--seeds", "0", "--runs", str(tmp_path / "runs"), "--bissl",
             f"{few} {SHORT_BISSL} --alternations 3"]
     bench_bilevel.main(argv)
+    bench_bilevel.main([*argv, "--solvers"])
     rows = read(tmp_path / "bilevel.csv")
     directions = {row["direction"] for row in rows}
     assert len(directions) == 7
