@@ -185,7 +185,7 @@ def share_of_way(theta_B, phi_B, start_B):
     has come as far."""
     theta_way = as_vector(theta_B) - as_vector(start_B)
     phi_way = as_vector(phi_B) - as_vector(start_B)
-    return ratio(theta_way @ phi_way, phi_way @ phi_way)
+    return ratio((theta_way * phi_way).sum(), phi_way.square().sum())
 
 
 def start_pretext(args, backbone, ckpt):
