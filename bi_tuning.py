@@ -150,12 +150,12 @@ def train(trial):
                                       args.weight_decay, scales=[args.backbone_lr, 1.0, 1.0])
     batches = common.Batches(data, args.batch_size)
     steps = args.epochs * len(batches)
+    warmup = min(args.warmup * len(batches), steps // 2)
 
     run = finetune.Run(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
-            common.set_learning_rate(
-                optimizer, args.lr, step, steps, cosine_start=args.cosine_start)
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup, args.cosine_start)
             x_q = common.augment(x, args.image_size, crop=(args.crop, 1))
             x_k = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):

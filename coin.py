@@ -192,13 +192,14 @@ def train(args):
     if args.balanced:
         batches = BalancedBatches(data, args.batch_size, args.balanced)
     steps = args.epochs * len(batches)
+    warmup = min(args.warmup, coin_epochs // 2) * len(batches)
 
     probe = (data, val) if val else None
     run = common.Run(args, "coin", model, data.classes, epochs=coin_epochs, probe=probe,
                      stage="fine-tuning", optimizer=optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
-            common.set_learning_rate(optimizer, args.lr, step, steps)
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
                 z = projector(backbone(x))  # (B, D)
@@ -225,7 +226,7 @@ def rest_of_budget(args, done):
     names = ("lr", "weight_decay", "batch_size", "crop", "labels_per_class", "fraction", "eta",
              "temperature")
     rest = {name: getattr(args, name) for name in names}
-    return dict(rest, epochs=args.epochs - done, cosine_start=done / args.epochs)
+    return dict(rest, epochs=args.epochs - done, warmup=0, cosine_start=done / args.epochs)
 
 
 def draw(args, history, before, after, indices):
@@ -242,11 +243,15 @@ def draw(args, history, before, after, indices):
 
 def parser():
     petals = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03,
-                  weight_decay=5e-4, crop=0.5, labels_per_class=20, temperature=0.1)
-    others = dict(petals, image_size=64, lr=0.01, labels_per_class=None, temperature=0.3)
+                  weight_decay=5e-4, crop=0.5, labels_per_class=20, warmup=10,
+                  temperature=0.1)
+    others = dict(petals, image_size=64, lr=0.01, labels_per_class=None, warmup=0,
+                  temperature=0.3)
     p = common.Parser("coin.py", __doc__, petals, others)
     p.label_options()
     p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most half "
+             "of this script's")
     p.option("--alpha", common.SHARE, "share of --epochs, the whole budget, for SupCon alone", 0.7)
     p.option("--eta", common.NOT_NEGATIVE, "weight of SupCon beside cross-entropy that finetune.py "
              "takes over", 0.1)

@@ -137,12 +137,12 @@ def train(trial):
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     batches = common.Batches(data, args.batch_size)
     steps = args.epochs * len(batches)
+    warmup = min(args.warmup * len(batches), steps // 2)
 
     run = finetune.Run(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
-            common.set_learning_rate(
-                optimizer, args.lr, step, steps, cosine_start=args.cosine_start)
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup, args.cosine_start)
             x, y = task.views(x, y)
             if args.task == "segment":
                 dense, f, _ = task.loss(backbone, head, x, y)

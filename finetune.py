@@ -801,7 +801,7 @@ def show_masks(axes, x, masks, title):
 TASKS = dict(classify=Classify, detect=Detect, segment=Segment)
 DETECT = {"detect": dict(epochs=20, batch_size=16, lr=0.02, weight_decay=1e-4, warmup=2),
           "detect on petals": dict(epochs=40, batch_size=8, lr=0.05, labels_per_class=100)}
-SEGMENT = {"segment": dict(epochs=30, batch_size=16, lr=0.02, weight_decay=1e-4),
+SEGMENT = {"segment": dict(epochs=30, batch_size=16, lr=0.02, weight_decay=1e-4, warmup=0),
            "segment on petals": dict(lr=0.2, weight_decay=1e-3, labels_per_class=100)}
 
 
@@ -813,6 +813,8 @@ def protocol_options(p):
     p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try "
              "on the validation split", 0)
     p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- deviation", 1)
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most half "
+             "of them; after coin.py: none")
     p.option("--cosine-start", common.bounded(float, 0, 0.999), "share of the cosine that is over "
              "already; after coin.py: coin's")
 
@@ -826,14 +828,14 @@ def task_option(p, choices=("classify", "detect", "segment")):
 
 
 PETALS = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.08, weight_decay=0.008,
-              crop=0.5, labels_per_class=20, cosine_start=0.0)
-OTHERS = dict(PETALS, image_size=64, lr=0.01, weight_decay=5e-4, labels_per_class=None)
-FROM_COIN = ("epochs", "cosine_start", "lr", "weight_decay", "batch_size", "crop",
+              crop=0.5, labels_per_class=20, warmup=10, cosine_start=0.0)
+OTHERS = dict(PETALS, image_size=64, lr=0.01, weight_decay=5e-4, labels_per_class=None, warmup=0)
+FROM_COIN = ("epochs", "warmup", "cosine_start", "lr", "weight_decay", "batch_size", "crop",
              "labels_per_class", "fraction")
 
 
 def parser():
-    more = dict(eta=0.0, temperature=0.3, warmup=0)
+    more = dict(eta=0.0, temperature=0.3)
     petals, others = dict(PETALS, **more), dict(OTHERS, **more)
     from_coin = (*FROM_COIN, "eta", "temperature")
     p = common.Parser("finetune.py", __doc__, petals, others, tasks={**DETECT, **SEGMENT},
@@ -842,7 +844,6 @@ def parser():
     task_option(p)
     p.option("--eta", common.NOT_NEGATIVE, "cross-entropy + ETA x SupCon; after coin.py: coin's")
     p.option("--temperature", common.bounded(float, 1e-3), "tau of SupCon; after coin.py: coin's")
-    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine")
     p.add_argument("--freeze", action="store_true", help="linear probe: the head alone is trained")
     p.add_argument("--freeze-bn", action="store_true", help="BatchNorm in the backbone keeps the "
                    "averages that it came with")
