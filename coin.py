@@ -192,7 +192,7 @@ def train(args):
     if args.balanced:
         batches = BalancedBatches(data, args.batch_size, args.balanced)
     steps = args.epochs * len(batches)
-    warmup = min(args.warmup, coin_epochs // 2) * len(batches)
+    warmup = warmup_epochs(args) * len(batches)
 
     probe = (data, val) if val else None
     run = common.Run(args, "coin", model, data.classes, epochs=coin_epochs, probe=probe,
@@ -226,7 +226,14 @@ def rest_of_budget(args, done):
     names = ("lr", "weight_decay", "batch_size", "crop", "labels_per_class", "fraction", "eta",
              "temperature")
     rest = {name: getattr(args, name) for name in names}
-    return dict(rest, epochs=args.epochs - done, warmup=0, cosine_start=done / args.epochs)
+    warmup = warmup_epochs(args)
+    share = max(0, done - warmup) / (args.epochs - warmup)
+    return dict(rest, epochs=args.epochs - done, warmup=0, cosine_start=share)
+
+
+def warmup_epochs(args):
+    """--warmup, but at most half of the epochs of SupCon."""
+    return min(args.warmup, round(args.alpha * args.epochs) // 2)
 
 
 def draw(args, history, before, after, indices):

@@ -343,11 +343,12 @@ def steps(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize(
-    "epochs, alpha, first", [(2, 0.5, 1), (3, 0.7, 2), (5, 0.5, 2), (7, 0.1, 1), (6, 0.9, 5)])
+@pytest.mark.parametrize("epochs, alpha, first, warmup", [
+    (2, 0.5, 1, 0), (3, 0.7, 2, 0), (5, 0.5, 2, 1), (7, 0.1, 1, 0), (6, 0.9, 5, 2)])
 def test_coin_and_finetune_see_the_images_and_the_learning_rates_of_plain_finetuning(
-        inside, steps, epochs, alpha, first):
-    coin.main([*NEW, "--epochs", str(epochs), "--alpha", str(alpha), "--out", "part"])
+        inside, steps, epochs, alpha, first, warmup):
+    budget = ["--epochs", str(epochs), "--warmup", str(warmup)]
+    coin.main([*NEW, *budget, "--alpha", str(alpha), "--out", "part"])
     assert first == round(alpha * epochs) == len(losses("part.jsonl"))
     assert sum(images for _, images in steps) == first * IMAGES
     assert common.load_checkpoint("part.pt")["config"]["rest"]["epochs"] == epochs - first
@@ -355,11 +356,22 @@ def test_coin_and_finetune_see_the_images_and_the_learning_rates_of_plain_finetu
     assert len(losses("tuned.jsonl")) == epochs - first
     both = steps.copy()
     steps.clear()
-    finetune.main([*NEW, "--epochs", str(epochs), "--out", "plain"])
+    finetune.main([*NEW, *budget, "--out", "plain"])
     assert [images for _, images in both] == [images for _, images in steps]
     assert sum(images for _, images in both) == epochs * IMAGES
     for (rates, _), (plain, _) in zip(both, steps):
         assert set(rates) == {rates[0]} and rates[0] == pytest.approx(plain[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("script", FINE_TUNING)
+@pytest.mark.parametrize("warmup, rising", [(1, 3), (2, 6), (9, 6)])  # of 12 steps
+def test_the_learning_rate_rises_for_the_epochs_of_the_warm_up(
+        script, inside, steps, warmup, rising):
+    SCRIPTS[script].main([*NEW, "--epochs", "4", "--lr", "0.06", "--warmup", str(warmup), "--out",
+                          "warm"])
+    rates = [rates[0] for rates, _ in steps]
+    assert rates[:rising] == pytest.approx([0.06 * (i + 1) / rising for i in range(rising)])
+    assert all(b <= a for a, b in zip(rates[rising:], rates[rising + 1:]))
 
 
 @pytest.fixture
@@ -421,6 +433,7 @@ def settings(script, *flags):
 def test_the_three_finetuners_go_on_where_coin_ended(inside, script):
     args = settings(script, "--ckpt", "coin.pt")
     assert (args.epochs, args.cosine_start, args.batch_size) == (3, pytest.approx(0.4), 8)
+    assert args.warmup == 0
     for name in ("lr", "weight_decay", "crop"):
         assert getattr(args, name) == GIVEN[name]
 
@@ -437,6 +450,7 @@ def test_finetune_takes_eta_and_temperature_and_the_others_keep_their_own_temper
 
 @pytest.mark.parametrize("flag, value", [
     ("epochs", 9),
+    ("warmup", 1),
     ("cosine-start", 0.0),
     ("lr", 0.5),
     ("weight-decay", 0.0),
