@@ -368,8 +368,8 @@ def draw(rows):
                   for steps in (USUAL_STEPS, 80, 320)]
         axes[1, 0].plot((USUAL_STEPS, 80, 320), follow, "o-", label=optimizer)
     axes[1, 0].legend()
-    axes[1, 0].set(xscale="log", xlabel="N_L", ylabel="follow", title="share of phi's move that "
-                   "theta makes, by lower steps and optimiser")
+    axes[1, 0].set(xscale="log", xlabel="N_L", ylabel="follow", title="share of a move along "
+                   "J = I that theta makes, by N_L and optimiser")
     usual = dict(optimizer="adamw", steps=20, length=LENGTH)
     for key, direction in (("rest", "J = I"), ("cosine", "J = I"), ("follow", "J = I"),
                            ("cosine", "random")):
