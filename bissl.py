@@ -161,7 +161,8 @@ def pretext_gradient(pretext, lower, x, pretext_args):
     weights, because BatchNorm's second derivative is a third slower in channels_last.
     """
     lower.to(memory_format=torch.contiguous_format)
-    exact = Namespace(**dict(vars(pretext_args), precision="float32"))
+    exact = Namespace(**vars(pretext_args))
+    exact.precision = "float32"
     views = [view.contiguous() for view in pretext.make_views(x, exact)]
     with common.frozen_statistics(lower, second_order=True):
         loss = pretext.loss(lower, views, exact)

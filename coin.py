@@ -173,7 +173,7 @@ def say_positives(labels, batch_size, balanced=0):
 
 
 def train(args):
-    coin_epochs = round(args.alpha * args.epochs)
+    coin_epochs = supcon_epochs(args)
     backbone, _ = common.start_backbone(args)
     data = common.load_labelled(args, args.seed)
     common.need_one_label(args, data)
@@ -233,7 +233,12 @@ def rest_of_budget(args, done):
 
 def warmup_epochs(args):
     """--warmup, but at most half of the epochs of SupCon."""
-    return min(args.warmup, round(args.alpha * args.epochs) // 2)
+    return min(args.warmup, supcon_epochs(args) // 2)
+
+
+def supcon_epochs(args):
+    """The share alpha of the budget."""
+    return round(args.alpha * args.epochs)
 
 
 def draw(args, history, before, after, indices):
@@ -250,15 +255,15 @@ def draw(args, history, before, after, indices):
 
 def parser():
     petals = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03,
-                  weight_decay=5e-4, crop=0.5, labels_per_class=20, warmup=10,
-                  temperature=0.1)
-    others = dict(petals, image_size=64, lr=0.01, labels_per_class=None, warmup=0,
-                  temperature=0.3)
+                  weight_decay=5e-4, crop=0.5, labels_per_class=20, temperature=0.1,
+                  warmup=10)
+    others = dict(petals, image_size=64, lr=0.01, labels_per_class=None, temperature=0.3,
+                  warmup=0)
     p = common.Parser("coin.py", __doc__, petals, others)
     p.label_options()
     p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
-    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most half "
-             "of this script's")
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most "
+             "half of this script's")
     p.option("--alpha", common.SHARE, "share of --epochs, the whole budget, for SupCon alone", 0.7)
     p.option("--eta", common.NOT_NEGATIVE, "weight of SupCon beside cross-entropy that finetune.py "
              "takes over", 0.1)
@@ -272,7 +277,7 @@ def parser():
 
 
 def check_flags(args):
-    coin_epochs = round(args.alpha * args.epochs)
+    coin_epochs = supcon_epochs(args)
     if not 0 < coin_epochs < args.epochs:
         common.fail(f"--alpha {args.alpha:g} of --epochs {args.epochs} is {coin_epochs} epochs of "
                     "SupCon: both stages need one")

@@ -2,7 +2,7 @@
 (core_tuning.py, bi_tuning.py).
 
 A linear classifier is put on the backbone and both are trained with cross-entropy, SGD and a cosine
-schedule. The protocol is the one of BiSSL (arXiv 2410.02387, section 4): learning rate and weight
+schedule, on petals after a warm-up. The protocol is the one of BiSSL (arXiv 2410.02387, section 4): learning rate and weight
 decay are searched at random on a validation split, the best pair is trained with several seeds, and
 the test split is looked at once, at the end of each such run.
 
@@ -813,8 +813,8 @@ def protocol_options(p):
     p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try "
              "on the validation split", 0)
     p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- deviation", 1)
-    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most half "
-             "of them; after coin.py: none")
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most "
+             "half of all; after coin.py: none")
     p.option("--cosine-start", common.bounded(float, 0, 0.999), "share of the cosine that is over "
              "already; after coin.py: coin's")
 

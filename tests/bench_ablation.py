@@ -31,7 +31,7 @@ import core_tuning
 FIELDS = ("device", "group", "variant", "val", "std", "gain", "gain_95", "pair", "scores")
 BI_LOSSES = {"no CCE": ["contrastive_cross_entropy"], "no CCL": ["categorical_contrastive"],
              "neither": ["contrastive_cross_entropy", "categorical_contrastive"]}
-PLAIN = "fine-tuning"
+PLAIN, WHOLE = "fine-tuning", ("all", "both")
 # The script of each group, and its variants: values of a flag, or what is left out.
 GROUPS = {
     "alpha": ("coin", "--alpha", (0.1, 0.3, 0.5, 0.7, 0.9)),
@@ -91,6 +91,8 @@ def score(bench, group, variant, seed, pair):
     start, flags, part = ["--ckpt", args.ckpt], [], None
     if variant == PLAIN:
         script = "finetune"
+    elif variant in WHOLE or variant == default_of(script, flag):
+        variant = "default"  # in several groups, and made once
     elif flag:
         flags = [flag, variant]
     else:
@@ -107,6 +109,11 @@ def score(bench, group, variant, seed, pair):
             return dict(val=bench.on_val(script, name, start + budget + labels + flags))
 
     return bench.once(f"{name}-val", make)["val"]
+
+
+def default_of(script, flag):
+    """What the script has where the flag is not given; None without a flag."""
+    return flag and benches.SCRIPTS[script].parser().get_default(flag.strip("-"))
 
 
 def rows_of(bench, group):
@@ -147,8 +154,6 @@ def draw(rows, path, title):
 
 def parse(argv):
     p = benches.parser(__doc__)
-    p.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; "
-                   "without: all")
     p.add_argument("--ckpt", required=True, help="a SimCLR checkpoint")
     p.add_argument("--name", help="of the results; default: that of the data")
     p.add_argument("--labels", type=int, default=20, help="labels per class; 0: all of train")
@@ -156,10 +161,7 @@ def parse(argv):
     p.add_argument("--epochs", type=int, default=60, help="of fine-tuning")
     p.add_argument("--pairs", nargs="+", default=["0.03,0.0005", "0.08,0.008"],
                    help="LR,WEIGHT_DECAY of fine-tuning")
-    args = p.parse_args(argv)
-    for group in args.groups:
-        if group not in GROUPS:
-            p.error(f"no group {group}: there are {', '.join(GROUPS)}")
+    args = benches.parse_groups(p, argv, GROUPS)
     args.name = args.name or benches.name_of_data(args.data)
     args.runs = args.runs or f"runs/ablation-{args.name}"
     return args
@@ -168,7 +170,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     bench, path = benches.Bench(args), benches.RESULTS / f"ablation-{args.name}.csv"
-    for group in args.groups or GROUPS:
+    for group in args.groups:
         rows = rows_of(bench, group)
         benches.replace_rows(rows, path, ("device", "group"), FIELDS)
         draw(rows, path.with_name(f"{path.stem}-{group}.png"), f"{args.name}: {group}")

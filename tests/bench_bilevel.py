@@ -66,15 +66,16 @@ class Enough(Exception):
     """Ends bissl.py once the last state is there."""
 
 
-def make_states(seed, folder, argv):
-    """The flags of a run of bissl.py, and a checkpoint file for each number of AFTER but 0."""
+def make_states(seed, folder, argv, after):
+    """The flags of a run of bissl.py, and a checkpoint file for each number of alternations in
+    `after` but 0, which needs none."""
     folder.mkdir(parents=True, exist_ok=True)
     start = folder / "simclr.pt"
     if not start.exists():
         simclr.main(["--seed", str(seed), "--out", str(folder / "simclr"), *argv.simclr])
     out = folder / "bissl"
     flags = ["--ckpt", str(start), "--seed", str(seed), "--out", str(out), *argv.bissl]
-    paths = {k: folder / f"bissl-{k}.pt" for k in AFTER if k}
+    paths = {k: folder / f"bissl-{k}.pt" for k in after if k}
     save = common.Run.save
 
     def keep(run):
@@ -82,7 +83,7 @@ def make_states(seed, folder, argv):
         done = len(run.history)
         if done in paths:
             shutil.copy(f"{out}.pt", paths[done])
-        if done == max(AFTER):
+        if done == max(after):
             raise Enough
 
     missing = [path for path in paths.values() if not path.exists()]
@@ -384,8 +385,7 @@ def draw(rows):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = benches.bare_parser(__doc__)
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     p.add_argument("--runs", default="runs/bilevel", help="folder of the checkpoints")
     p.add_argument("--solvers", action="store_true")
@@ -394,10 +394,11 @@ def main(argv=None):
     p.add_argument("--bissl", type=str.split, default=[], help="flags for bissl.py")
     args = p.parse_args(argv)
     key, path = ("device", "seed"), benches.RESULTS / "bilevel.csv"
+    after = AFTER[:1] if args.quick or args.solvers else AFTER
     for seed in args.seeds[:1] if args.quick else args.seeds:
-        flags, paths = make_states(seed, Path(args.runs) / f"seed{seed}", args)
+        flags, paths = make_states(seed, Path(args.runs) / f"seed{seed}", args, after)
         rows = []
-        for alternations in AFTER[:1] if args.quick or args.solvers else AFTER:
+        for alternations in after:
             state = State(flags, paths.get(alternations))
             if args.solvers:
                 rows += measure_solvers(state)

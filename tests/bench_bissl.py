@@ -144,15 +144,19 @@ class Chain:
         flags = self.bench.flags([*self.labels, *self.args.stage])
         return bissl.parser().parse_args(flags)
 
-    def score(self, row, rate, judge="test"):
+    def score(self, row, rate, judge="test", labels_of=None):
         """Score in per cent, and the seconds of the stage before fine-tuning. rate: of fine-tuning;
-        None: the script's."""
+        None: the script's. labels_of: another chain, whose labels and draws fine-tuning has."""
         ckpt, line = self.start(row)
         epochs = self.epochs(row)
         own = "".join(self.args.finetune).replace("/", "_")
         out = f"{self.args.method}{own}-{row}-{self.args.labels}-{self.seed}-{epochs}-{rate}"
+        labels = self.labels
+        if labels_of not in (None, self):
+            labels = labels_of.labels
+            out += f"-labels{labels_of.seed}"
         out = out.replace(" ", "_")
-        flags = [*self.labels, "--epochs", epochs, *self.args.finetune]
+        flags = [*labels, "--epochs", epochs, *self.args.finetune]
         if rate is not None:
             flags += ["--lr", rate]
         if ckpt:
@@ -179,18 +183,11 @@ def parts_of_variance(scores):
     return np.sqrt(np.maximum([of_pretext, of_labels, square], 0))
 
 
-def say_parts(chains, args):
+def say_parts(chains):
     """SimCLR of each seed, with the labels and draws of each seed, judged on val."""
     scores = []
     for chain in chains:
-        scores.append([])
-        for other in chains:
-            out = f"parts-{chain.seed}-{args.labels}-{other.seed}-{args.epochs}"
-            flags = ["--ckpt", chain.pretext(), *other.labels, "--epochs", args.epochs,
-                     *args.finetune]
-            line = chain.bench.once(
-                out, lambda: dict(val=chain.bench.on_val(args.method, out, flags)))
-            scores[-1].append(line["val"])
+        scores.append([chain.score("SimCLR", None, "val", other)[0] for other in chains])
     names = "pretexts", "sets of labels and their order", "what neither explains"
     for name, deviation in zip(names, parts_of_variance(scores)):
         print(f"standard deviation over {name}: {deviation:.1f} points")
@@ -294,7 +291,7 @@ def main(argv=None):
     load_everything(bench)
     chains = [Chain(bench, seed) for seed in args.seeds]
     if args.parts:
-        return say_parts(chains, args)
+        return say_parts(chains)
     scores, seconds, tuning = {}, {}, {}
     for row in args.rows:
         rate = best_rate(chains, row, args.rates)

@@ -12,7 +12,6 @@ the median of the others counts. On a CPU peak_mb is what the process grew by.
   side       SimCLR by image side; and its two views alone
   classes    Bi-tuning and plain fine-tuning by the number of classes
 """
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -215,16 +214,10 @@ def draw(rows, name):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("groups", nargs="*", metavar="GROUP", help="without: all")
-    groups = p.parse_args(argv).groups
-    for group in groups:
-        if group not in GROUPS:
-            p.error(f"no group {group}: there are {', '.join(GROUPS)}")
+    args = benches.parse_groups(benches.bare_parser(__doc__), argv, GROUPS)
     device, path = "cuda" if torch.cuda.is_available() else "cpu", benches.RESULTS / "scale.csv"
     name, table = benches.device_name(device), []
-    for group in groups or GROUPS:
+    for group in args.groups:
         rows = []
         for row in GROUPS[group](device, GPU if device == "cuda" else CPU):
             row.update(device=name, quantity=group, seconds=f"{row['seconds']:.5g}")

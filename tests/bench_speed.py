@@ -23,7 +23,6 @@ file.
   decode    images/s of building the cache from JPEGs / of torchvision's ImageFolder with Resize and
             CenterCrop, one core each
 """
-import argparse
 import copy
 import os
 import shutil
@@ -399,16 +398,10 @@ GROUPS = {"step": step_row, "lightly": lightly_row, "views": views_row, "hvp": h
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("groups", nargs="*", metavar="GROUP", help="without: all")
-    groups = p.parse_args(argv).groups
-    for group in groups:
-        if group not in GROUPS:
-            p.error(f"no group {group}: there are {', '.join(GROUPS)}")
+    args = benches.parse_groups(benches.bare_parser(__doc__), argv, GROUPS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = benches.device_name(device)
-    for group in groups or GROUPS:
+    for group in args.groups:
         measured = GROUPS[group](device)
         if isinstance(measured, dict):
             measured = [measured]

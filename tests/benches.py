@@ -58,10 +58,27 @@ def name_of_data(data):
     return Path(data).resolve().name if Path(data).is_dir() else data
 
 
+def bare_parser(doc):
+    """A parser without flags, whose --help is the bench's docstring as it stands."""
+    return argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parse_groups(p, argv, groups):
+    """The flags of a bench whose parts can be named behind it: args.groups, all where none is."""
+    p.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(groups)}; without: "
+                   "all")
+    args = p.parse_args(argv)
+    for group in args.groups:
+        if group not in groups:
+            p.error(f"no group {group}: there are {', '.join(groups)}")
+    args.groups = args.groups or list(groups)
+    return args
+
+
 def parser(doc):
     """The flags of a bench that runs scripts."""
-    p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = bare_parser(doc)
     p.add_argument("--data", default="petals")
     p.add_argument("--root", default="data")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
