@@ -2,9 +2,9 @@
 (core_tuning.py, bi_tuning.py).
 
 A linear classifier is put on the backbone and both are trained with cross-entropy, SGD and a cosine
-schedule, on petals after a warm-up. The protocol is the one of BiSSL (arXiv 2410.02387, section 4): learning rate and weight
-decay are searched at random on a validation split, the best pair is trained with several seeds, and
-the test split is looked at once, at the end of each such run.
+schedule, on petals after a warm-up. The protocol is the one of BiSSL (arXiv 2410.02387, section 4):
+learning rate and weight decay are searched at random on a validation split, the best pair is
+trained with several seeds, and the test split is looked at once, at the end of each such run.
 
     python finetune.py --ckpt simclr.pt                      without --ckpt: the same from scratch
     python finetune.py --ckpt simclr.pt --freeze             linear probe: the backbone stays
