@@ -64,15 +64,17 @@ def bare_parser(doc):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def parse_groups(p, argv, groups):
-    """The flags of a bench whose parts can be named behind it: args.groups, all where none is."""
-    p.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(groups)}; without: "
-                   "all")
+def parse_groups(p, argv, groups, default=None):
+    """The flags of a bench whose parts can be named behind it: args.groups, the default (without
+    it, all) where none is."""
+    default = default or list(groups)
+    p.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(groups)}; default: "
+                   + (" ".join(default) if len(default) < len(groups) else "all"))
     args = p.parse_args(argv)
     for group in args.groups:
         if group not in groups:
             p.error(f"no group {group}: there are {', '.join(groups)}")
-    args.groups = args.groups or list(groups)
+    args.groups = args.groups or default
     return args
 
 

@@ -15,14 +15,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import bench_ablation
 import bench_accuracy
 import bench_bilevel
-import bench_bissl
 import bench_scale
 import bench_speed
 import benches
+import bi_tuning
+import coin
 import common
+import core_tuning
 import simclr
 from conftest import draw_nothing
 
@@ -39,31 +40,60 @@ def test_the_search_has_one_trial_in_each_part_of_every_range(count):
         assert sorted(np.floor(shares * count).astype(int)) == list(range(count))
 
 
-def test_a_trial_is_log_uniform_in_the_weights_that_a_row_has():
-    row = ("simclr", "bissl_full", "core_tuning")
-    assert bench_accuracy.flags_of(row, [0, 1, 0.5, 0.75]) == (
+def row_of(group, name):
+    return {row.name: row for row in bench_accuracy.rows_of(group)}[name]
+
+
+def test_a_trial_is_log_uniform_in_the_weights_that_a_row_does_not_set():
+    row = row_of("methods", "simclr-bissl-core_tuning")
+    assert bench_accuracy.trial_of(row, [0, 1, 0.5, 0.75]) == (
         ["--lr", "0.003", "--weight-decay", "0.01"], ["--lam", "0.0316"], ["--eta", "3.16"])
-    tuning, of_stage, of_method = bench_accuracy.flags_of(("simclr", "", "finetune"), [0.5] * 4)
-    assert tuning == ["--lr", "0.03", "--weight-decay", "0.000316"] and of_stage == of_method == []
+    plain = row_of("methods", "simclr-finetune")
+    assert bench_accuracy.trial_of(plain, [0.5] * 4) == (
+        ["--lr", "0.03", "--weight-decay", "0.000316"], [], [])
+    for group, name in (("bissl", "same steps"), ("lam", "lam 0.01")):
+        assert bench_accuracy.trial_of(row_of(group, name), [0.5] * 4).stage == []
+    assert bench_accuracy.trial_of(row_of("bissl", "J = I"), [0] * 4).stage == ["--lam", "0.001"]
+    assert bench_accuracy.trial_of(row_of("eta", "eta 3"), [0] * 4).method == []
 
 
 def line(row, labels, *scores):
-    return dict(device="here", row=row, labels=labels, mean=float(np.mean(scores)),
-                scores=" ".join(map(str, scores)))
+    return dict(device="here", row=row, labels=labels, epochs=60, tuning="--search 6",
+                judge="test", mean=float(np.mean(scores)),
+                scores=" ".join(f"{seed}:{score}" for seed, score in enumerate(scores)))
 
 
-def test_a_gain_is_on_the_plain_row_of_the_same_pretext_and_the_best_beats_the_runner_up():
+CHAINS = bench_accuracy.every_chain()
+NAMES = [row.name for row in CHAINS]
+
+
+def best_of(lines):
+    """The rows whose lead on the runner-up leaves 0 out."""
+    marked = bench_accuracy.mark(lines, CHAINS)
+    first, second = sorted(marked, key=lambda line: -line["mean"])[:2]
+    return first["row"] if second["lead"] > second["lead_95"] else None
+
+
+def test_a_gain_is_on_the_plain_row_of_the_same_pretext_and_the_lead_is_the_best_rows():
     cells = [line("simclr-finetune", "20", 50, 60, 70),
              line("simclr-bissl-finetune", "20", 52, 61, 72),
              line("simclr-bi_tuning", "20", 71, 80, 91),
              line("simclr-core_tuning", "20", 69, 79, 89),
              line("byol-finetune", "20", 1, 1, 1),
              line("simclr-bi_tuning", "5", 9, 9, 9)]
-    plain, bissl, best, second, byol, alone = bench_accuracy.mark(cells)
+    plain, bissl, best, second, byol, alone = bench_accuracy.mark(cells, CHAINS)
     assert plain["gain"] == byol["gain"] == alone["gain"] == ""
     assert (bissl["gain"], bissl["gain_95"]) == (1.67, 1.43)  # 2, 1 and 2; 4.303 * 0.577 / 3**0.5
-    assert [cell["best"] is True for cell in cells] == [False, False, True, False, False, False]
-    assert second["gain"] == 19 and alone["best"] == ""
+    assert (second["gain"], second["lead"], second["lead_95"]) == (19, 1.67, 1.43)
+    assert best["lead"] == alone["lead"] == ""
+
+
+def test_of_the_controls_bissl_is_compared_with_each():
+    cells = [line("SimCLR", "20", 50, 60, 70), line("BiSSL", "20", 52, 61, 72),
+             line("more epochs", "20", 71, 80, 91)]
+    plain, bissl, more = bench_accuracy.mark(cells, bench_accuracy.rows_of("bissl"))
+    assert (plain["gain"], bissl["gain"], more["gain"]) == ("", 1.67, 20.67)
+    assert (plain["lead"], bissl["lead"], more["lead"]) == (1.67, "", -19)
 
 
 def test_of_equal_rows_hardly_one_is_called_the_best():
@@ -71,32 +101,28 @@ def test_of_equal_rows_hardly_one_is_called_the_best():
     rng, found = np.random.default_rng(0), 0
     for _ in range(500):
         level = rng.normal(70, 8, 10)
-        cells = [line(row, "20", *(level + rng.normal(0, 3, 10)))
-                 for row in bench_accuracy.NAMES[:6]]
-        found += any(cell["best"] is True for cell in bench_accuracy.mark(cells))
+        found += best_of([line(row, "20", *(level + rng.normal(0, 3, 10)))
+                          for row in NAMES[:6]]) is not None
     assert found < 25
     level = rng.normal(70, 8, 10)
-    cells = [line(row, "20", *(level + rng.normal(0, 3, 10))) for row in bench_accuracy.NAMES[:6]]
-    cells[3] = line(bench_accuracy.NAMES[3], "20", *(level + 10))
-    assert [cell["best"] is True for cell in bench_accuracy.mark(cells)] == [
-        False, False, False, True, False, False]
+    cells = [line(row, "20", *(level + rng.normal(0, 3, 10))) for row in NAMES[:6]]
+    cells[3] = line(NAMES[3], "20", *(level + 10))
+    assert best_of(cells) == NAMES[3]
 
 
-def test_an_ablation_takes_each_variants_best_pair_and_compares_seed_by_seed(monkeypatch):
-    # A list of pairs for each seed.
-    scores = {"fine-tuning": [[50, 60], [52, 66]], "no focal weight": [[49, 10], [51, 10]]}
-    bench = SimpleNamespace(args=SimpleNamespace(seeds=2, pairs=["0.1,0", "0.2,0"], device="cpu"))
-
-    def score(bench, group, variant, seed, pair):
-        return scores.get(variant, [[40, 41], [40, 41]])[seed][bench.args.pairs.index(pair)]
-
-    monkeypatch.setattr(bench_ablation, "score", score)
-    rows = {row["variant"]: row for row in bench_ablation.rows_of(bench, "ingredients")}
-    plain, unweighted = rows["fine-tuning"], rows["no focal weight"]
-    assert (plain["val"], plain["pair"], plain["scores"]) == (63, "0.2,0", "60.0 66.0")
-    assert (unweighted["val"], unweighted["pair"]) == (50, "0.1,0")
-    assert unweighted["gain"] == -13  # -11 and -15
-    assert unweighted["gain_95"] == pytest.approx(12.71 * 2, abs=0.01)
+def test_the_search_takes_the_best_mean_over_its_seeds():
+    scores = {0.1: (50, 70), 0.2: (61, 61), 0.3: (10, 90)}
+    chains = []
+    for i in range(2):
+        chains.append(SimpleNamespace(score=lambda row, trial, judge, i=i: bench_accuracy.Scored(
+            scores[trial.tuning[1]][i], 0, 0)))
+    args = SimpleNamespace(rates=list(scores), search=0)
+    tried = bench_accuracy.trials(args, None)
+    assert bench_accuracy.best_trial(chains, "BiSSL", tried).tuning == ["--lr", 0.2]
+    assert bench_accuracy.best_trial(chains[1:], "BiSSL", tried).tuning == ["--lr", 0.3]
+    args.rates = []
+    chains[0].score = None  # a single trial needs no run
+    assert bench_accuracy.best_trial(chains, "", bench_accuracy.trials(args, "")) == ([], [], [])
 
 
 # -------------------------------------------------------------------------------- each bench, small
@@ -127,12 +153,31 @@ def few_petals(monkeypatch):
     monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
 
 
+def small_bench(monkeypatch, tmp_path, *flags):
+    """The flags of a bench of a few pictures of petals and doodles, whose results go to
+    tmp_path."""
+    draw_nothing(monkeypatch)
+    monkeypatch.setattr(benches, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
+    monkeypatch.setattr(common, "DOODLES", 128)
+    monkeypatch.setattr(bench_accuracy, "EPOCHS", {"2": 1, "all": 3})
+    small = "--image-size 16 --batch-size 8"
+    return ["--device", "cpu", "--seeds", "0", "--labels", "2", "--finetune", small, "--stage",
+            f"{SHORT_BISSL} {small}", "--pretext", f"--data doodles {small}", "--pretext-epochs",
+            "1", "--runs", str(tmp_path / "runs"), *flags]
+
+
+def book_of(tmp_path):
+    return (tmp_path / "runs/runs.jsonl").read_text().splitlines()
+
+
 def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys):
     """Two rows, two seeds, a search of two, from drawing the pretext's views to the figure; then
     once more, from the book."""
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
-    flags = ("--device cpu --image-size 16 --pretext-epochs 1 --epochs 8 --search 2 --seeds 2 "
+    flags = ("--device cpu --image-size 16 --pretext-epochs 1 --epochs 8 --search 2 --seeds 0 1 "
              "--labels 5").split()
+    flags += ["--stage", SHORT_BISSL]  # as much of the pretext is added to that of these rows
     flags += ["--data", str(folder), "--root", str(tmp_path / "root")]
     flags += ["--runs", str(tmp_path / "runs")]
     parser = simclr.parser
@@ -143,53 +188,83 @@ def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys)
         return p
 
     monkeypatch.setattr(simclr, "parser", small_batches)
-    for row in ("simclr-finetune", "simclr-coin"):
+    for row in ("simclr-finetune", "simclr-coin-finetune"):
         bench_accuracy.main([*flags, "--rows", row])
-    table = read(tmp_path / "accuracy-pictures.csv")
+    table = read(tmp_path / "methods-pictures.csv")
     assert [cell["row"] for cell in table] == ["simclr-finetune", "simclr-coin-finetune"]
     assert all(len(cell["scores"].split()) == 2 for cell in table)
-    assert (tmp_path / "accuracy-pictures.png").exists()
-    book = (tmp_path / "runs" / "runs.jsonl").read_text()
-    assert book.count("-val") == 2 * 2 and book.count("-test") == 2 * 2
+    assert (tmp_path / "methods-pictures.png").exists()
+    book = book_of(tmp_path)
+    assert len([line for line in book if '-val"' in line]) == 2 * 2
+    assert len([line for line in book if '-test"' in line]) == 2 * 2
 
     for script in benches.SCRIPTS.values():
         monkeypatch.setattr(script, "main", lambda argv: pytest.fail("made again"))
     bench_accuracy.main([*flags, "--rows", "simclr-finetune"])
-    assert (tmp_path / "runs" / "runs.jsonl").read_text() == book
+    assert book_of(tmp_path) == book
 
 
-def test_every_kind_of_row_of_the_accuracy_bench_runs(few_petals, ckpt, tmp_path):
-    """The chains of one seed and trial that the test above leaves out, judged on val."""
+def test_bissls_labelled_epochs_are_counted_and_its_pretext_is_shorter(
+        few_petals, ckpt, tmp_path, monkeypatch):
     argv = ["--device", "cpu", "--runs", str(tmp_path / "runs"), "--epochs", "3", "--pretext",
-            "--data petals", "--stage", SHORT_BISSL, "--pretext-epochs", "5"]
-    bench, asked = bench_accuracy.Bench(bench_accuracy.parse(argv)), []
+            "--data petals", "--stage",
+            f"{SHORT_BISSL} --lower-steps 5", "--pretext-epochs", "5"]
+    bench, asked = benches.Bench(bench_accuracy.parse(argv)), []
+    chain = bench_accuracy.Chain(bench, 0, "all")
 
-    def pretext(name, seed, shorter):
-        asked.append(shorter)
-        return ckpt, 1.0
+    def main(script, out, flags):
+        if script == "simclr":
+            asked.append(flags[-1])
+            shutil.copy(ckpt, bench.place / f"{out}.pt")
+            return dict(knn=0)
+        return benches.Bench.main(bench, script, out, flags)
 
-    bench.pretext = pretext
-    for row in (("simclr", "bissl", "core_tuning"), ("simclr", "bissl_full", "bi_tuning")):
-        score, _, seconds = bench.chain(row, "all", 0, [0.5] * 4, "val")
+    bench.main = main
+    trial = bench_accuracy.Trial([], [], [])
+    for name in ("simclr-bissl-core_tuning", "simclr-bissl_full-finetune", "simclr-finetune"):
+        score, _, seconds = chain.score(row_of("methods", name), trial, "val")
         assert 0 <= score <= 100 and seconds > 0
-    assert asked == [0, 0]  # of 5 epochs of 128 images, 16 are an eighth
+    assert asked == [5, 6]  # its lower level shows 80 of 128 images
     epochs = {}
     for log in bench.place.glob("*-val.jsonl"):
-        epochs["full" in log.name] = len([1 for line in log.open() if "epoch" in line])
-    assert epochs == {False: 1, True: 3}  # one warmed the head up, one went through the upper level
+        method = "core_tuning" if "core_tuning" in log.name else "finetune"
+        epochs[method] = len([1 for line in log.open() if "epoch" in line])
+    assert epochs == dict(core_tuning=1, finetune=3)  # 1 for the head, 1 for the upper level
 
 
 @pytest.mark.parametrize("group", ["keys", "alpha", "ingredients", "losses"])
-def test_the_ablation_bench_runs(group, few_petals, ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(benches, "RESULTS", tmp_path)
-    few = dict(bench_ablation.GROUPS, keys=("bi_tuning", "--keys", (1, 40)),
-               alpha=("coin", "--alpha", (0.5,)))
-    monkeypatch.setattr(bench_ablation, "GROUPS", few)
-    bench_ablation.main([group, "--ckpt", ckpt, "--device", "cpu", "--runs", str(tmp_path / "runs"),
-                         "--seeds", "1", "--epochs", "2", "--labels", "2", "--pairs", "0.01,0"])
-    rows = read(tmp_path / "ablation-petals.csv")
-    assert [row["variant"] for row in rows] == ["fine-tuning", *map(str, few[group][2])]
-    assert (tmp_path / f"ablation-petals-{group}.png").exists()
+def test_one_thing_is_varied(group, tmp_path, monkeypatch):
+    argv = small_bench(monkeypatch, tmp_path, "--search", "0", "--judge", "val", "--epochs", "2")
+    few = dict(bench_accuracy.FLAGS, keys=("bi_tuning", (1, 40)), alpha=("coin", (0.5,)))
+    monkeypatch.setattr(bench_accuracy, "FLAGS", few)
+    bench_accuracy.main([group, *argv])
+    rows = read(tmp_path / f"{group}-petals.csv")
+    assert [row["row"] for row in rows] == [row.name for row in bench_accuracy.rows_of(group)]
+    assert rows[0]["row"] == "SimCLR" and len(rows) > 1
+    assert len(book_of(tmp_path)) == 1 + len(rows) + (group == "alpha")
+    assert (tmp_path / f"{group}-petals.png").exists()
+
+
+def test_a_part_that_is_left_out_leaves_the_others(tmp_path):
+    f, y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
+    usual = core_tuning.hard_pairs(f, y, 3, 1.0)
+    with bench_accuracy.without("hard positives"):
+        f_pos, y_pos, f_neg, y_neg = core_tuning.hard_pairs(f, y, 3, 1.0)
+    assert torch.equal(f_pos, f) and torch.equal(y_pos.argmax(1), y)
+    assert f_neg.shape == usual[2].shape and not torch.equal(f_neg, f)
+    z, positives = torch.randn(6, 4), y[:, None] == y
+    positives.fill_diagonal_(False)
+    weighted = core_tuning.focal_contrastive(z, positives, 0.5)
+    with bench_accuracy.without("focal weight"):
+        plain = core_tuning.focal_contrastive(z, positives, 0.5)
+    assert plain.item() == pytest.approx(coin.supcon(z, y, 0.5).item(), abs=1e-6)
+    assert weighted < plain
+    cce, ccl = bi_tuning.contrastive_cross_entropy, bi_tuning.categorical_contrastive
+    for part, left_out in (("CCE", (True, False)), ("CCL", (False, True)),
+                           ("CCE and no CCL", (True, True)), ("", (False, False))):
+        with bench_accuracy.without(part):
+            assert (bi_tuning.contrastive_cross_entropy is not cce,
+                    bi_tuning.categorical_contrastive is not ccl) == left_out
 
 
 def test_a_paired_interval_holds_the_true_gain_19_times_of_20():
@@ -214,36 +289,28 @@ def test_students_quantiles():
         assert quantile == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=6e-3)
 
 
-def test_the_bissl_bench_runs_every_row_and_none_twice(tmp_path, monkeypatch, capsys):
-    draw_nothing(monkeypatch)
-    monkeypatch.setattr(benches, "RESULTS", tmp_path)
-    monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
-    monkeypatch.setattr(common, "DOODLES", 128)
-    monkeypatch.setattr(bench_bissl, "EPOCHS", {2: 1})
-    monkeypatch.setattr(bench_bissl, "GRID", {"lam": (0.1,)})
-    small = "--image-size 16 --batch-size 8"
-    argv = ["--device", "cpu", "--seeds", "0", "--labels", "2", "--finetune",
-            small, "--stage", f"{SHORT_BISSL} {small}", "--pretext", f"--epochs 1 {small}",
-            "--runs", str(tmp_path / "runs")]
-    bench_bissl.main(argv)
-    rows = read(tmp_path / "bissl-doodles-petals.csv")
-    assert [row["row"] for row in rows] == list(bench_bissl.ROWS)
-    assert (tmp_path / "bissl-doodles-petals-2.png").exists()
-    book = (tmp_path / "runs/runs.jsonl").read_text()
-    bench_bissl.main([*argv, "--grid", "lam"])
-    assert (tmp_path / "bissl-doodles-petals-2-lam.png").exists()
-    assert len(read(tmp_path / "bissl-doodles-petals.csv")) == len(rows) + 1
-    grown = (tmp_path / "runs/runs.jsonl").read_text()
-    assert grown.startswith(book) and len(grown.splitlines()) == len(book.splitlines()) + 2
-    bench_bissl.main(argv)
-    assert (tmp_path / "runs/runs.jsonl").read_text() == grown
-    bench_bissl.main([*argv, "--rates", "0.01", "0.1", "--rows", "SimCLR", "BiSSL"])
-    for row in read(tmp_path / "bissl-doodles-petals-rates.csv"):
-        assert row["rate"] in ("0.01", "0.1")
-    tried = [line for line in (tmp_path / "runs/runs.jsonl").read_text().splitlines()
-             if "-val" in line]
-    assert len(tried) == 4
-    bench_bissl.main([*argv, "--parts", "--seeds", "0", "1"])
+def test_bissl_and_its_controls_run_and_none_twice(tmp_path, monkeypatch, capsys):
+    argv = small_bench(monkeypatch, tmp_path, "--search", "0")
+    monkeypatch.setattr(bench_accuracy, "FLAGS", {"lam": ("bissl", (0.1, 1))})
+    bench_accuracy.main(["bissl", *argv])
+    rows = read(tmp_path / "bissl-petals.csv")
+    assert [row["row"] for row in rows] == [row.name for row in bench_accuracy.rows_of("bissl")]
+    assert (tmp_path / "bissl-petals.png").exists()
+    book = book_of(tmp_path)
+    bench_accuracy.main(["lam", *argv])
+    assert len(read(tmp_path / "lam-petals.csv")) == 3
+    grown = book_of(tmp_path)
+    assert grown[:len(book)] == book and len(grown) == len(book) + 2 * 2
+    bench_accuracy.main(["bissl", *argv])
+    assert book_of(tmp_path) == grown
+    bench_accuracy.main(["bissl", *argv, "--rates", "0.01", "0.1", "--rows", "SimCLR", "BiSSL"])
+    table = read(tmp_path / "bissl-petals.csv")
+    assert len(table) == len(rows) + 2
+    tuned = [row for row in table if row["tuning"] == "--rates 0.01 0.1"]
+    assert [row["row"] for row in tuned] == ["SimCLR", "BiSSL"]
+    assert all(row["flags"] in ("--lr 0.01", "--lr 0.1") for row in tuned)
+    assert len([line for line in book_of(tmp_path) if '-val"' in line]) == 4
+    bench_accuracy.main([*argv, "--parts", "--seeds", "0", "1"])
     assert "over pretexts: " in capsys.readouterr().out
 
 
@@ -251,32 +318,22 @@ def test_the_parts_of_a_variance_are_found_again():
     rng, found = np.random.default_rng(0), []
     for _ in range(400):
         scores = rng.normal(0, 5, (6, 1)) + rng.normal(0, 3, (1, 6)) + rng.normal(0, 2, (6, 6))
-        found.append(bench_bissl.parts_of_variance(scores) ** 2)
+        found.append(bench_accuracy.parts_of_variance(scores) ** 2)
     assert np.mean(found, 0) == pytest.approx([25, 9, 4], rel=0.1)
-    assert bench_bissl.parts_of_variance([[1, 1], [5, 5]]) == pytest.approx([8 ** 0.5, 0, 0])
+    assert bench_accuracy.parts_of_variance([[1, 1], [5, 5]]) == pytest.approx([8 ** 0.5, 0, 0])
 
 
-def test_the_rate_of_a_row_is_that_of_its_best_mean_on_val():
-    scores = {0.1: (50, 70), 0.2: (61, 61), 0.3: (10, 90)}
-    chains = [SimpleNamespace(score=lambda row, rate, judge, i=i: (scores[rate][i], 0))
-              for i in range(2)]
-    assert bench_bissl.best_rate(chains, "BiSSL", list(scores)) == 0.2
-    assert bench_bissl.best_rate(chains, "BiSSL", []) is None
-
-
-def test_a_mixture_of_both_backbones_is_one(tmp_path, monkeypatch):
+def test_a_mixture_of_both_backbones_is_one(tmp_path):
     """c = 1 is phi_B, statistics and counters aside."""
-    chain = bench_bissl.Chain(SimpleNamespace(
-        args=SimpleNamespace(labels=20, task="classify")), 0)
     theta, phi = (common.build_backbone("resnet10", True).state_dict() for _ in range(2))
     path = tmp_path / "bissl.pt"
     torch.save(dict(backbone=theta, resume=dict(upper_backbone=phi)), path)
-    chain.stage = lambda: (path, {})
-    for c, expected in ((0, theta), (1, phi)):
-        mixed = torch.load(chain.mixture(c)[0], weights_only=True)["backbone"]
-        for name, value in expected.items():
-            torch.testing.assert_close(mixed[name], value)
-    half = torch.load(chain.mixture(0.5)[0], weights_only=True)["backbone"]["conv1.weight"]
+    assert bench_accuracy.mixture(path, 0) == path
+    mixed = torch.load(bench_accuracy.mixture(path, 1), weights_only=True)["backbone"]
+    for name, value in phi.items():
+        torch.testing.assert_close(mixed[name], value)
+    half = bench_accuracy.mixture(path, 0.5)
+    half = torch.load(half, weights_only=True)["backbone"]["conv1.weight"]
     torch.testing.assert_close(half, (theta["conv1.weight"] + phi["conv1.weight"]) / 2)
 
 
@@ -375,22 +432,15 @@ def test_the_row_against_lightly_runs(small_speed, monkeypatch):
     assert row["row"] == "lightly" and float(row["ratio"]) > 0
 
 
-@pytest.mark.parametrize("task, method, metric", [("detect", "finetune", "ap50"),
-                                                  ("segment", "core_tuning", "miou")])
-def test_the_bissl_bench_detects_and_segments(task, method, metric, tmp_path, monkeypatch):
-    draw_nothing(monkeypatch)
-    monkeypatch.setattr(benches, "RESULTS", tmp_path)
-    monkeypatch.setattr(common, "PETAL_SPLITS", FEW)
-    monkeypatch.setattr(common, "DOODLES", 128)
-    monkeypatch.setattr(bench_bissl, "EPOCHS", {2: 1})
-    small = "--image-size 16 --batch-size 8"
-    bench_bissl.main([
-        "--device", "cpu", "--seeds", "0", "--labels", "2", "--task", task, "--method", method,
-        "--epochs", "1", "--rows", "SimCLR", "BiSSL", "--finetune", small, "--stage",
-        f"{SHORT_BISSL} {small}", "--pretext", f"--epochs 1 {small}", "--name", task,
-        "--runs", str(tmp_path / "runs")])
-    assert len(read(tmp_path / f"bissl-{task}.csv")) == 2
-    assert f'"test_{metric}"' in (tmp_path / "runs/runs.jsonl").read_text()
+@pytest.mark.parametrize("group, task, rows, metric", [
+    ("bissl", "detect", ("SimCLR", "BiSSL"), "ap50"),
+    ("methods", "segment", ("scratch-core_tuning", "simclr-bissl-finetune"), "miou")])
+def test_the_other_tasks_are_measured_too(group, task, rows, metric, tmp_path, monkeypatch):
+    argv = small_bench(monkeypatch, tmp_path, "--search", "0", "--task", task, "--epochs", "1")
+    bench_accuracy.main([group, *argv, "--rows", *rows, "--name", task])
+    table = read(tmp_path / f"{group}-{task}.csv")
+    assert [row["row"] for row in table] == list(rows)
+    assert {row["metric"] for row in table} == {metric}
 
 
 def test_the_scale_bench_runs(tmp_path, monkeypatch, capsys):
