@@ -3,7 +3,6 @@
     python tests/bench_bilevel.py                  README's commands, 5 seeds: two hours of one core
     python tests/bench_bilevel.py --seeds 0 2      these seeds; their rows replace the old ones
     python tests/bench_bilevel.py --solvers        the other question, below
-    python tests/bench_bilevel.py --quick          a state, a length, the first seed: printed only
 
 A state is theta and phi as they stand before bissl.py's first alternation and after 1, 2, 5 and 10.
 There phi_B moves by a fixed length against a direction, and the lower level takes N_L steps from
@@ -218,11 +217,9 @@ class State:
         return np.array(losses)
 
 
-def plans(alternations, quick):
+def plans(alternations):
     """(names of directions or None for all, length, optimiser, N_L) of what is tried in a state."""
     tried = [(None, LENGTH, "adamw", USUAL_STEPS)]
-    if quick:
-        return tried
     if alternations in MORE_LENGTHS_AFTER:
         tried += [(None, length, "adamw", USUAL_STEPS) for length in LENGTHS]
     if alternations == 0:
@@ -230,9 +227,9 @@ def plans(alternations, quick):
     return tried
 
 
-def measure(state, alternations, quick):
+def measure(state, alternations):
     directions, rest, unmoved, rows = state.directions(), state.rest(), {}, []
-    for names, length, optimizer, steps in plans(alternations, quick):
+    for names, length, optimizer, steps in plans(alternations):
         if (optimizer, steps) not in unmoved:
             lower = state.respond(state.phi, optimizer, steps)
             theta = bissl.as_vector([p.detach() for p in lower.backbone.parameters()])
@@ -389,13 +386,12 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     p.add_argument("--runs", default="runs/bilevel", help="folder of the checkpoints")
     p.add_argument("--solvers", action="store_true")
-    p.add_argument("--quick", action="store_true")
     p.add_argument("--simclr", type=str.split, default=[], help="flags for simclr.py")
     p.add_argument("--bissl", type=str.split, default=[], help="flags for bissl.py")
     args = p.parse_args(argv)
     key, path = ("device", "seed"), benches.RESULTS / "bilevel.csv"
-    after = AFTER[:1] if args.quick or args.solvers else AFTER
-    for seed in args.seeds[:1] if args.quick else args.seeds:
+    after = AFTER[:1] if args.solvers else AFTER
+    for seed in args.seeds:
         flags, paths = make_states(seed, Path(args.runs) / f"seed{seed}", args, after)
         rows = []
         for alternations in after:
@@ -403,13 +399,13 @@ def main(argv=None):
             if args.solvers:
                 rows += measure_solvers(state)
             else:
-                rows += measure(state, alternations, args.quick)
+                rows += measure(state, alternations)
         device = benches.device_name(state.args.device)
         rows = [dict(row, device=device) for row in rows]
         if args.solvers:
             solvers = path.with_name("bilevel-solvers.csv")
             benches.replace_rows(rows, solvers, key, SOLVER_FIELDS)
-        elif not args.quick:
+        else:
             draw(benches.replace_rows(rows, path, key, FIELDS))
 
 

@@ -1,7 +1,10 @@
 """What several test files need: the repository's root on the path, the scripts by name, small image
 folders, and what a run wrote or said."""
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -25,9 +28,32 @@ SCRIPTS = {"simclr": simclr, "byol": byol, "coin": coin, "bissl": bissl,
            "finetune": finetune, "core_tuning": core_tuning, "bi_tuning": bi_tuning}
 FINE_TUNING = ("finetune", "core_tuning", "bi_tuning")
 
+# These files take as long as all the others together.
+OTHER_HALF = ("test_assignment", "test_bad_input", "test_benches", "test_byol", "test_distributed",
+              "test_resume", "test_scripts")
+
 # Models this small lose time with more threads, which wait for each other; and the order in which
 # numbers are added, so the last bit of a resumed run, depends on how many there are.
 torch.set_num_threads(1)
+
+
+def pytest_cmdline_main(config):
+    """The whole suite, `pytest -q tests`, in two processes, since a test keeps one core busy; what
+    the second says is printed behind the first. Anything else runs as pytest runs it."""
+    if config.invocation_params.args != ("-q", "tests") or (os.cpu_count() or 1) < 2:
+        return None
+    here = Path(__file__).resolve().parent
+    halves = [], []
+    for path in sorted(here.glob("test_*.py")):
+        halves[path.stem in OTHER_HALF].append(str(path))
+    pytest_of = [sys.executable, "-m", "pytest", "-q"]
+    with tempfile.TemporaryFile("w+") as said:
+        other = subprocess.Popen([*pytest_of, *halves[1]], stdout=said, stderr=subprocess.STDOUT)
+        first = subprocess.run([*pytest_of, *halves[0]])
+        other.wait()
+        said.seek(0)
+        print(said.read())
+    return first.returncode or other.returncode
 
 
 def write_folder(root, classes=("a", "b", "c"), per_class=12, side=20, splits=("train", "test")):

@@ -343,6 +343,7 @@ def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
     for name, value in dict(AFTER=(0, 1), LENGTHS=(), MORE_LENGTHS_AFTER=(0,), SOLVE_STEPS=3,
                             LOWER_RUNS=[("sgd", 2), ("lars", 2)], USUAL_STEPS=1, N_U=2,
+                            LONG_DIRECTIONS=("implicit 10",),
                             H_IMAGES=(16, 8), EXACT_STEPS=2).items():
         monkeypatch.setattr(bench_bilevel, name, value)
     (tmp_path / "runs/seed0").mkdir(parents=True)
@@ -446,7 +447,7 @@ def test_the_other_tasks_are_measured_too(group, task, rows, metric, tmp_path, m
 def test_the_scale_bench_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
     monkeypatch.setattr(bench_scale, "alone", bench_speed.seconds)
-    for name, value in dict(BUDGET=0.05, BATCHES=[8, 16], SIDES=[48, 64], CLASSES=[3, 5]).items():
+    for name, value in dict(BUDGET=0.05, BATCHES=[8, 16], SIDES=[42, 48], CLASSES=[3, 5]).items():
         monkeypatch.setattr(bench_scale, name, value)
     for name, value in dict(size=16, side_batch=4, class_batch=8).items():
         monkeypatch.setattr(bench_scale.CPU, name, value)

@@ -82,13 +82,25 @@ def test_what_is_assumed_of_the_stem_is_said(tmp_path, capsys):
     assert "7x7 stem: stride 2, padding 3, max-pool" in capsys.readouterr().out
 
 
+def solo_learn_file(path, flags):
+    """A checkpoint with solo-learn's names and stem: -> its network."""
+    model = small_stem_resnet(padding=2)
+    state = {f"backbone.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": flags}, path)
+    return model
+
+
 @pytest.mark.parametrize("flags", [
     {"dataset": "cifar10"}, argparse.Namespace(dataset="cifar100"),
     {"data": {"dataset": "cifar10"}, "method": "simclr"}])
-def test_solo_learns_cifar_stem_is_recognised_and_stays_in_the_chain(tmp_path, capsys, flags):
-    model = small_stem_resnet(padding=2)
-    state = {f"backbone.{key}": value for key, value in model.state_dict().items()}
-    torch.save({"state_dict": state, "hyper_parameters": flags}, tmp_path / "in.pt")
+def test_solo_learns_cifar_stem_is_recognised(tmp_path, capsys, flags):
+    solo_learn_file(tmp_path / "in.pt", flags)
+    common.start_backbone(backbone_flags(tmp_path / "in.pt"))
+    assert "3x3 stem: stride 1, padding 2" in capsys.readouterr().out
+
+
+def test_solo_learns_cifar_stem_stays_in_the_chain(tmp_path, capsys):
+    model = solo_learn_file(tmp_path / "in.pt", {"dataset": "cifar10"})
     write_folder(tmp_path / "pictures")
     argv = [*TINY, "--data", str(tmp_path / "pictures"), "--root", str(tmp_path / "root"),
             "--epochs", "2", "--ckpt", str(tmp_path / "in.pt"), "--out", str(tmp_path / "coin"),
