@@ -13,8 +13,8 @@ together and apart from the others, without a classifier; nothing is added to th
 
 Classification only: its pairs are images of one class.
 
-    python coin.py --ckpt simclr.pt          the first 42 of 60 epochs
-    python finetune.py --ckpt coin.pt        the other 18: together what plain fine-tuning sees
+    python coin.py --ckpt simclr.pt          the first 84 of 120 epochs
+    python finetune.py --ckpt coin.pt        the other 36: together what plain fine-tuning sees
 
 Look at S_Dbw, printed at the end: how compact the classes of the features are, before and after
 (lower is better), on val, or on test where val is trained on. It is there to read; flags are chosen
@@ -254,10 +254,10 @@ def draw(args, history, before, after, indices):
 
 
 def parser():
-    petals = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.03,
+    petals = dict(image_size=32, arch="resnet10", epochs=120, batch_size=32, lr=0.03,
                   weight_decay=5e-4, crop=0.5, labels_per_class=20, temperature=0.1,
                   warmup=10)
-    others = dict(petals, image_size=64, lr=0.01, labels_per_class=None, temperature=0.3,
+    others = dict(petals, image_size=64, epochs=60, lr=0.01, labels_per_class=None, temperature=0.3,
                   warmup=0)
     p = common.Parser("coin.py", __doc__, petals, others)
     p.label_options()

@@ -192,8 +192,8 @@ def metrics(logits, labels):
         scores = dict(map=100 * precision.nanmean().item(), top1=accuracy(logits, labels).item())
         return scores, precision.cpu()
     num_classes = logits.shape[1]
-    in_five = logits.topk(min(5, num_classes)).indices == labels[:, None]   # (n, 5)
-    pair = labels * num_classes + logits.argmax(1)                        # (n,) true and predicted
+    in_five = logits.topk(min(5, num_classes)).indices == labels[:, None]  # (n, 5)
+    pair = labels * num_classes + logits.argmax(1)                         # (n,) true and predicted
     confusion = torch.bincount(pair, minlength=num_classes ** 2).view(num_classes, num_classes)
     size = confusion.sum(1)
     recall = (confusion.diag() / size)[size > 0]
@@ -827,9 +827,10 @@ def task_option(p, choices=("classify", "detect", "segment")):
              "of VOC", "classify", choices=choices, metavar="TASK")
 
 
-PETALS = dict(image_size=32, arch="resnet10", epochs=60, batch_size=32, lr=0.08, weight_decay=0.008,
-              crop=0.5, labels_per_class=20, warmup=10, cosine_start=0.0)
-OTHERS = dict(PETALS, image_size=64, lr=0.01, weight_decay=5e-4, labels_per_class=None, warmup=0)
+PETALS = dict(image_size=32, arch="resnet10", epochs=120, batch_size=32, lr=0.08,
+              weight_decay=0.008, crop=0.5, labels_per_class=20, warmup=10, cosine_start=0.0)
+OTHERS = dict(PETALS, image_size=64, epochs=60, lr=0.01, weight_decay=5e-4, labels_per_class=None,
+              warmup=0)
 FROM_COIN = ("epochs", "warmup", "cosine_start", "lr", "weight_decay", "batch_size", "crop",
              "labels_per_class", "fraction")
 

@@ -484,9 +484,11 @@ def draw(lines, rows, path):
 
 
 def enter(line, path, rows):
-    """Put this row into the table of the file, and mark the whole anew: all its rows."""
+    """Put this row into the table of the file, and mark the whole anew: all its rows that the
+    group still has."""
     names, rates = [row.name for row in rows], list(EPOCHS)
     lines = benches.with_others([line], path, ("row", *COLUMN))
+    lines = [line for line in lines if line["row"] in names]
     lines.sort(key=lambda line: (rates.index(line["labels"]), str(line["epochs"]), line["tuning"],
                                  names.index(line["row"])))
     benches.write_table(mark(lines, rows), path, FIELDS)
