@@ -236,17 +236,25 @@ def trials_to_search(count):
     return (parts + rng.random((count, 4))) / count
 
 
+def log_uniform(low, high, share):
+    """The value at this share of a range, as text."""
+    return f"{low * (high / low) ** share:.3g}"
+
+
+def weight_of(script, fixed, share):
+    """Flags for a script's own weight; none where it has none or the row sets it."""
+    if script not in WEIGHTS or WEIGHTS[script][0] in fixed:
+        return []
+    flag, low, high = WEIGHTS[script]
+    return [flag, log_uniform(low, high, share)]
+
+
 def trial_of(row, shares):
     tuning = []
     for (flag, (low, high)), share in zip(RANGES.items(), shares):
-        tuning += [flag, f"{low * (high / low) ** share:.3g}"]
-    own = []
-    weights = ((row.stage, row.stage_flags, shares[2]), (row.method, row.flags, shares[3]))
-    for script, fixed, share in weights:
-        flag, low, high = WEIGHTS.get(script, ("", 1, 1))
-        searched = flag and flag not in fixed
-        own.append([flag, f"{low * (high / low) ** share:.3g}"] if searched else [])
-    return Trial(tuning, *own)
+        tuning += [flag, log_uniform(low, high, share)]
+    return Trial(tuning, weight_of(row.stage, row.stage_flags, shares[2]),
+                 weight_of(row.method, row.flags, shares[3]))
 
 
 def trials(args, row):
@@ -315,9 +323,12 @@ class Chain:
         return ["--ckpt", self.bench.place / f"{out}.pt"], line["seconds"]
 
     def epochs(self, row, stage_flags=()):
-        """Of fine-tuning, COIN's among them; None: the script's own."""
-        epochs = self.args.epochs or EPOCHS[self.rate]
-        if self.args.task != "classify" and not self.args.epochs:
+        """Of fine-tuning, COIN's among them."""
+        if self.args.epochs:
+            epochs = self.args.epochs
+        elif self.args.task == "classify":
+            epochs = EPOCHS[self.rate]
+        else:
             flags = self.bench.flags(self.labels)
             epochs = benches.SCRIPTS[row.method].parser().parse_args(flags).epochs
         if row.labelled:
@@ -450,7 +461,7 @@ def mark(lines, rows):
                 line[name] = line[f"{name}_95"] = ""
                 if other is not None and one is not other:
                     gain, half = benches.paired_gain(scores_of(one), scores_of(other))
-                    line[name] = round(gain, 2)
+                    line[name] = round(gain, 2) + 0.0  # never -0.0
                     line[f"{name}_95"] = "" if half is None else round(half, 2)
     return lines
 
@@ -477,8 +488,9 @@ def draw(lines, rows, path):
         axis.set(title=f"{labels}, {epochs} epochs, {tuning}", xlabel=f"score on {judge}, %")
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].set_yticks(range(len(names)), names)
-    axes[0, 0].invert_yaxis()
-    figure.suptitle(f"{path.stem}; right: {said}, with its 95 % interval")
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    of = dict(lead="what BiSSL gains on the row", gain="what it gains on the plain row")
+    figure.suptitle(f"{path.stem}; right: {of[said]}, and its 95 % interval")
     figure.tight_layout()
     benches.save_figure(figure, path.with_suffix(".png"))
 
@@ -528,8 +540,8 @@ def parse(argv):
                    "search of 2, 6 pretext epochs")
     p.add_argument("--name", help="of the results and the runs; default: that of the data")
     p.add_argument("--rows", nargs="+", help="these rows of the groups")
-    p.add_argument("--labels", nargs="+", choices=EPOCHS, help="per class, or all of them; default: "
-                   "20, behind --task 100")
+    p.add_argument("--labels", nargs="+", choices=EPOCHS, help="per class, or all of them; "
+                   "default: 20, behind --task 100")
     p.add_argument("--task", default="classify", choices=finetune.TASKS)
     p.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 9, quick 0 1")
     p.add_argument("--search", type=int, help="trials; default: 6, quick 2")
