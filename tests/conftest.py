@@ -30,7 +30,7 @@ FINE_TUNING = ("finetune", "core_tuning", "bi_tuning")
 
 # These files take as long as all the others together.
 OTHER_HALF = ("test_assignment", "test_bad_input", "test_benches", "test_byol", "test_distributed",
-              "test_resume", "test_scripts")
+              "test_scripts")
 
 # Models this small lose time with more threads, which wait for each other; and the order in which
 # numbers are added, so the last bit of a resumed run, depends on how many there are.
