@@ -371,7 +371,7 @@ class Chain:
             if row.name == "same seconds":
                 stage_flags = self.as_many_seconds(row, start)
             path, line = self.bissl(row, start, stage_flags)
-            start, seconds = ["--ckpt", mixture(path, row.keep)], line["seconds"]
+            seconds = line["seconds"]
         chain = f"{row.pretext}-{row.stage}{as_name([*row.stage_flags, *stage_flags])}"
         own = as_name([*row.flags, *trial.tuning, *trial.method, *self.args.finetune, row.without])
         run = f"{chain}-{row.keep:g}-{row.method}-{self.rate}-{self.seed}-{budget[1]}{own}"
@@ -383,13 +383,16 @@ class Chain:
             line = bench.once(f"coin-{run}", lambda: bench.main("coin", f"coin-{run}", of_coin))
             start, seconds = ["--ckpt", bench.place / f"coin-{run}.pt"], line["seconds"]
             budget = []  # its checkpoint says what is left of it
-        flags = [*start, *flags, *budget, *row.flags, *trial.method, *self.args.finetune]
+        flags = [*flags, *budget, *row.flags, *trial.method, *self.args.finetune]
 
         def make():
+            ckpt = start
+            if row.stage == "bissl":
+                ckpt = ["--ckpt", mixture(path, row.keep)]
             with without(row.without):
                 if judge == "test":
-                    return bench.on_test(row.method, run, flags)
-                return dict(val=bench.on_val(row.method, run, flags))
+                    return bench.on_test(row.method, run, [*ckpt, *flags])
+                return dict(val=bench.on_val(row.method, run, [*ckpt, *flags]))
 
         line = bench.once(f"{run}-{judge}", make)
         (bench.place / f"{run}.pt").unlink(missing_ok=True)  # its score is in the book
@@ -447,6 +450,17 @@ def columns_of(lines):
     return columns
 
 
+def set_gain(line, name, one, other):
+    """Enter what the row `one` gains on the row `other`; nothing where one is not there or both are
+    the same."""
+    line[name] = line[f"{name}_95"] = ""
+    if other is None or one is other:
+        return
+    gain, half = benches.paired_gain(scores_of(one), scores_of(other))
+    line[name] = round(gain, 2) + 0.0  # never -0.0
+    line[f"{name}_95"] = "" if half is None else round(half, 2)
+
+
 def mark(lines, rows):
     """Adds what each row gains on its plain one, and what its column's best row, or BiSSL among its
     controls, gains on it."""
@@ -456,13 +470,8 @@ def mark(lines, rows):
         best = max(column, key=lambda line: float(line["mean"]))
         best = by_name.get("BiSSL", best)
         for line in column:
-            base = by_name.get(plain[line["row"]])
-            for name, one, other in (("gain", line, base), ("lead", best, line)):
-                line[name] = line[f"{name}_95"] = ""
-                if other is not None and one is not other:
-                    gain, half = benches.paired_gain(scores_of(one), scores_of(other))
-                    line[name] = round(gain, 2) + 0.0  # never -0.0
-                    line[f"{name}_95"] = "" if half is None else round(half, 2)
+            set_gain(line, "gain", line, by_name.get(plain[line["row"]]))
+            set_gain(line, "lead", best, line)
     return lines
 
 
