@@ -360,35 +360,47 @@ class Chain:
         share = (whole["seconds"] - none["seconds"]) / of_steps
         return ["--lower-steps", 1 + round((self.bissl_args().lower_steps - 1) * share)]
 
+    def name(self, row, trial, stage_flags, epochs, labels_of):
+        """Of a run's line in the book: all that it depends on."""
+        chain = f"{row.pretext}-{row.stage}{as_name([*row.stage_flags, *stage_flags])}"
+        own = as_name([*row.flags, *trial.tuning, *trial.method, *self.args.finetune, row.without])
+        name = f"{chain}-{row.keep:g}-{row.method}-{self.rate}-{self.seed}-{epochs}{own}"
+        if labels_of is not self:
+            name += f"-labels{labels_of.seed}"
+        return name
+
+    def stage(self, row, start, stage_flags, shared, run):
+        """What the method starts from, as flags, and the seconds of the row's stage. shared: the
+        flags that coin.py has in common with the method; run: its name."""
+        if row.stage == "bissl":
+            path, line = self.bissl(row, start, stage_flags)
+        elif row.stage == "coin":
+            out, flags = f"coin-{run}", [*start, *shared, *row.stage_flags, *stage_flags]
+            line = self.bench.once(out, lambda: self.bench.main("coin", out, flags))
+            path = self.bench.place / f"{out}.pt"
+        else:
+            return start, 0.0
+        return ["--ckpt", path], line["seconds"]
+
     def score(self, row, trial, judge, labels_of=None):
         """One run of a row from its pretext checkpoint to its score on `judge`, val or test.
         labels_of: another chain, whose labels and draws fine-tuning has."""
-        bench = self.bench
+        bench, labels_of = self.bench, labels_of or self
         start, pretext_seconds = self.pretext(row)
-        labels, seconds, stage_flags = (labels_of or self).labels, 0.0, trial.stage
-        budget = ["--epochs", self.epochs(row, trial.stage)]
-        if row.stage == "bissl":
-            if row.name == "same seconds":
-                stage_flags = self.as_many_seconds(row, start)
-            path, line = self.bissl(row, start, stage_flags)
-            seconds = line["seconds"]
-        chain = f"{row.pretext}-{row.stage}{as_name([*row.stage_flags, *stage_flags])}"
-        own = as_name([*row.flags, *trial.tuning, *trial.method, *self.args.finetune, row.without])
-        run = f"{chain}-{row.keep:g}-{row.method}-{self.rate}-{self.seed}-{budget[1]}{own}"
-        if labels_of not in (None, self):
-            run += f"-labels{labels_of.seed}"
-        flags = [*trial.tuning, *labels]
-        if row.stage == "coin":
-            of_coin = [*start, *flags, *budget, *row.stage_flags, *stage_flags]
-            line = bench.once(f"coin-{run}", lambda: bench.main("coin", f"coin-{run}", of_coin))
-            start, seconds = ["--ckpt", bench.place / f"coin-{run}.pt"], line["seconds"]
-            budget = []  # its checkpoint says what is left of it
-        flags = [*flags, *budget, *row.flags, *trial.method, *self.args.finetune]
+        stage_flags, epochs = trial.stage, self.epochs(row, trial.stage)
+        if row.name == "same seconds":
+            stage_flags = self.as_many_seconds(row, start)
+        run = self.name(row, trial, stage_flags, epochs, labels_of)
+        shared = [*trial.tuning, *labels_of.labels, "--epochs", epochs]
+        start, stage_seconds = self.stage(row, start, stage_flags, shared, run)
+        if row.stage == "coin":  # its checkpoint says how many epochs are left
+            shared = shared[:-2]
+        flags = [*shared, *row.flags, *trial.method, *self.args.finetune]
 
         def make():
             ckpt = start
-            if row.stage == "bissl":
-                ckpt = ["--ckpt", mixture(path, row.keep)]
+            if row.keep:
+                ckpt = ["--ckpt", mixture(start[1], row.keep)]
             with without(row.without):
                 if judge == "test":
                     return bench.on_test(row.method, run, [*ckpt, *flags])
@@ -397,13 +409,11 @@ class Chain:
         line = bench.once(f"{run}-{judge}", make)
         (bench.place / f"{run}.pt").unlink(missing_ok=True)  # its score is in the book
         score = line["val"] if judge == "val" else line[f"test_{bench.metric()}"]
-        return Scored(score, pretext_seconds, seconds + line["seconds"])
+        return Scored(score, pretext_seconds, stage_seconds + line["seconds"])
 
 
 def mixture(path, c):
     """The checkpoint of a run of bissl.py with theta + c (phi - theta) for its backbone."""
-    if c == 0:
-        return path
     ckpt = torch.load(path, weights_only=True)
     theta, phi = ckpt["backbone"], ckpt["resume"]["upper_backbone"]
     for name, value in theta.items():

@@ -328,7 +328,6 @@ def test_a_mixture_of_both_backbones_is_one(tmp_path):
     theta, phi = (common.build_backbone("resnet10", True).state_dict() for _ in range(2))
     path = tmp_path / "bissl.pt"
     torch.save(dict(backbone=theta, resume=dict(upper_backbone=phi)), path)
-    assert bench_accuracy.mixture(path, 0) == path
     mixed = torch.load(bench_accuracy.mixture(path, 1), weights_only=True)["backbone"]
     for name, value in phi.items():
         torch.testing.assert_close(mixed[name], value)
