@@ -1067,17 +1067,22 @@ def build_cache(path, args, splits):
 
 def cache_path(args, splits):
     """A published data set's cache goes by name, splits and side alone, so that its own files are
-    not opened again; a folder's, and that of boxes and masks, also by its place and its files'
-    names, sizes and times."""
+    not opened again; a folder's, and that of boxes and masks, also by its place, its classes and
+    its files' names, sizes and times."""
     folder, task = Path(args.data).resolve(), task_of(args)
-    name = f"{folder.name}-{'-'.join(splits)}-{store_side(args.image_size)}"
+    name = args.data if args.data in KNOWN_DATA else folder.name
+    name = f"{name}-{'-'.join(splits)}-{store_side(args.image_size)}"
     if task != "classify":
         name = f"{task}-{name}"
     if args.data not in DATASETS:
         key, names = hashlib.sha256(), folder / "class_names.txt"
         if task == "classify":
             key.update(os.fsencode(folder))
-            files = [open_dataset(args.data, args.root, split)[0] for split in splits]
+            files = []
+            for split in splits:
+                pictures, labels, classes = open_dataset(args.data, args.root, split)
+                files.append(pictures)
+                key.update(repr((split, labels, classes)).encode())
         else:
             files = [[names]] if names.exists() else []
             if task == "detect" and args.data != "voc" and not files:

@@ -454,6 +454,30 @@ def test_an_added_picture_is_found(folder, tmp_path):
     assert len(common.load_data(options(folder, tmp_path), "test")) == 37
 
 
+def test_links_that_moved_to_another_class_bring_new_labels(tmp_path):
+    """The pictures themselves, their times and their sizes stay what they were."""
+    pool = write_folder(tmp_path / "pool", classes=["all"], splits=["test"]) / "test" / "all"
+    link = tmp_path / "pictures" / "test" / "a" / "0.png"
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / "test" / name).mkdir(parents=True)
+    for i in range(1, 6):
+        (tmp_path / "pictures" / "test" / "b" / f"{i}.png").symlink_to(pool / f"{i}.png")
+    link.symlink_to(pool / "0.png")
+    before = common.load_data(options(tmp_path / "pictures", tmp_path), "test").labels
+    link.rename(tmp_path / "pictures" / "test" / "b" / "0.png")
+    after = common.load_data(options(tmp_path / "pictures", tmp_path), "test").labels
+    assert before.bincount().tolist() == [1, 5] and after.tolist() == [1] * 6
+
+
+def test_a_class_without_test_pictures_shifts_no_label(folder, tmp_path):
+    before = common.load_data(options(folder, tmp_path), "test")
+    write_folder(folder, classes=["aa"], splits=["train"])
+    (folder / "test" / "aa").mkdir()
+    after = common.load_data(options(folder, tmp_path), "test")
+    assert after.classes == ["a", "aa", "b", "c"] and torch.equal(after.images, before.images)
+    assert after.labels.unique().tolist() == [0, 2, 3]
+
+
 def test_two_projects_with_equal_relative_names_do_not_share_a_cache(tmp_path, monkeypatch):
     means = []
     for project, grey in (("x", 20), ("y", 220)):

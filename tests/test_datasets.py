@@ -629,6 +629,15 @@ def test_a_cache_of_a_published_set_is_named_by_name_split_and_side(roots, tmp_p
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == expected
 
 
+def test_a_published_set_has_a_cache_of_its_own_whatever_links_are_here(tmp_path, monkeypatch):
+    (tmp_path / "pool").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("cifar10", "cifar100"):
+        (tmp_path / name).symlink_to("pool")
+        cache = common.cache_path(options(name, tmp_path), ["test"])
+        assert cache.name == f"{name}-test-20.npy"
+
+
 def test_of_several_processes_the_first_builds_and_the_others_wait(pictures, tmp_path, monkeypatch):
     meetings = []
 
