@@ -94,7 +94,7 @@ LEFT_OUT = {
 PRETEXT_GOES_ON = ("--lam", 0, "--upper-steps", 1, "--cg-steps", 1)
 FIELDS = ("device", "labels", "row", "epochs", "tuning", "judge", "metric", "seeds", "mean", "std",
           "gain", "gain_95", "lead", "lead_95", "flags", "pretext_seconds", "seconds", "scores")
-COLUMN = ("device", "labels", "epochs", "tuning", "judge")
+COLUMN = ("device", "metric", "labels", "epochs", "tuning", "judge")
 
 
 # ----------------------------------------------------------------------------------------- the rows
@@ -289,15 +289,21 @@ def as_name(flags):
     return text.replace("--", "-").replace("/", "_").replace(" ", "_")
 
 
+def name_of(start):
+    """Of the checkpoint that a stage starts from."""
+    return start[1].stem if start else "scratch"
+
+
 class Chain:
     """The runs of one seed, each made once."""
 
     def __init__(self, bench, seed, rate):
         self.bench, self.args, self.seed, self.rate = bench, bench.args, seed, rate
         subset = ["--fraction", 1] if rate == "all" else ["--labels-per-class", rate]
-        self.labels = ["--seed", seed, *subset]
+        self.labels, self.which = ["--seed", seed, *subset], rate  # which: in the names of runs
         if self.args.task != "classify":
             self.labels += ["--task", self.args.task]
+            self.which = f"{self.args.task}-{rate}"
 
     def bissl_args(self, flags=()):
         flags = self.bench.flags([*self.labels, *self.args.stage, *flags])
@@ -340,7 +346,7 @@ class Chain:
         """A run of bissl.py, the same for all methods and budgets: its checkpoint and its line in
         the book."""
         flags = [*row.stage_flags, *flags]
-        out = f"bissl-{row.pretext}-{self.rate}-{self.seed}{as_name(flags)}"
+        out = f"bissl-{name_of(start)}-{self.which}-{self.seed}{as_name(flags)}"
 
         def make():
             last = self.bench.main("bissl", out, [*start, *self.labels, *self.args.stage, *flags])
@@ -360,11 +366,11 @@ class Chain:
         share = (whole["seconds"] - none["seconds"]) / of_steps
         return ["--lower-steps", 1 + round((self.bissl_args().lower_steps - 1) * share)]
 
-    def name(self, row, trial, stage_flags, epochs, labels_of):
+    def name(self, row, trial, start, stage_flags, epochs, labels_of):
         """Of a run's line in the book: all that it depends on."""
-        chain = f"{row.pretext}-{row.stage}{as_name([*row.stage_flags, *stage_flags])}"
+        chain = f"{name_of(start)}-{row.stage}{as_name([*row.stage_flags, *stage_flags])}"
         own = as_name([*row.flags, *trial.tuning, *trial.method, *self.args.finetune, row.without])
-        name = f"{chain}-{row.keep:g}-{row.method}-{self.rate}-{self.seed}-{epochs}{own}"
+        name = f"{chain}-{row.keep:g}-{row.method}-{self.which}-{self.seed}-{epochs}{own}"
         if labels_of is not self:
             name += f"-labels{labels_of.seed}"
         return name
@@ -390,7 +396,7 @@ class Chain:
         stage_flags, epochs = trial.stage, self.epochs(row, trial.stage)
         if row.name == "same seconds":
             stage_flags = self.as_many_seconds(row, start)
-        run = self.name(row, trial, stage_flags, epochs, labels_of)
+        run = self.name(row, trial, start, stage_flags, epochs, labels_of)
         shared = [*trial.tuning, *labels_of.labels, "--epochs", epochs]
         start, stage_seconds = self.stage(row, start, stage_flags, shared, run)
         if row.stage == "coin":  # its checkpoint says how many epochs are left
@@ -502,7 +508,7 @@ def draw(lines, rows, path):
             if line[f"{said}_95"] != "":
                 text += f" +- {float(line[f'{said}_95']):.1f}"
             benches.draw_row(axis, names.index(line["row"]), list(scores_of(line).values()), text)
-        _, labels, epochs, tuning, judge = column
+        _, _, labels, epochs, tuning, judge = column
         labels = "all labels" if labels == "all" else f"{labels} labels per class"
         axis.set(title=f"{labels}, {epochs} epochs, {tuning}", xlabel=f"score on {judge}, %")
         axis.grid(axis="x", alpha=0.3)

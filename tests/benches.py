@@ -107,8 +107,9 @@ class Bench:
 
     def once(self, run, make):
         """make() -> dict of results, unless `run` is in the book; the seconds it took are noted
-        beside them (on a CPU the processor's, which other programs do not lengthen). What it prints
-        goes to RUNS/log.txt."""
+        beside them (on a CPU the processor's, which other programs do not lengthen). A run that was
+        stopped begins anew, so that they are those of the whole. What it prints goes to
+        RUNS/log.txt."""
         if run not in self.done:
             clock = time.process_time if self.args.device == "cpu" else time.perf_counter
             start = clock()
@@ -132,7 +133,7 @@ class Bench:
         return [str(flag) for flag in shared + list(flags)]
 
     def main(self, script, out, flags):
-        return SCRIPTS[script].main(self.flags(flags, out) + ["--resume"])
+        return SCRIPTS[script].main(self.flags(flags, out))
 
     def on_test(self, script, out, flags):
         """What a run of the protocol finds on test."""

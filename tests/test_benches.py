@@ -59,7 +59,7 @@ def test_a_trial_is_log_uniform_in_the_weights_that_a_row_does_not_set():
 
 def line(row, labels, *scores):
     return dict(device="here", row=row, labels=labels, epochs=60, tuning="--search 6",
-                judge="test", mean=float(np.mean(scores)),
+                judge="test", metric="top1", mean=float(np.mean(scores)),
                 scores=" ".join(f"{seed}:{score}" for seed, score in enumerate(scores)))
 
 
@@ -230,6 +230,22 @@ def test_bissls_labelled_epochs_are_counted_and_its_pretext_is_shorter(
         method = "core_tuning" if "core_tuning" in log.name else "finetune"
         epochs[method] = len([1 for line in log.open() if "epoch" in line])
     assert epochs == dict(core_tuning=1, finetune=3)  # 1 for the head, 1 for the upper level
+
+
+def test_another_pretext_or_task_is_another_run(tmp_path, monkeypatch):
+    """The rows of `methods` start from a longer pretext than those of `bissl`."""
+    stage = f"{SHORT_BISSL} --lower-steps 50"
+    argv = small_bench(monkeypatch, tmp_path, "--search", "0")
+    asked = []
+    for group, name, flags in (("methods", "simclr-finetune", []), ("bissl", "SimCLR", []),
+                               ("bissl", "SimCLR", ["--task", "detect"])):
+        bench = benches.Bench(bench_accuracy.parse([group, *argv, "--stage", stage, *flags]))
+        bench.main = lambda script, out, flags: dict(knn=0)
+        bench.on_test = lambda method, run, flags: dict(test_top1=len(asked), test_ap50=len(asked))
+        trial = bench_accuracy.Trial([], [], [])
+        chain = bench_accuracy.Chain(bench, 0, "2")
+        asked.append(chain.score(row_of(group, name), trial, "test").score)
+    assert asked == [0, 1, 2]
 
 
 @pytest.mark.parametrize("group", ["keys", "alpha", "ingredients", "losses"])
