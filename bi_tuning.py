@@ -155,7 +155,7 @@ def train(trial):
     run = finetune.Run(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
-            common.set_learning_rate(optimizer, args.lr, step, steps, warmup, args.cosine_start)
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
             x_q = common.augment(x, args.image_size, crop=(args.crop, 1))
             x_k = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):

@@ -9,7 +9,7 @@ together and apart from the others, without a classifier; nothing is added to th
   2. The first alpha of them (this script): SupCon alone on z = g(f(x)), one view an image. Anchor i
      is pulled to P(i), the other images of its class in the batch, among all others.
   3. The rest (finetune.py): cross-entropy + eta SupCon. It reads from the checkpoint how many
-     epochs are left and where the cosine stands.
+     epochs of the budget are spent, and goes on there: in the cosine, and in the draws.
 
 Classification only: its pairs are images of one class.
 
@@ -223,12 +223,10 @@ def train(args):
 
 def rest_of_budget(args, done):
     """The flags with which finetune.py goes on after `done` epochs of the budget."""
-    names = ("lr", "weight_decay", "batch_size", "crop", "labels_per_class", "fraction", "eta",
-             "temperature")
+    names = ("epochs", "lr", "weight_decay", "batch_size", "crop", "labels_per_class", "fraction",
+             "eta", "temperature")
     rest = {name: getattr(args, name) for name in names}
-    warmup = warmup_epochs(args)
-    share = max(0, done - warmup) / (args.epochs - warmup)
-    return dict(rest, epochs=args.epochs - done, warmup=0, cosine_start=share)
+    return dict(rest, spent=done, warmup=warmup_epochs(args))
 
 
 def warmup_epochs(args):

@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
     drawn, others: defaults on data that the code draws and on all others; data: the default of
     --data; optimizers, tasks: of each --optimizer or --task, of some of them "on petals" too, what
     replaces them; from_coin: names of those that a checkpoint of coin.py, in its config["rest"],
-    replaces for the epochs that are left of its budget.
+    replaces, so that the rest of its budget is trained as it would have been.
     """
 
     def __init__(self, script, doc, drawn, others, data="petals", optimizers=None, tasks=None,
@@ -134,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--prefix", str, "which of several networks in --ckpt; none: the first one")
         self.option("--out", path, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in drawn:
-            after_coin = "; after coin.py: those it left" if from_coin else ""
+            after_coin = "; after coin.py: coin's, the whole budget" if from_coin else ""
             self.option("--epochs", COUNT, "passes over the images" + after_coin)
         self.option("--batch-size", bounded(int, 4), "images per step; BatchNorm needs a few")
         self.option("--lr", POSITIVE, "peak learning rate")
@@ -1878,15 +1878,13 @@ def make_optimizer(name, modules, lr, weight_decay, scales=None):
     return LARS(groups, lr=lr)
 
 
-def set_learning_rate(optimizer, peak, step, steps, warmup=0, cosine_start=0.0):
+def set_learning_rate(optimizer, peak, step, steps, warmup=0):
     """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter
-    2017, arXiv 1608.03983), of which an earlier stage has gone through the share `cosine_start`
-    already."""
+    2017, arXiv 1608.03983)."""
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:
         share = (step - warmup) / max(1, steps - warmup)
-        share = cosine_start + (1 - cosine_start) * share
         lr = peak * 0.5 * (1 + math.cos(math.pi * share))
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)

@@ -142,7 +142,7 @@ def train(trial):
     run = finetune.Run(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
-            common.set_learning_rate(optimizer, args.lr, step, steps, warmup, args.cosine_start)
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
             x, y = task.views(x, y)
             if args.task == "segment":
                 dense, f, _ = task.loss(backbone, head, x, y)

@@ -75,7 +75,7 @@ def train(trial):
         if args.freeze_bn:
             common.freeze_batch_norm(backbone)
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
-            common.set_learning_rate(optimizer, args.lr, step, steps, warmup, args.cosine_start)
+            common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
             x, y = task.views(x, y)
             loss, f, measured = task.loss(backbone, head, x, y)
             if args.eta:
@@ -236,7 +236,8 @@ class Run(common.Run):
         self.trial, self.number = trial, len(trial.results) + 1
         super().__init__(trial.flags, trial.method, model, trial.data.classes, stage="fine-tuning",
                          optimizer=optimizer)
-        self.epochs *= trial.flags.search + trial.flags.seeds  # of all trials, for the time left
+        trials = trial.flags.search + trial.flags.seeds
+        self.epochs = trials * (trial.flags.epochs - trial.flags.spent)  # for the time left
         self.history, self.over = trial.history, False
         self.first = len(self.history)
 
@@ -250,9 +251,8 @@ class Run(common.Run):
 
     def epochs_left(self, steps=None):
         args, self.started = self.trial.args, time.perf_counter()
-        spent = round(args.epochs * args.cosine_start / (1 - args.cosine_start))  # by coin.py
-        for epoch in range(self.epochs_done(), args.epochs):
-            common.seed_epoch(self.stage, args.seed, spent + epoch)
+        for epoch in range(args.spent + self.epochs_done(), args.epochs):
+            common.seed_epoch(self.stage, args.seed, epoch)
             self.start_epoch(steps)
             yield epoch
             if self.over:
@@ -260,8 +260,9 @@ class Run(common.Run):
 
     def score(self):
         """The score on the judge after the last epoch, on what is watched now and then."""
-        trial, done, model = self.trial, self.epochs_done() + 1, self.model
-        last, every = done == trial.args.epochs, max(1, trial.args.epochs // 10)
+        trial, model = self.trial, self.model
+        done, epochs = self.epochs_done() + 1, trial.args.epochs - trial.args.spent
+        last, every = done == epochs, max(1, epochs // 10)
         watched = None
         if last:
             judged = trial.task.score(model.backbone, model.head, trial.judge)
@@ -296,6 +297,9 @@ def protocol(args, method, train, panel=None):
 
     train(trial): the script's own loop; panel(axes, args, backbone): what it adds to the figure.
     """
+    if args.spent >= args.epochs:
+        common.fail(f"--epochs {args.epochs} is the whole budget, and {args.spent} of them are "
+                    "over: raise it, or give --spent 0 for a budget of its own")
     _, ckpt = common.start_backbone(args)  # settles arch and image size, and says what it found
     stopped = common.resume_checkpoint(args)
     test, val = common.load_data(args, "test"), None
@@ -364,9 +368,8 @@ def say_what_was_seen(args, ckpt):
         if args.search and not common.few_labels(seen):
             common.tell(f"{args.ckpt} has learnt from val, on which this search is judged: "
                         "accuracies on val are too high")
-    if args.cosine_start:
-        common.tell(f"{args.epochs} epochs are left of the budget: goes on at "
-                    f"{args.cosine_start:.0%} of the cosine")
+    if args.spent:
+        common.tell(f"{args.epochs - args.spent} of {args.epochs} epochs are left of the budget")
 
 
 def report(args, results):
@@ -422,7 +425,8 @@ def draw(args, history, test, panel):
     backbone, head, _ = load_fine_tuned(finished, task, say=False)
     before, _ = common.start_backbone(args, say=False)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
-    last_run = [dict(line, epoch=i + 1) for i, line in enumerate(history[-args.epochs:])]
+    last_run = history[args.spent - args.epochs:]
+    last_run = [dict(line, epoch=args.spent + i + 1) for i, line in enumerate(last_run)]
     common.plot_curves(axes[0, 0], last_run, ["loss"])
     measured = [name for name in last_run[-1] if name.startswith(("train_", "val_"))]
     common.plot_curves(axes[0, 1], last_run, measured)
@@ -814,9 +818,9 @@ def protocol_options(p):
              "on the validation split", 0)
     p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- deviation", 1)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most "
-             "half of all; after coin.py: none")
-    p.option("--cosine-start", common.bounded(float, 0, 0.999), "share of the cosine that is over "
-             "already; after coin.py: coin's")
+             "half of all; after coin.py: coin's")
+    p.option("--spent", common.FROM_ZERO, "how many of the --epochs are over already; after "
+             "coin.py: those that it took")
 
 
 def task_option(p, choices=("classify", "detect", "segment")):
@@ -828,10 +832,10 @@ def task_option(p, choices=("classify", "detect", "segment")):
 
 
 PETALS = dict(image_size=32, arch="resnet10", epochs=120, batch_size=32, lr=0.08,
-              weight_decay=0.008, crop=0.5, labels_per_class=20, warmup=10, cosine_start=0.0)
+              weight_decay=0.008, crop=0.5, labels_per_class=20, warmup=10, spent=0)
 OTHERS = dict(PETALS, image_size=64, epochs=60, lr=0.01, weight_decay=5e-4, labels_per_class=None,
               warmup=0)
-FROM_COIN = ("epochs", "warmup", "cosine_start", "lr", "weight_decay", "batch_size", "crop",
+FROM_COIN = ("epochs", "spent", "warmup", "lr", "weight_decay", "batch_size", "crop",
              "labels_per_class", "fraction")
 
 

@@ -351,7 +351,8 @@ def test_coin_and_finetune_see_the_images_and_the_learning_rates_of_plain_finetu
     coin.main([*NEW, *budget, "--alpha", str(alpha), "--out", "part"])
     assert first == round(alpha * epochs) == len(losses("part.jsonl"))
     assert sum(images for _, images in steps) == first * IMAGES
-    assert common.load_checkpoint("part.pt")["config"]["rest"]["epochs"] == epochs - first
+    rest = common.load_checkpoint("part.pt")["config"]["rest"]
+    assert (rest["epochs"], rest["spent"]) == (epochs, first)
     finetune.main([*AFTER_COIN, "--ckpt", "part.pt", "--out", "tuned"])
     assert len(losses("tuned.jsonl")) == epochs - first
     both = steps.copy()
@@ -387,14 +388,15 @@ def views(monkeypatch):
     return views
 
 
-@pytest.mark.parametrize("epochs, alpha", [(3, 0.7), (5, 0.5), (6, 0.9)])
+@pytest.mark.parametrize("epochs, alpha, warmup", [(3, 0.7, 0), (5, 0.5, 1), (6, 0.9, 2)])
 def test_coin_and_finetune_see_the_batches_and_the_views_of_plain_finetuning(
-        inside, views, epochs, alpha):
-    coin.main([*NEW, "--epochs", str(epochs), "--alpha", str(alpha), "--out", "part"])
+        inside, views, epochs, alpha, warmup):
+    budget = ["--epochs", str(epochs), "--warmup", str(warmup)]
+    coin.main([*NEW, *budget, "--alpha", str(alpha), "--out", "part"])
     finetune.main([*AFTER_COIN, "--ckpt", "part.pt", "--out", "tuned"])
     both = views.copy()
     views.clear()
-    finetune.main([*NEW, "--epochs", str(epochs), "--out", "plain"])
+    finetune.main([*NEW, *budget, "--out", "plain"])
     assert len(both) == len(views) == epochs * 3
     for (images, view), (plain_images, plain_view) in zip(both, views):
         assert torch.equal(images, plain_images) and torch.equal(view, plain_view)
@@ -432,8 +434,7 @@ def settings(script, *flags):
 @pytest.mark.parametrize("script", FINE_TUNING)
 def test_the_three_finetuners_go_on_where_coin_ended(inside, script):
     args = settings(script, "--ckpt", "coin.pt")
-    assert (args.epochs, args.cosine_start, args.batch_size) == (3, pytest.approx(0.4), 8)
-    assert args.warmup == 0
+    assert (args.epochs, args.spent, args.warmup, args.batch_size) == (5, 2, 0, 8)
     for name in ("lr", "weight_decay", "crop"):
         assert getattr(args, name) == GIVEN[name]
 
@@ -451,7 +452,7 @@ def test_finetune_takes_eta_and_temperature_and_the_others_keep_their_own_temper
 @pytest.mark.parametrize("flag, value", [
     ("epochs", 9),
     ("warmup", 1),
-    ("cosine-start", 0.0),
+    ("spent", 0),
     ("lr", 0.5),
     ("weight-decay", 0.0),
     ("crop", 1.0),
@@ -473,20 +474,20 @@ def test_a_flag_wins_over_what_coin_left_and_leaves_the_rest_alone(inside, flag,
 def test_other_data_or_another_checkpoint_begin_a_budget_of_their_own(inside, script, flags):
     args = settings(script, *flags)
     own_eta = dict(finetune=0.0, core_tuning=1.0).get(script)
-    assert (args.epochs, args.cosine_start, args.lr) == (60, 0, 0.01)
+    assert (args.epochs, args.spent, args.lr) == (60, 0, 0.01)
     assert getattr(args, "eta", None) == own_eta
 
 
 def test_what_was_finetuned_after_coin_leaves_no_budget(inside):
-    finetune.main([*AFTER_COIN, "--ckpt", "coin.pt", "--epochs", "1", "--out", "tuned"])
+    finetune.main([*AFTER_COIN, "--ckpt", "coin.pt", "--epochs", "3", "--out", "tuned"])
     args = settings("finetune", "--ckpt", "tuned.pt")
-    assert (args.epochs, args.cosine_start, args.eta) == (60, 0, 0)
+    assert (args.epochs, args.spent, args.eta) == (60, 0, 0)
 
 
 # ----------------------------------------------------------------------- cross-entropy + eta SupCon
 
 # The logged loss is then that of the weights that a run starts from.
-ONE_STEP = ["--epochs", "1", "--batch-size", "64", "--cosine-start", "0"]
+ONE_STEP = ["--epochs", "1", "--batch-size", "64", "--spent", "0"]
 
 
 @pytest.mark.parametrize(
@@ -530,8 +531,8 @@ def test_supcon_goes_on_with_the_projector_of_coin(inside):
     assert projector[2].weight.shape == (12, 256)
     for key, value in projector.state_dict().items():
         assert torch.equal(value, ckpt["projector"][key])
-    finetune.main(
-        [*AFTER_COIN, "--ckpt", "coin.pt", "--lr", "1e-9", "--epochs", "1", "--out", "tuned"])
+    finetune.main([*AFTER_COIN, "--ckpt", "coin.pt", "--lr", "1e-9", "--epochs", "3", "--out",
+                   "tuned"])
     tuned = common.load_checkpoint("tuned.pt")["projector"]
     torch.testing.assert_close(tuned, dict(ckpt["projector"]), rtol=0, atol=1e-6)
 

@@ -36,7 +36,7 @@ RUNS = {
     "balanced": f"--ckpt simclr.pt {FEW} --alpha 0.5 --balanced 2",
     "bissl": f"--ckpt simclr.pt {BILEVEL} --alternations 2 --hessian-batch 8 --damping 10",
     "byol_bissl": f"--ckpt byol.pt {BILEVEL} --alternations 1 --damping 0.1",
-    "finetune": f"--ckpt coin.pt {FEW} --eta 0.3",
+    "finetune": f"--ckpt coin.pt {FEW} --epochs 3 --eta 0.3",
     "core_tuning": f"--ckpt simclr.pt {FEW}",
     "bi_tuning": f"--ckpt simclr.pt {FEW} --keys 3",
 }

@@ -156,7 +156,7 @@ def test_fine_tuning_says_where_an_earlier_stage_has_seen_labels_that_it_should_
         here, capsys, coin_flags, flags, said):
     from_scratch("coin", "--epochs", "2", "--alpha", "0.5", *coin_flags.split())
     capsys.readouterr()
-    finetune.main([*SMALL, "--ckpt", "coin.pt", *flags.split()])
+    finetune.main([*SMALL, "--epochs", "2", "--ckpt", "coin.pt", *flags.split()])
     printed = capsys.readouterr().out
     assert ("has learnt from" in printed) == bool(said) and said in printed
 

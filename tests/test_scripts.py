@@ -24,9 +24,9 @@ SHORT = {
     "coin": ["--epochs", "2", "--alpha", "0.5"],
     "bissl": ["--alternations", "1", "--lower-steps", "2", "--upper-steps", "2",
               "--head-epochs", "1", "--pretext-batch-size", "8"],
-    "finetune": ["--epochs", "1"],
-    "core_tuning": ["--epochs", "1"],
-    "bi_tuning": ["--epochs", "1", "--keys", "4"],
+    "finetune": ["--epochs", "1", "--spent", "0"],
+    "core_tuning": ["--epochs", "1", "--spent", "0"],
+    "bi_tuning": ["--epochs", "1", "--spent", "0", "--keys", "4"],
 }
 START = {"coin": "simclr.pt", "bissl": "simclr.pt", "finetune": "bissl.pt",
          "core_tuning": "coin.pt", "bi_tuning": "coin.pt"}
