@@ -125,7 +125,8 @@ def train(args):
     optimizer = common.make_optimizer(args.optimizer, [model], args.lr, args.weight_decay)
     data, probe = common.load_unlabeled(args), common.load_probe(args)
     batches = common.Batches(data, args.batch_size, whole_only=True)
-    steps, warmup = args.epochs * len(batches), args.warmup * len(batches)
+    steps = args.epochs * len(batches)
+    warmup = min(args.warmup * len(batches), steps // 2)
 
     run = common.Run(args, "byol", model, data.classes, probe=probe, optimizer=optimizer)
     for epoch in run.epochs_left(len(batches)):
@@ -175,7 +176,8 @@ def parser():
     p = common.Parser("byol.py", __doc__, petals, others, optimizers=optimizers)
     p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and "
              "then a rate of 0.2 batch / 256", "sgd", choices=common.OPTIMIZERS)
-    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most "
+             "half of all", 1)
     p.option("--decay", common.SHARE,
              "tau_base of the target's average: in short runs it has to move")
     p.option("--hidden", common.COUNT, "width of the heads' hidden layers", 512)

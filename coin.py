@@ -94,7 +94,7 @@ def s_dbw(x, y):
     of_both = at_mean.diag()[:, None] + at_mean.T                        # (C, C), of i and j at v_i
     most = torch.maximum(of_both, of_both.T).clamp(min=1)
     ratio = (at_middle + at_middle.T) / most
-    density = (ratio.sum() - ratio.diag().sum()) / (classes * (classes - 1))
+    density = (ratio.sum() - ratio.diag().sum()) / max(1, classes * (classes - 1))
     return (scat + density).item()
 
 

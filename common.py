@@ -130,7 +130,8 @@ class Parser(argparse.ArgumentParser):
                     "--ckpt, the checkpoint's")
         self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's",
                     choices=ARCHS, metavar="ARCH")
-        self.option("--ckpt", path, "checkpoint to start from: any script's, or a foreign ResNet's")
+        self.option("--ckpt", path, "checkpoint whose backbone to start from: any script's, or a "
+                    "foreign ResNet's")
         self.option("--prefix", str, "which of several networks in --ckpt; none: the first one")
         self.option("--out", path, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in drawn:
@@ -181,7 +182,8 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, name, value)
         settle_device(args)
         check_batch_sizes(args)
-        check_out(args)
+        if not getattr(args, "eval", False):  # which writes nothing
+            check_out(args)
         return args
 
     def defaults_for(self, args):
@@ -778,11 +780,20 @@ def open_folder(folder, split):
     if odd:
         fail(f"{folder}: {split} does not have the classes of the other splits"
              f"{some_names(':', odd)}")
+    beside = [path.name for path in (folder / split).iterdir()
+              if is_picture(path.name) and not path.is_dir()]
+    if beside:
+        tell_once(f"{folder / split}: {len(beside)} pictures lie in no folder of a class and are "
+                  f"left out{some_names(':', sorted(beside))}")
     paths, labels = list_pictures(classes)
     empty = absent_classes(classes, labels)
     if empty and split == "train":
         fail(f"{folder / split} has no pictures of {some_names('classes', empty)}")
     return paths, labels, list(classes)
+
+
+def is_picture(name):
+    return name.lower().endswith(sets.folder.IMG_EXTENSIONS) and not name.startswith(".")
 
 
 def class_folders(folder):
@@ -804,7 +815,7 @@ def list_pictures(classes):
     for label, folders in enumerate(classes.values()):
         for folder in folders:
             for path, real in files_below(folder):
-                if not path.lower().endswith(sets.folder.IMG_EXTENSIONS):
+                if not is_picture(os.path.basename(path)):
                     left_out.append(os.path.basename(path))
                 elif real == path or real not in label_of:  # its own place goes before a link
                     label_of[real] = label
@@ -818,8 +829,11 @@ def list_pictures(classes):
 def files_below(top):
     """Paths and real paths of the files in a folder and those inside, but for what begins with a
     dot."""
+    def stop(error):  # a folder that cannot be read
+        raise error
+
     been = set()
-    for folder, inner, names in os.walk(top, followlinks=True):
+    for folder, inner, names in os.walk(top, onerror=stop, followlinks=True):
         place = os.path.realpath(folder)
         if place in been:  # a link to a parent would lead round and round
             inner.clear()
@@ -880,11 +894,12 @@ def list_voc(args, split):
     if split not in lists:
         raise ValueError(f"{args.data} has no ImageSets/{kind}/{split}.txt that names its images")
     for file in lists[split]:
-        folder, pictures, names = file.parents[2], {}, read_lines(file)
+        folder, pictures = file.parents[2], {}
+        names = list(dict.fromkeys(read_lines(file)))  # each once
         if not names:
             raise ValueError(f"{file} names no images")
         for path in sorted((folder / "JPEGImages").iterdir()):
-            if path.name.lower().endswith(sets.folder.IMG_EXTENSIONS):
+            if is_picture(path.name):
                 pictures[path.stem] = path
         for name in names:
             target = folder / f"{place}Aug" / f"{name}.{ending}"
@@ -996,6 +1011,9 @@ def read_voc(args, splits):
                     targets.append(read_mask(file, picture, classes, side))
             except Exception as error:  # whatever a parser or a decoder raises
                 raise ValueError(f"{file}: {first_line(error)}") from None
+    if len(set(pictures)) < len(pictures):
+        twice = next(picture for picture in pictures if pictures.count(picture) > 1)
+        raise ValueError(f"the lists of {' and '.join(splits)} share images: {twice} is in both")
     if args.task == "detect":
         return pictures, nn.utils.rnn.pad_sequence(targets, True, -1), sizes, classes
     return pictures, torch.stack(targets), sizes, classes
@@ -1186,7 +1204,13 @@ def own_splits(args):
     if not Path(name).is_dir():
         fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with "
              "train/CLASS/*.png, test/CLASS/*.png")
-    return os.listdir(name) if task == "classify" else list(voc_lists(args))
+    if task != "classify":
+        return list(voc_lists(args))
+    folders, splits = list(class_folders(Path(name))), ("unlabeled", "train", "val", "test")
+    others = [folder for folder in folders if folder not in splits]
+    if others:
+        tell_once(f"{name}: only {', '.join(splits)} are splits{some_names('; not read:', others)}")
+    return [folder for folder in folders if folder in splits]
 
 
 def load_data(args, split):
@@ -1686,7 +1710,10 @@ def load_backbone(ckpt, args, say):
             conv, pool = backbone.conv1, "no max-pool" if small_stem else "max-pool"
             stem = (f"; taken to have a {conv.kernel_size[0]}x{conv.kernel_size[0]} stem: stride "
                     f"{conv.stride[0]}, padding {conv.padding[0]}, {pool}")
-        tell(f"{args.ckpt}: {ckpt['method']}, {args.arch}; all {len(needed)} backbone tensors "
+        method, unfinished = ckpt["method"], ""
+        if ckpt["resume"] and not ckpt["resume"].get("finished", True):
+            unfinished = ", of a run that has not finished"
+        tell(f"{args.ckpt}: {method}, {args.arch}{unfinished}; all {len(needed)} backbone tensors "
              f"matched{some_names(', left out', left)}{stem}")
     return backbone
 
@@ -2128,6 +2155,8 @@ def resume_checkpoint(args):
     """The checkpoint that --resume goes on from, or None where there is none yet. The flags must be
     the run's own."""
     path = Path(f"{args.out}.pt")
+    if args.resume and not path.exists():
+        tell(f"--resume: there is no {path} yet, so that the run begins")
     if not args.resume or not path.exists():
         return None
     ckpt = load_checkpoint(path)
@@ -2135,6 +2164,8 @@ def resume_checkpoint(args):
         fail(f"{path} holds nothing to resume: --resume goes on from what the same command wrote")
     for name, value in run_config(args).items():
         before = ckpt["config"].get(name)
+        if name in ("data", "pretext_data") and before and value:
+            before, value = Path(before).name, Path(value).name  # the folder may have moved
         if before != value:
             flag = name.replace("_", "-")
             fail(f"--resume: --{flag} is {value}, but {path} was made with {before}")
@@ -2142,10 +2173,15 @@ def resume_checkpoint(args):
 
 
 def run_config(args):
-    """The flags that decide what a run computes, as plain types."""
+    """The flags that decide what a run computes, as plain types; a folder of images with its whole
+    path, by which a later stage knows it from wherever it is started."""
     config = dict(vars(args))
     for name in ("resume", "device", "root", "out", "compile"):
         config.pop(name, None)
+    for name in ("data", "pretext_data"):
+        folder = config.get(name)
+        if folder is not None and folder not in KNOWN_DATA:
+            config[name] = str(Path(folder).resolve())
     return config
 
 
@@ -2177,6 +2213,8 @@ class Run:
         self.parts = dict(model.named_children(), **others)
         self.config, self.history = run_config(args), []
         ckpt = resume_checkpoint(args)
+        if ckpt and ckpt["classes"] != classes:
+            fail(f"--resume: {args.out}.pt was made for other classes than {args.data} has now")
         if ckpt:
             self.load(ckpt)
         self.images, self.first = 0, len(self.history)
@@ -2275,12 +2313,16 @@ class Run:
              f"{self.images / spent:,.0f} images/s  left {left}")
         write_lines(self.args, self.history)
 
+    def is_finished(self):
+        return len(self.history) == self.epochs
+
     def save(self):
         parts = {name: state_of(part) for name, part in self.parts.items()}
         named = {name: parts.pop(name, None) for name in ("backbone", "head", "projector")}
+        parts.update(history=self.history, finished=self.is_finished())
         save_checkpoint(f"{self.args.out}.pt", method=self.method, arch=self.args.arch,
                         image_size=self.args.image_size, classes=self.classes, config=self.config,
-                        resume=dict(parts, history=self.history), **named)
+                        resume=parts, **named)
 
 
 def seed_epoch(stage, seed, epoch):
@@ -2329,7 +2371,7 @@ def plot_features(axes, x, y, title):
     x = F.normalize(x, dim=1)
     x = x - x.mean(0)
     class_means = torch.stack([x[y == label].mean(0) for label in y.unique()])  # (C, D)
-    _, _, directions = torch.linalg.svd(class_means, full_matrices=False)  # (C, D), largest first
+    _, _, directions = torch.linalg.svd(class_means)            # (D, D), largest first
     plane = (x @ directions[:2].T).cpu().numpy()                                # (n, 2)
     axes.scatter(plane[:, 0], plane[:, 1], c=y.cpu().numpy(), cmap="tab20", s=4)
     axes.set_title(title)

@@ -274,8 +274,10 @@ class Run(common.Run):
         return {f"val_{metric}": watched and watched[metric]}
 
     def settings(self):
+        """What tells one result from the others."""
         args = self.trial.args
-        return dict(lr=args.lr, weight_decay=args.weight_decay, seed=args.seed)
+        judge = "val" if self.number <= self.trial.flags.search else "test"
+        return dict(judge=judge, lr=args.lr, weight_decay=args.weight_decay, seed=args.seed)
 
     def end_epoch(self):
         searching = self.number <= self.trial.flags.search
@@ -285,6 +287,9 @@ class Run(common.Run):
             self.over = True
             return
         super().end_epoch(run=self.number)
+
+    def is_finished(self):
+        return len(self.trial.results) == self.trial.flags.search + self.trial.flags.seeds
 
     def save(self):
         self.parts["results"] = self.trial.results
@@ -368,6 +373,9 @@ def say_what_was_seen(args, ckpt):
         if args.search and not common.few_labels(seen):
             common.tell(f"{args.ckpt} has learnt from val, on which this search is judged: "
                         "accuracies on val are too high")
+    elif "rest" in vars(seen):
+        common.tell(f"{args.ckpt}: what coin.py left of its budget was for {seen.data}; here a new "
+                    "one begins")
     if args.spent:
         common.tell(f"{args.epochs - args.spent} of {args.epochs} epochs are left of the budget")
 
@@ -381,7 +389,7 @@ def report(args, results):
         if name not in results[0]:
             continue
         values = np.array([result[name] for result in results])
-        mean, std, spread = float(values.mean()), 0.0, ""
+        mean, std, spread = float(values.mean()), None, ""
         if len(values) > 1:
             std = float(values.std(ddof=1))
             spread = f" +- {std:.2f}"

@@ -94,7 +94,8 @@ def train(args):
     optimizer = common.make_optimizer(args.optimizer, [model], args.lr, args.weight_decay)
     data, probe = common.load_unlabeled(args), common.load_probe(args)
     batches = common.Batches(data, args.batch_size, whole_only=True)
-    steps, warmup = args.epochs * len(batches), args.warmup * len(batches)
+    steps = args.epochs * len(batches)
+    warmup = min(args.warmup * len(batches), steps // 2)
 
     def embed(x):
         return project(model, make_views(x, args), args)        # (B, 2, D)
@@ -143,7 +144,8 @@ def parser():
              "then a rate of 0.075 sqrt(batch)", "adamw", choices=common.OPTIMIZERS)
     p.option("--chunk", common.FROM_ZERO, "images in memory at once, on each process; costs a "
              "second forward pass; 0: all", 0)
-    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine", 1)
+    p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most "
+             "half of all", 1)
     p.option("--temperature", common.bounded(float, 1e-3), "tau of NT-Xent", 0.2)
     p.option("--hidden", common.COUNT, "width of the projector's hidden layer", 256)
     p.option("--dim", common.COUNT, "width of the projections", 128)

@@ -452,6 +452,95 @@ def test_an_accent_is_the_same_composed_or_not(tmp_path):
     assert train.classes == test.classes == ["b", "\u00e9"]
 
 
+@pytest.mark.parametrize("add, said", [
+    (lambda place: write_folder(place, splits=["valid"]), "not read: valid"),
+    (lambda place: write_folder(place, ["any"], splits=["unlabelled"]), "not read: unlabelled"),
+    (lambda place: Image.new("RGB", (9, 9)).save(place / "train" / "loose.png"),
+     "train: 1 pictures lie in no folder of a class and are left out: loose.png")])
+def test_what_lies_beside_the_layout_is_said(folder, tmp_path, capsys, add, said):
+    add(folder)
+    assert len(common.load_data(options(folder, tmp_path), "trainval")) == 36
+    assert said in capsys.readouterr().out
+
+
+def test_a_folder_of_pictures_that_may_not_be_read_ends_the_run(folder, tmp_path, capsys,
+                                                                 monkeypatch):
+    def refuse(place):
+        raise PermissionError(13, "Permission denied", str(place))
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    line = error_line(capsys, common.load_data, options(folder, tmp_path), "test")
+    assert "Permission denied" in line and str(folder) in line
+
+
+def test_resume_notices_that_the_classes_are_others(here, capsys, monkeypatch):
+    draw_nothing(monkeypatch)
+    argv = [*FAST, "--epochs", "2", "--out", "run", "--resume"]
+    finetune.main(argv)
+    assert "there is no run.pt yet" in capsys.readouterr().out
+    for split in ("train", "test"):
+        os.rename(f"pictures/{split}/a", f"pictures/{split}/z")
+    ckpt = torch.load("run.pt", weights_only=True)
+    history, ckpt["resume"]["results"] = ckpt["resume"]["history"], []
+    del history[1:]
+    torch.save(ckpt, "run.pt")  # as if it had been stopped after its first epoch
+    assert "other classes" in error_line(capsys, finetune.main, argv)
+
+
+def test_a_folder_is_known_again_from_elsewhere_and_after_it_has_moved(here, capsys, monkeypatch):
+    draw_nothing(monkeypatch)
+    coin.main([*FAST, "--epochs", "3", "--alpha", "0.7", "--out", "coin"])
+    (here / "inside").mkdir()
+    monkeypatch.chdir(here / "inside")
+    root = ["--root", "../root"]
+    finetune.main([*TINY, *root, "--data", "../pictures", "--ckpt", "../coin.pt"])
+    assert "1 of 3 epochs are left of the budget" in capsys.readouterr().out
+    os.rename("../pictures", "pictures")
+    finetune.main([*TINY, *root, "--data", "pictures", "--ckpt", "../coin.pt", "--epochs", "1",
+                   "--out", "moved"])
+    assert "here a new one begins" in capsys.readouterr().out
+    finetune.main([*TINY, *root, "--data", "pictures", "--ckpt", "../coin.pt", "--epochs", "1",
+                   "--out", "moved", "--resume"])
+
+
+def test_a_checkpoint_of_an_unfinished_run_is_called_so(here, capsys, monkeypatch):
+    draw_nothing(monkeypatch)
+    save, saved = common.Run.save, []
+
+    def stop(run):
+        save(run)
+        saved.append(run)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "save", stop)
+    with pytest.raises(SystemExit):
+        finetune.main([*FAST, "--epochs", "2", "--out", "run"])
+    for said in (True, False):
+        finetune.main([*TINY, "--data", "pictures", "--root", "root", "--ckpt", "run.pt", "--eval"])
+        assert ("of a run that has not finished" in capsys.readouterr().out) == said
+        finetune.main([*FAST, "--epochs", "2", "--out", "run", "--resume"])
+
+
+def test_eval_needs_no_place_to_write(here, monkeypatch):
+    draw_nothing(monkeypatch)
+    finetune.main([*FAST, "--out", "run"])
+    before = files(here)
+    finetune.main([*TINY, "--data", "pictures", "--root", "root", "--ckpt", "run.pt", "--eval",
+                   "--out", "newly/made"])
+    assert files(here) == before and not Path("newly").exists()
+
+
+def test_test_pictures_of_one_class_are_drawn_too(here, monkeypatch):
+    for name in ("b", "c"):
+        for path in Path(f"pictures/test/{name}").iterdir():
+            path.unlink()
+    finetune.main([*FAST, "--out", "run"])
+    assert Path("run.png").exists()
+    coin.main([*FAST, "--epochs", "2", "--alpha", "0.5", "--labels-per-class", "0", "--out", "one"])
+    assert Path("one.png").exists()
+
+
 def test_a_class_whose_name_looks_like_a_formula_is_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "pictures", classes=("$\\no$", "b"), per_class=4)

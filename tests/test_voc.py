@@ -231,12 +231,27 @@ def test_spaces_around_what_an_annotation_says_do_not_matter(tmp_path):
 def test_rows_without_an_object_are_minus_one(tmp_path):
     cat, dog = ("cat", *EVERYWHERE), ("dog", *EVERYWHERE)
     targets = {"1": [cat], "2": [cat, dog, cat], "3": [], "4": [dog, dog]}
-    folder = write_boxes(tmp_path / "voc", targets, train=list(targets), val=["1"], test=["1"])
+    folder = write_boxes(tmp_path / "voc", {**targets, "5": []}, train=list(targets), val=["5"],
+                         test=["1"])
     labels = load(folder).labels
     assert labels.shape == (4, 3, 6) and labels.dtype == torch.float32
     assert labels[:, :, 4].tolist() == [[0, -1, -1], [0, 1, 0], [-1, -1, -1], [1, 1, -1]]
     empty = labels[:, :, 4] == -1
     assert (labels[empty] == -1).all() and (labels[~empty] >= 0).all()
+
+
+def test_a_list_that_names_an_image_twice_has_it_once(tmp_path):
+    cat = [("cat", *EVERYWHERE)]
+    folder = write_boxes(tmp_path / "voc", {"1": cat, "2": cat}, train="1122", test="1")
+    everything = load(folder, "trainval")
+    assert pictures(everything) == stored(folder, ["1", "2"])
+
+
+def test_an_image_in_two_lists_of_which_one_is_held_out_ends_the_run(tmp_path, capsys):
+    folder = write_boxes(tmp_path / "voc", {"1": [("cat", *EVERYWHERE)], "2": []}, train="12",
+                         val="2", test="1")
+    line = error_line(capsys, load, folder, "val")
+    assert "train and val" in line and "2.png" in line
 
 
 def test_a_test_split_without_any_object_has_no_rows_and_is_said(tmp_path, capsys):
@@ -364,8 +379,8 @@ def test_a_palette_of_few_colours_keeps_the_numbers_too(tmp_path, depth):
 
 
 def test_masks_and_pictures_belong_together(tmp_path):
-    folder = write_masks(tmp_path / "voc", {"1": [1], "2": [2], "3": [255, 1]}, train="312",
-                         val="1", test="1")
+    folder = write_masks(tmp_path / "voc", {"1": [1], "2": [2], "3": [255, 1], "4": [1]},
+                         train="312", val="4", test="1")
     store = load(folder, "train", "segment")
     assert store.classes == ["background", "cat", "dog"]
     assert pictures(store) == stored(folder, "312")
@@ -521,8 +536,9 @@ def test_a_size_that_contradicts_the_picture_is_bad_input(tmp_path, capsys, size
 # ------------------------------------------------------------ classes
 
 def test_classes_are_what_train_names_in_order(tmp_path):
-    objects = {"1": [("dog", *EVERYWHERE)], "2": [("cat", *EVERYWHERE), ("ant", *EVERYWHERE)]}
-    folder = write_boxes(tmp_path / "voc", objects, train="12", val="1", test="1")
+    objects = {"1": [("dog", *EVERYWHERE)], "2": [("cat", *EVERYWHERE), ("ant", *EVERYWHERE)],
+               "3": []}
+    folder = write_boxes(tmp_path / "voc", objects, train="12", val="3", test="1")
     store = load(folder)
     assert store.classes == load(folder, "test").classes == ["ant", "cat", "dog"]
     assert store.labels[:, :, 4].tolist() == [[2, -1], [1, 0]]
@@ -530,8 +546,9 @@ def test_classes_are_what_train_names_in_order(tmp_path):
 
 @pytest.mark.parametrize("text", ["dog\nbird\ncat\n", "dog\nbird\ncat", "dog\r\nbird\r\ncat\r\n\n"])
 def test_class_names_fix_the_classes_and_their_order(tmp_path, capsys, text):
-    objects = {"1": [("dog", *EVERYWHERE)], "2": [("cat", *EVERYWHERE), ("dog", *EVERYWHERE)]}
-    folder = write_boxes(tmp_path / "voc", objects, train="12", val="1", test="1")
+    objects = {"1": [("dog", *EVERYWHERE)], "2": [("cat", *EVERYWHERE), ("dog", *EVERYWHERE)],
+               "3": []}
+    folder = write_boxes(tmp_path / "voc", objects, train="12", val="3", test="1")
     (folder / "class_names.txt").write_bytes(text.encode())
     store = load(folder)
     assert store.classes == ["dog", "bird", "cat"]
