@@ -1011,9 +1011,11 @@ def read_voc(args, splits):
                     targets.append(read_mask(file, picture, classes, side))
             except Exception as error:  # whatever a parser or a decoder raises
                 raise ValueError(f"{file}: {first_line(error)}") from None
-    if len(set(pictures)) < len(pictures):
-        twice = next(picture for picture in pictures if pictures.count(picture) > 1)
-        raise ValueError(f"the lists of {' and '.join(splits)} share images: {twice} is in both")
+    seen = set()
+    for picture in pictures:
+        if picture in seen:
+            raise ValueError(f"the lists of {' and '.join(splits)} share {picture}")
+        seen.add(picture)
     if args.task == "detect":
         return pictures, nn.utils.rnn.pad_sequence(targets, True, -1), sizes, classes
     return pictures, torch.stack(targets), sizes, classes
@@ -1710,10 +1712,10 @@ def load_backbone(ckpt, args, say):
             conv, pool = backbone.conv1, "no max-pool" if small_stem else "max-pool"
             stem = (f"; taken to have a {conv.kernel_size[0]}x{conv.kernel_size[0]} stem: stride "
                     f"{conv.stride[0]}, padding {conv.padding[0]}, {pool}")
-        method, unfinished = ckpt["method"], ""
+        run = ""
         if ckpt["resume"] and not ckpt["resume"].get("finished", True):
-            unfinished = ", of a run that has not finished"
-        tell(f"{args.ckpt}: {method}, {args.arch}{unfinished}; all {len(needed)} backbone tensors "
+            run = ", of a run that has not finished"
+        tell(f"{args.ckpt}: {ckpt['method']}, {args.arch}{run}; all {len(needed)} backbone tensors "
              f"matched{some_names(', left out', left)}{stem}")
     return backbone
 
@@ -2156,7 +2158,7 @@ def resume_checkpoint(args):
     the run's own."""
     path = Path(f"{args.out}.pt")
     if args.resume and not path.exists():
-        tell(f"--resume: there is no {path} yet, so that the run begins")
+        tell_once(f"--resume: there is no {path} yet, so that the run begins")
     if not args.resume or not path.exists():
         return None
     ckpt = load_checkpoint(path)

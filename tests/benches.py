@@ -196,8 +196,10 @@ def read_table(path):
 def with_others(rows, path, key):
     """The file's rows but for those that have a new row's values under the names in `key`, and then
     the new rows. The file is read each time: another bench may have written to it."""
-    new = {tuple(str(row[name]) for name in key) for row in rows}
-    kept = [old for old in read_table(path) if tuple(old[name] for name in key) not in new]
+    new, older = {tuple(str(row[name]) for name in key) for row in rows}, read_table(path)
+    if older and not older[0].keys() >= set(key):
+        common.fail(f"{path} is of an older bench: move it away")
+    kept = [old for old in older if tuple(old[name] for name in key) not in new]
     return [*kept, *rows]
 
 

@@ -25,7 +25,7 @@ import coin
 import common
 import core_tuning
 import simclr
-from conftest import draw_nothing
+from conftest import draw_nothing, error_line
 
 FEW = {"unlabeled": 128, "train": 60, "val": 20, "test": 20}  # petals
 SHORT_BISSL = ("--alternations 1 --lower-steps 1 --upper-steps 1 --head-epochs 1 "
@@ -230,6 +230,14 @@ def test_bissls_labelled_epochs_are_counted_and_its_pretext_is_shorter(
         method = "core_tuning" if "core_tuning" in log.name else "finetune"
         epochs[method] = len([1 for line in log.open() if "epoch" in line])
     assert epochs == dict(core_tuning=1, finetune=3)  # 1 for the head, 1 for the upper level
+
+
+def test_a_table_of_an_older_bench_is_not_mixed_with_new_rows(tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    benches.write_table([dict(row="a", rate=1)], path, ("row", "rate"))
+    line = error_line(capsys, benches.with_others, [dict(row="b", tuning="c")], path,
+                      ("row", "tuning"))
+    assert "table.csv" in line and "move it away" in line
 
 
 def test_another_pretext_or_task_is_another_run(tmp_path, monkeypatch):
