@@ -198,12 +198,15 @@ def start_pretext(args, backbone, ckpt):
         name = config.get("pretext", ckpt["method"])  # this script's checkpoints have the flag
     fresh_head = name not in PRETEXTS
     if fresh_head:
+        args.pretext = args.pretext or "simclr"
         common.tell(f"{args.ckpt or 'a random backbone'} has no pretext head: warms up a new one "
                     f"for {args.pretext}")
         flags = ["--data", args.data, "--out", args.out, "--device", args.device,
                  "--batch-size", str(args.pretext_batch_size)]
         config = common.run_config(PRETEXTS[args.pretext].parser().parse_args(flags))
     else:
+        if args.pretext not in (None, name):
+            common.fail(f"--pretext {args.pretext}: {args.ckpt} has the head of {name}")
         args.pretext = name
         config = config.get("pretext_config", config)
     pretext = PRETEXTS[args.pretext]
@@ -414,7 +417,7 @@ def parser(paper=False):
     p = common.Parser("bissl.py", __doc__, petals, others, tasks=tasks)
     p.label_options()
     finetune.task_option(p)
-    p.option("--pretext", str, "pretext task, where --ckpt brings none", "simclr",
+    p.option("--pretext", str, "pretext task; none: that of --ckpt, or else simclr",
              choices=sorted(PRETEXTS))
     p.option("--pretext-data", common.path, "data set of the pretext task; none: the checkpoint's")
     p.option("--pretext-batch-size", common.bounded(int, 4), "images of a lower step; H is "

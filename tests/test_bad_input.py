@@ -141,6 +141,7 @@ ROWS = [
     ("coin", "--labels-per-class 1", "no positives"),
     ("finetune", "--labels-per-class 1 --eta 0.1", "no positives"),
     ("bissl", "--pretext-data few", "--pretext-batch-size"),
+    ("bissl", "--pretext byol", "the head of simclr"),
     ("bissl", "--data single", "one class"),
     ("finetune", "--data single", "one class"),
     # evaluation
