@@ -5,7 +5,7 @@ equal terms: same epochs, same search, several seeds, test once.
                                                      day of one core
     python tests/bench_accuracy.py --labels 5 all --rows simclr-finetune simclr-bi_tuning
                                                      two columns of the table, and two of its rows
-    python tests/bench_accuracy.py --quick           six rows, 2 seeds
+    python tests/bench_accuracy.py --quick           six rows, 2 seeds: half an hour of one core
     python tests/bench_accuracy.py bissl             BiSSL beside all that could explain its gain
     python tests/bench_accuracy.py bissl --search 0  README's three commands, with their defaults
     python tests/bench_accuracy.py eta losses --judge val
