@@ -399,8 +399,6 @@ class Chain:
         run = self.name(row, trial, start, stage_flags, epochs, labels_of)
         shared = [*trial.tuning, *labels_of.labels, "--epochs", epochs]
         start, stage_seconds = self.stage(row, start, stage_flags, shared, run)
-        if row.stage == "coin":  # its checkpoint says how many epochs are left
-            shared = shared[:-2]
         flags = [*shared, *row.flags, *trial.method, *self.args.finetune]
 
         def make():
