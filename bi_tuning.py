@@ -150,7 +150,7 @@ def train(trial):
                                       args.weight_decay, scales=[args.backbone_lr, 1.0, 1.0])
     batches = common.Batches(data, args.batch_size)
     steps = args.epochs * len(batches)
-    warmup = min(args.warmup * len(batches), steps // 2)
+    warmup = args.warmup * len(batches)
 
     run = finetune.Run(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):

@@ -427,7 +427,8 @@ def parser(paper=False):
     p.option("--upper-steps", common.COUNT, "N_U", 8)
     p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; none: "
              "a fifth of pre-training's")
-    p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up, lower level", 1)
+    p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up, lower level, at "
+             "most half of all", 1)
     p.option("--head-epochs", common.FROM_ZERO, "epochs that warm up phi_H, and a "
              "pretext head where --ckpt brings none", 20)
     p.option("--lam", common.NOT_NEGATIVE, "lambda: how strongly theta_B is pulled towards phi_B",

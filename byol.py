@@ -126,7 +126,7 @@ def train(args):
     data, probe = common.load_unlabeled(args), common.load_probe(args)
     batches = common.Batches(data, args.batch_size, whole_only=True)
     steps = args.epochs * len(batches)
-    warmup = min(args.warmup * len(batches), steps // 2)
+    warmup = args.warmup * len(batches)
 
     run = common.Run(args, "byol", model, data.classes, probe=probe, optimizer=optimizer)
     for epoch in run.epochs_left(len(batches)):

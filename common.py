@@ -1908,8 +1908,9 @@ def make_optimizer(name, modules, lr, weight_decay, scales=None):
 
 
 def set_learning_rate(optimizer, peak, step, steps, warmup=0):
-    """Linear warm-up over `warmup` steps, then a cosine to 0 at `steps` (Loshchilov and Hutter
-    2017, arXiv 1608.03983)."""
+    """Linear warm-up over `warmup` steps, at most half of `steps`, then a cosine to 0 at `steps`
+    (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+    warmup = min(warmup, steps // 2)
     if step < warmup:
         lr = peak * (step + 1) / warmup
     else:

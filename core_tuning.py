@@ -137,7 +137,7 @@ def train(trial):
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     batches = common.Batches(data, args.batch_size)
     steps = args.epochs * len(batches)
-    warmup = min(args.warmup * len(batches), steps // 2)
+    warmup = args.warmup * len(batches)
 
     run = finetune.Run(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):

@@ -95,7 +95,7 @@ def train(args):
     data, probe = common.load_unlabeled(args), common.load_probe(args)
     batches = common.Batches(data, args.batch_size, whole_only=True)
     steps = args.epochs * len(batches)
-    warmup = min(args.warmup * len(batches), steps // 2)
+    warmup = args.warmup * len(batches)
 
     def embed(x):
         return project(model, make_views(x, args), args)        # (B, 2, D)

@@ -95,6 +95,11 @@ def test_the_learning_rate_has_its_closed_form(step, warmup, expected):
     assert schedule(4.0, 100, warmup)[step] == pytest.approx(4 * expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9, 40])
+def test_a_warm_up_that_is_longer_than_the_run_takes_half_of_it(steps):
+    assert schedule(1.0, steps, 1000) == schedule(1.0, steps, steps // 2)
+
+
 def test_the_warm_up_is_a_straight_line_to_the_peak():
     assert schedule(2.0, 100, 8)[:8] == pytest.approx([0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2])
 
