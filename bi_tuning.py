@@ -47,7 +47,7 @@ class ClassQueue(nn.Module):
         self.register_buffer("entered", entered)  # (C,) keys that a class has seen
 
     def filled(self):
-        """(C, K) bool"""
+        """Which slots hold a key: (C, K) bool."""
         slot = torch.arange(self.keys.shape[1], device=self.keys.device)
         return slot < self.entered[:, None]
 
@@ -125,7 +125,8 @@ def unit_with_one(h):
 
 
 def make_model(backbone, classes, args):
-    """Classifier, projector, both queues and the key encoder around the backbone."""
+    """-> the backbone with classifier, projector, both queues and key encoder around it; and its
+    part that the key encoder averages, backbone and projector."""
     width = backbone.num_features
     model = nn.ModuleDict(dict(backbone=backbone))
     queue_h = ClassQueue(classes, args.keys, width + 1, args.random_queue)
@@ -185,7 +186,7 @@ def show_queue(axes, args, backbone):
     """The panel of Bi-tuning: mean cosine similarity between the queued projections of two
     classes."""
     ckpt = common.load_checkpoint(f"{args.out}.pt")
-    queue, classes = ckpt["resume"]["queue_z"], ckpt["classes"]
+    queue, classes = ckpt["resume"]["queue_z"], finetune.plain_names(ckpt["classes"])
     size = queue["entered"].clamp(1, args.keys)[:, None]
     mean = queue["keys"].sum(1) / size  # (C, d), empty slots are 0
     finetune.show_matrix(axes, mean @ mean.T, classes, cmap="coolwarm", vmin=-1, vmax=1)
@@ -197,8 +198,8 @@ def parser():
     petals, others = dict(finetune.PETALS, decay=0.99), dict(finetune.OTHERS, decay=0.999)
     p = common.Parser("bi_tuning.py", __doc__, petals, others, from_coin=finetune.FROM_COIN)
     finetune.protocol_options(p)
-    p.option("--backbone-lr", common.NOT_NEGATIVE, "the backbone's share of --lr; the paper has "
-             "0.1 for supervised weights", 1.0)
+    p.option("--backbone-lr", common.NOT_NEGATIVE, "a factor, no rate: the backbone learns at "
+             "BACKBONE_LR x --lr; the paper has 0.1 for supervised weights", 1.0)
     p.option("--gamma", common.NOT_NEGATIVE, "gamma_cl, weight of the two contrastive losses", 1.0)
     p.option("--keys", common.COUNT, "K, keys queued for each class", 40)
     p.option("--decay", common.SHARE, "m of the key encoder's average; the paper's 0.999 hardly "

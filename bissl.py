@@ -21,13 +21,14 @@ level goes on with the pretext task, pulled towards an upper level that learns t
         Hessian-vector products solve A x = g_theta: at most --cg-steps of them, until
         ||g_theta - A x|| <= --cg-tol ||g_theta||. The N_U solves share A: each goes on from the
         directions of those before. The norm of both gradients together is clipped at 10.
+        --batch-size, --lr and --weight-decay are those of these steps.
   3. The result is theta_B.
 
-Where grad L_P + lambda (theta_B - phi_B) = 0, the implicit function theorem gives
-J = d theta_B / d phi_B = (I + H/lambda)^-1. A^-1 differs from J twice. The argmin also runs over
-theta_H, so that the exact matrix has H_BB - H_BH H_HH^-1 H_HB, a Schur complement, in H's place.
-And damping makes it lambda (H + (lambda + gamma) I)^-1, of which A^-1 leaves out the factor
-lambda/(lambda + gamma).
+Where grad L_P + lambda (theta_B - phi_B) = 0, and with theta_H held fixed, the implicit function
+theorem gives J = d theta_B / d phi_B = (I + H/lambda)^-1. A^-1 differs from the exact J twice.
+theta_H is not fixed: the exact one has H_BB - H_BH H_HH^-1 H_HB, a Schur complement, in the place
+of H = H_BB. And damping makes it lambda (H + (lambda + gamma) I)^-1, of which A^-1 leaves out the
+factor lambda/(lambda + gamma).
 
     python bissl.py --ckpt simclr.pt --data flowers --out runs/bissl
     python finetune.py --ckpt runs/bissl.pt --data flowers
@@ -85,7 +86,9 @@ def conjugate_gradient(matvec, b, steps, tolerance=0, directions=None):
         Ap = as_vector(matvec(as_tensors(p, b)))
         pAp = p @ Ap
         directions.append((p, Ap, pAp))
-        if tolerance and pAp == 0:  # the step's length p.r / p.Ap has no value
+        # Where p.Ap = 0 no step can be taken along p, and the next p would be the same. Without a
+        # tolerance nothing is compared, so that a GPU never has to wait.
+        if tolerance and pAp == 0:
             break
         alpha = ratio(p @ r, pAp)
         x, r = x + alpha * p, r - alpha * Ap
@@ -201,8 +204,11 @@ def start_pretext(args, backbone, ckpt):
         args.pretext = args.pretext or "simclr"
         common.tell(f"{args.ckpt or 'a random backbone'} has no pretext head: warms up a new one "
                     f"for {args.pretext}")
-        flags = ["--data", args.data, "--out", args.out, "--device", args.device,
-                 "--batch-size", str(args.pretext_batch_size)]
+        if not args.pretext_data and args.task != "classify" and args.data != "petals":
+            common.fail(f"--data {args.data} has boxes or masks, and a pretext task needs a set of "
+                        "images: give --pretext-data")
+        flags = ["--data", args.pretext_data or args.data, "--out", args.out,
+                 "--device", args.device, "--batch-size", str(args.pretext_batch_size)]
         config = common.run_config(PRETEXTS[args.pretext].parser().parse_args(flags))
     else:
         if args.pretext not in (None, name):
@@ -377,8 +383,8 @@ def warm_up_head(args, backbone, head, data):
 
 
 def warm_up_pretext_head(args, pretext, model, pretext_args, data):
-    """Train a fresh pretext head alone for --head-epochs epochs. BYOL's target stays a copy of
-    backbone and new projector."""
+    """Train a fresh pretext head alone for --head-epochs epochs. BYOL's target stays as it was
+    made: the backbone, and the projector before this training."""
     optimizer = common.make_optimizer(
         pretext_args.optimizer, [model.head], pretext_args.lr, pretext_args.weight_decay)
     trained = [p for p in model.head.parameters() if p.requires_grad]
@@ -422,9 +428,9 @@ def parser(paper=False):
     p.option("--pretext-data", common.path, "data set of the pretext task; none: the checkpoint's")
     p.option("--pretext-batch-size", common.bounded(int, 4), "images of a lower step; H is "
              "taken on --hessian-batch of such a batch")
-    p.option("--alternations", common.COUNT, "lower stage, upper stage, so many times", 20)
-    p.option("--lower-steps", common.COUNT, "N_L", 20)
-    p.option("--upper-steps", common.COUNT, "N_U", 8)
+    p.option("--alternations", common.COUNT, "so many times: lower steps, then upper steps", 20)
+    p.option("--lower-steps", common.COUNT, "N_L, steps of theta down the pretext loss", 20)
+    p.option("--upper-steps", common.COUNT, "N_U, steps of phi down the downstream loss", 8)
     p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; none: "
              "a fifth of pre-training's")
     p.option("--lower-warmup", common.FROM_ZERO, "alternations of linear warm-up, lower level, at "
@@ -441,8 +447,8 @@ def parser(paper=False):
              "two vectors of the backbone's size each; 0: every solve starts from zero", 20)
     p.option("--hessian-batch", common.bounded(int, 4), "images of a pretext batch that H is taken "
              "on, at most", 32)
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a downstream crop, share "
-             "of the image", 0.5)
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a downstream crop; the "
+             "image's is 1", 0.5)
     p.option("--probe-every", common.COUNT, "alternations between two k-NN probes (with few "
              "labels: val is held out then)", 4)
     figures = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in PAPER.items())

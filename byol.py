@@ -84,8 +84,8 @@ def make_model(backbone, args):
 
 
 def make_views(x, args):
-    """uint8 (B, 3, S, S) -> two random views (B, 3, size, size); blur and solarise have a
-    probability for each"""
+    """uint8 (B, 3, S, S) -> two random views (B, 3, size, size); args.blur and
+    args.solarise hold a probability for the first and one for the second"""
     views = []
     for blur, solarise in zip(args.blur, args.solarise):
         views.append(common.augment(x, args.image_size, crop=(args.crop, 1), jitter=args.jitter,
@@ -166,23 +166,24 @@ def draw(args, history, views):
 
 
 def parser():
-    petals = dict(image_size=32, arch="resnet10", epochs=24, batch_size=64, lr=0.05,
-                  weight_decay=5e-4, crop=0.4, jitter=[1.0, 1.0, 0.5, 0.5], blur=[0.0, 0.0],
-                  solarise=[0.0, 0.5], decay=0.99)
-    others = dict(petals, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1],
+    drawn = dict(image_size=32, arch="resnet10", epochs=24, batch_size=64, lr=0.05,
+                 weight_decay=5e-4, crop=0.4, jitter=[1.0, 1.0, 0.5, 0.5], blur=[0.0, 0.0],
+                 solarise=[0.0, 0.5], decay=0.99)
+    others = dict(drawn, image_size=64, epochs=500, crop=0.2, jitter=[0.4, 0.4, 0.2, 0.1],
                   blur=[1.0, 0.1], solarise=[0.0, 0.2], decay=0.996)
     optimizers = dict(adamw=dict(lr=2e-3, weight_decay=1e-4),
                       lars=dict(lr=0.2, weight_decay=1.5e-6))
-    p = common.Parser("byol.py", __doc__, petals, others, optimizers=optimizers)
+    p = common.Parser("byol.py", __doc__, drawn, others, optimizers=optimizers)
     p.option("--optimizer", str, "adamw, lars or sgd; LARS wants batches in the thousands, and "
              "then a rate of 0.2 batch / 256", "sgd", choices=common.OPTIMIZERS)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most "
              "half of all", 1)
     p.option("--decay", common.SHARE,
-             "tau_base of the target's average: in short runs it has to move")
+             "tau_base, decay of the target's average: short runs need a lower one, or the "
+             "target hardly leaves its start")
     p.option("--hidden", common.COUNT, "width of the heads' hidden layers", 512)
     p.option("--dim", common.COUNT, "width of the projections", 128)
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop; the image's is 1")
     p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4,
              metavar=tuple("BCSH"))
     p.option("--grey", common.SHARE, "probability of a grey view", 0.2)

@@ -9,7 +9,9 @@ together and apart from the others, without a classifier; nothing is added to th
   2. The first alpha of them (this script): SupCon alone on z = g(f(x)), one view an image. Anchor i
      is pulled to P(i), the other images of its class in the batch, among all others.
   3. The rest (finetune.py): cross-entropy + eta SupCon. It reads from the checkpoint how many
-     epochs of the budget are spent, and goes on there: in the cosine, and in the draws.
+     epochs of the budget are spent, and goes on there: in the cosine, and in the draws. It takes
+     over this script's rate, weight decay, batch size, crop and labels, too: plain fine-tuning
+     needs the same ones to be comparable.
 
 Classification only: its pairs are images of one class.
 
@@ -41,7 +43,7 @@ def supcon(z, y, temperature):
     z = F.normalize(common.upcast(z), dim=1)
     every, labels = common.gather(z), common.gather(y)          # (N, D), (N,): N of all processes
     column = torch.arange(len(every), device=z.device)
-    itself = common.own_rows(column)[:, None] == column         # (B, N): own anchors, all others
+    itself = common.own_rows(column)[:, None] == column         # (B, N): is a column the anchor?
     positive = (y[:, None] == labels) & ~itself                 # (B, N), row i: P(i)
     similarity = z @ every.T / temperature
     similarity = similarity.masked_fill(itself, -torch.inf)     # a != i
@@ -62,10 +64,10 @@ def start_projector(num_features, ckpt):
     """For finetune.py's --eta: the checkpoint's projector, or a new one where it has none of this
     kind."""
     state = (ckpt and ckpt["projector"]) or {}
-    if "2.weight" not in state:
-        return make_projector(num_features, 256)
-    projector = make_projector(num_features, len(state["2.weight"]))
-    projector.load_state_dict(state)
+    dim = len(state["2.weight"]) if "2.weight" in state else 256
+    projector = make_projector(num_features, dim)
+    if common.shapes(state) == common.shapes(projector.state_dict()):
+        projector.load_state_dict(state)
     return projector
 
 
@@ -112,11 +114,11 @@ def shuffled_forever(rows):
 
 def balanced_sizes(labels, batch_size, per_class):
     """(classes of a batch, images of each, batches of an epoch) for balanced_batches()."""
-    members = len(labels.unique())
+    available = len(labels.unique())
     batch_size = min(batch_size, len(labels))
-    classes = min(members, max(2, batch_size // per_class))
+    classes = min(available, max(2, batch_size // per_class))
     most = batch_size // classes
-    per_class = most if classes == members else min(per_class, most)
+    per_class = most if classes == available else min(per_class, most)
     return classes, per_class, max(1, len(labels) // (classes * per_class))
 
 
@@ -125,8 +127,9 @@ def balanced_batches(labels, batch_size, per_class):
     epoch as there are, or fewer. labels (n,) -> list of index tensors.
 
     Classes are drawn anew for each batch whatever their size, so that images of a small one come up
-    more often. Where there are too few classes for a batch, each gives more; with too few images,
-    fewer.
+    more often; of less than per_class images, some are twice in a batch, in two views that count as
+    positives of each other. Where a batch has room for more classes than there are, each gives
+    more. Where there are fewer images than batch_size, batches are smaller.
     """
     classes, per_class, steps = balanced_sizes(labels, batch_size, per_class)
     members = []
@@ -259,7 +262,7 @@ def parser():
                   warmup=0)
     p = common.Parser("coin.py", __doc__, petals, others)
     p.label_options()
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop; the image's is 1")
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most "
              "half of this script's")
     p.option("--alpha", common.SHARE, "share of --epochs, the whole budget, for SupCon alone", 0.7)

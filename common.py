@@ -111,7 +111,8 @@ class Parser(argparse.ArgumentParser):
     drawn, others: defaults on data that the code draws and on all others; data: the default of
     --data; optimizers, tasks: of each --optimizer or --task, of some of them "on petals" too, what
     replaces them; from_coin: names of those that a checkpoint of coin.py, in its config["rest"],
-    replaces, so that the rest of its budget is trained as it would have been.
+    replaces, so that the rest of its budget is trained as it would have been (not with --freeze: a
+    probe has a budget of its own).
     """
 
     def __init__(self, script, doc, drawn, others, data="petals", optimizers=None, tasks=None,
@@ -135,8 +136,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--prefix", str, "which of several networks in --ckpt; none: the first one")
         self.option("--out", path, "writes OUT.pt, OUT.jsonl and OUT.png", Path(script).stem)
         if "epochs" in drawn:
-            after_coin = "; after coin.py: coin's, the whole budget" if from_coin else ""
-            self.option("--epochs", COUNT, "passes over the images" + after_coin)
+            self.option("--epochs", COUNT, "passes over the images")
         self.option("--batch-size", bounded(int, 4), "images per step; BatchNorm needs a few")
         self.option("--lr", POSITIVE, "peak learning rate")
         self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")
@@ -163,6 +163,8 @@ class Parser(argparse.ArgumentParser):
             for value, defaults in table.items():
                 if name in defaults:
                     shown = f"{shown}; with --{choice} {value}: {defaults[name]}"
+        if name in self.from_coin:
+            shown = f"{shown}; after coin.py: coin's"
         help = f"{help} (default: {shown})".replace("%", "%%")  # argparse formats it once more
         metavar = metavar or type.__name__.upper()
         self.add_argument(flag, type=type, default=default, metavar=metavar, help=help, **more)
@@ -202,7 +204,8 @@ class Parser(argparse.ArgumentParser):
             defaults.update(arch=None, image_size=None)
             config = load_checkpoint(args.ckpt)["config"]
             rest = config.get("rest", {})
-            if same_data(config.get("data"), args.data) and task_of(args) == "classify":
+            goes_on = task_of(args) == "classify" and not getattr(args, "freeze", False)
+            if goes_on and same_data(config.get("data"), args.data):
                 defaults.update({name: rest[name] for name in self.from_coin if name in rest})
         if "labels_per_class" in vars(args):
             if args.labels_per_class is not None and args.fraction is not None:

@@ -10,7 +10,7 @@ classifier's boundary with the same mixtures.
      negative hn(i), the one of another class with the highest.
   2. Hard positive       f+_i = l f_hp(i) + (1 - l) f_hn(i),  l ~ Beta(alpha, alpha), labels mixed
      alike. Semi-hard negative  f-_i = (1 - l') f_i + l' f_r(i), r a random permutation,
-     l' ~ Beta(alpha, alpha), at least 0.8.
+     l' ~ Beta(alpha, alpha), raised to 0.8 where it is less.
   3. L = L_ce^m + eta L_con^f over all 3B: soft-label cross-entropy of the classifier, and the focal
      contrastive loss of the projections z = g(f), in which easy positives weigh less. An image's
      own hard positive is one of its positives.
@@ -97,7 +97,7 @@ def focal_contrastive(z, positives, temperature):
 
 def cells(f, y, most=32):
     """Segmentation: which features are paired the paper does not say; here those of the cells of
-    the head's map, about 32 an image, as many of each class as can be.
+    the head's map, at most 32 an image, spread as evenly over its classes as can be.
 
     f (B, D, h, w), masks y (B, size, size) -> f (32 B, D), y (32 B,) int, the class of the pixel at
     a cell's centre, 255 where that is void; all h w cells of a smaller map.
@@ -145,7 +145,7 @@ def train(trial):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
             x, y = task.views(x, y)
             if args.task == "segment":
-                dense, f, _ = task.loss(backbone, head, x, y)
+                dense, f, measured = task.loss(backbone, head, x, y)
                 f, y = cells(f, y)                                              # (32 B, D), (32 B,)
             else:
                 with common.autocast(args.device, args.precision):
@@ -162,12 +162,13 @@ def train(trial):
                 loss = dense + F.cross_entropy(logits[len(y):], labels[len(y):])
             else:
                 loss = F.cross_entropy(logits, labels)
+                measured = dict(train_top1=finetune.accuracy(logits[:len(y)], y))
             loss = loss + args.eta * contrast
             optimizer.zero_grad()
             loss.backward()
             common.average_gradients(model)
             optimizer.step()
-            run.add(len(x), loss=loss, train_top1=finetune.accuracy(logits[:len(y)], y))
+            run.add(len(x), loss=loss, **measured)
         run.end_epoch()
 
 

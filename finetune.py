@@ -47,7 +47,8 @@ import common
 
 METRICS = ("top1", "top5", "mean_class", "map", "ap50", "ap", "ap75", "ap50_voc07", "miou",
            "mean_accuracy", "fwiou", "pixel_accuracy")
-# What is usually reported, else the task's: printed first, and what a search is judged by.
+# The metric that is usually reported on a data set; elsewhere it is the task's own. It is printed
+# first, and a search is judged by it.
 MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_class",
                    caltech101="mean_class", voc07="map")
 
@@ -214,7 +215,7 @@ def evaluate(backbone, head, store, args):
 class Trial:
     """One training of the protocol: a pair of the search, or a final run with one seed."""
     method: str
-    flags: argparse.Namespace  # as they were typed
+    flags: argparse.Namespace  # of the whole run: what OUT.pt keeps and --resume compares
     args: argparse.Namespace   # with this trial's own learning rate, weight decay and seed
     data: common.Store         # what it trains on
     judge: common.Store        # what it is scored on after its last epoch
@@ -405,7 +406,8 @@ def load_fine_tuned(args, task, say=True):
     if not args.ckpt:
         common.fail("--eval needs --ckpt, of finetune.py, core_tuning.py or bi_tuning.py")
     backbone, ckpt = common.start_backbone(args, say)
-    state, classes = ckpt["head"] or {}, ckpt["classes"] or ["none"]  # which fits no head below
+    # Without a head, stand-ins that the comparison below refuses.
+    state, classes = ckpt["head"] or {}, ckpt["classes"] or ["none"]
     head = task.head(backbone, classes)
     if "weight" in state and "bias" not in state:  # core_tuning.py's classifier
         head.bias = None
@@ -426,6 +428,11 @@ def evaluate_checkpoint(args):
     return report(args, [task.score(backbone, head, test)])
 
 
+def plain_names(classes):
+    """As a figure shows them: a $ would begin a formula."""
+    return [name.replace("$", r"\$") for name in classes]
+
+
 def draw(args, history, test, panel):
     """Curves, the task's picture of the test images, and the method's own panel."""
     finished, task = copy.copy(args), make_task(args)
@@ -438,8 +445,7 @@ def draw(args, history, test, panel):
     common.plot_curves(axes[0, 0], last_run, ["loss"])
     measured = [name for name in last_run[-1] if name.startswith(("train_", "val_"))]
     common.plot_curves(axes[0, 1], last_run, measured)
-    names = [name.replace("$", r"\$") for name in test.classes]  # $ would begin a formula
-    test = replace(test, classes=names)
+    test = replace(test, classes=plain_names(test.classes))
     task.picture([axes[0, 2], axes[1, 0], axes[1, 1]], backbone, head, before, test)
     if panel:
         panel(axes[1, 2], args, backbone)
@@ -487,7 +493,8 @@ class Detector(nn.Module):
     def __init__(self, backbone, classes, side):
         super().__init__()
         width, units = 256, 1024        # channels of the pyramid's maps, units of the box head
-        anchor, limits = 8, {}          # side of an anchor in cells; how many boxes: torchvision's
+        anchor, limits = 8, {}          # side of an anchor in cells; numbers of boxes are
+                                        # torchvision's where none is given
         if side <= SMALL:  # a step takes a thirtieth of the time
             width, units, anchor = 64, 128, 4
             limits = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
@@ -544,7 +551,8 @@ class Detect:
 
     def loss(self, backbone, head, x, y, frozen=False):
         """The four losses' sum. Difficult objects count as others do. Proposals are sampled from a
-        seed of their own: the loss depends on its arguments alone, and no later draw on it."""
+        seed of their own: two calls with the same arguments give the same loss, as BiSSL's two
+        levels need, and what is drawn after it stays the same."""
         with common.autocast(self.args.device, self.args.precision):
             with torch.set_grad_enabled(not frozen):
                 maps = feature_maps(backbone, x)
@@ -610,9 +618,9 @@ def box_scores(found, true):
     """COCO's average precision (ap: mean over overlaps of 0.50, 0.55 ... 0.95), ap50, ap75, and the
     11-point one of VOC 2007 at 0.5 (ap50_voc07), means over the classes, in per cent.
 
-    An image each: found dicts of boxes (n, 4) left, top, right, bottom, labels (n,), scores (n,);
-    true dicts of boxes (m, 4), labels (m,), difficult (m,) bool. A hit on a difficult object is
-    neither right nor wrong. COCO counts the 100 best of a class and image.
+    found, true: lists with a dict for each image. Of found: boxes (n, 4) left, top, right, bottom,
+    labels (n,), scores (n,); of true: boxes (m, 4), labels (m,), difficult (m,) bool. A hit on a
+    difficult object is neither right nor wrong. COCO counts the 100 best of a class and image.
     """
     overlaps = np.linspace(0.5, 0.95, 10)
     coco, voc = [], []  # of each class
@@ -820,15 +828,15 @@ SEGMENT = {"segment": dict(epochs=30, batch_size=16, lr=0.02, weight_decay=1e-4,
 def protocol_options(p):
     """The flags of the protocol, the same for all three fine-tuning scripts."""
     p.label_options()
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop; to "
-             "detect, images stay whole")
-    p.option("--search", common.FROM_ZERO, "random pairs of learning rate and weight decay to try "
-             "on the validation split", 0)
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop; the image's is "
+             "1; to detect, images stay whole")
+    p.option("--search", common.FROM_ZERO, "so many random pairs of learning rate (1e-4 to 1) and "
+             "weight decay (1e-5 to 1e-2) are tried on the validation split, and the best one "
+             "replaces --lr and --weight-decay", 0)
     p.option("--seeds", common.COUNT, "runs with seeds SEED, SEED + 1, ...: mean +- deviation", 1)
     p.option("--warmup", common.FROM_ZERO, "epochs of linear warm-up before the cosine, at most "
-             "half of all; after coin.py: coin's")
-    p.option("--spent", common.FROM_ZERO, "how many of the --epochs are over already; after "
-             "coin.py: those that it took")
+             "half of all")
+    p.option("--spent", common.FROM_ZERO, "how many of the --epochs are over already")
 
 
 def task_option(p, choices=("classify", "detect", "segment")):
@@ -855,8 +863,8 @@ def parser():
                       from_coin=from_coin)
     protocol_options(p)
     task_option(p)
-    p.option("--eta", common.NOT_NEGATIVE, "cross-entropy + ETA x SupCon; after coin.py: coin's")
-    p.option("--temperature", common.bounded(float, 1e-3), "tau of SupCon; after coin.py: coin's")
+    p.option("--eta", common.NOT_NEGATIVE, "cross-entropy + ETA x SupCon")
+    p.option("--temperature", common.bounded(float, 1e-3), "tau of SupCon")
     p.add_argument("--freeze", action="store_true", help="linear probe: the head alone is trained")
     p.add_argument("--freeze-bn", action="store_true", help="BatchNorm in the backbone keeps the "
                    "averages that it came with")
@@ -869,6 +877,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if args.eta and args.task != "classify":
         common.fail("--eta is for --task classify: SupCon pairs images of one class")
+    if args.eta and args.freeze:
+        common.fail("--freeze leaves SupCon nothing to move: give one of --freeze and --eta")
     with common.resumable("finetune.py", args, argv):
         if args.eval:
             return evaluate_checkpoint(args)

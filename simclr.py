@@ -85,7 +85,7 @@ def loss(model, views, args):
 
 
 def after_step(model, args, step, steps):
-    """Nothing: byol.py moves its target here."""
+    """Does nothing. bissl.py calls it after each lower step; byol.py's moves the target."""
 
 
 def train(args):
@@ -149,7 +149,7 @@ def parser():
     p.option("--temperature", common.bounded(float, 1e-3), "tau of NT-Xent", 0.2)
     p.option("--hidden", common.COUNT, "width of the projector's hidden layer", 256)
     p.option("--dim", common.COUNT, "width of the projections", 128)
-    p.option("--crop", common.bounded(float, 0.01, 1), "smallest share of the image in a crop")
+    p.option("--crop", common.bounded(float, 0.01, 1), "smallest area of a crop; the image's is 1")
     p.option("--jitter", common.SHARE, "brightness, contrast, saturation and hue jitter", nargs=4,
              metavar=tuple("BCSH"))
     p.option("--grey", common.SHARE, "probability of a grey view", 0.2)

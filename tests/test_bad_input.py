@@ -142,6 +142,7 @@ ROWS = [
     ("finetune", "--labels-per-class 1 --eta 0.1", "no positives"),
     ("bissl", "--pretext-data few", "--pretext-batch-size"),
     ("bissl", "--pretext byol", "the head of simclr"),
+    ("bissl", "--ckpt foreign.pt --data voc --task detect", "--pretext-data"),
     ("bissl", "--data single", "one class"),
     ("finetune", "--data single", "one class"),
     # evaluation
@@ -217,6 +218,7 @@ ROWS = [
     ("bi_tuning", "--temperature 0", "--temperature"),
     ("bi_tuning", "--labels-per-class 13", "--labels-per-class"),
     ("finetune", "--eta -1", "--eta"),
+    ("finetune", "--eta 0.1 --freeze", "one of --freeze and --eta"),
     ("finetune", "--temperature 0", "--temperature"),
     ("finetune", "--spent -1", "--spent"),
     ("finetune", "--epochs 3 --spent 3", "--spent"),

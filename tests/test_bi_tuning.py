@@ -462,6 +462,16 @@ def test_the_panel_compares_the_mean_keys_of_the_classes(record, monkeypatch):
             assert shown[a, b].item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_panel_takes_names_that_would_be_formulas(record, monkeypatch, tmp_path):
+    ckpt = common.load_checkpoint(record.place / "bi_tuning.pt")
+    torch.save(dict(ckpt, classes=["a $x_$", "b $", "c"]), tmp_path / "bi_tuning.pt")
+    monkeypatch.chdir(tmp_path)
+    figure = common.plt.figure()
+    bi_tuning.show_queue(figure.gca(), bi_tuning.parser().parse_args([*SMALL]), None)
+    figure.savefig("panel.png")
+    common.plt.close("all")
+
+
 # --------------------------------------------------------------------------------------- whole runs
 
 @pytest.mark.parametrize("decay", [0, 0.9, 1])

@@ -478,6 +478,12 @@ def test_other_data_or_another_checkpoint_begin_a_budget_of_their_own(inside, sc
     assert getattr(args, "eta", None) == own_eta
 
 
+def test_a_linear_probe_after_coin_has_a_budget_of_its_own(inside):
+    plain = settings("finetune", "--freeze")
+    args = settings("finetune", "--ckpt", "coin.pt", "--freeze")
+    assert (args.epochs, args.spent, args.eta, args.lr) == (60, 0, 0, plain.lr)
+
+
 def test_what_was_finetuned_after_coin_leaves_no_budget(inside):
     finetune.main([*AFTER_COIN, "--ckpt", "coin.pt", "--epochs", "3", "--out", "tuned"])
     args = settings("finetune", "--ckpt", "tuned.pt")
@@ -535,6 +541,12 @@ def test_supcon_goes_on_with_the_projector_of_coin(inside):
                    "tuned"])
     tuned = common.load_checkpoint("tuned.pt")["projector"]
     torch.testing.assert_close(tuned, dict(ckpt["projector"]), rtol=0, atol=1e-6)
+
+
+def test_a_projector_of_another_width_is_not_taken():
+    narrow = coin.make_projector(64, 8).state_dict()  # as core_tuning.py --task segment has it
+    projector = coin.start_projector(256, dict(projector=narrow))
+    assert projector(torch.zeros(2, 256)).shape == (2, 8)
 
 
 @pytest.mark.parametrize("start", [["--ckpt", "simclr.pt"], ["--arch", "resnet10"]])

@@ -219,6 +219,17 @@ def test_bissl_says_that_a_foreign_checkpoint_has_no_pretext_head_and_goes_on(
     assert "no pretext head" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data, jitter", [("pictures", 0.4), ("doodles", 0.5)])
+def test_a_new_pretext_head_has_the_defaults_of_the_pretext_images(
+        starts, monkeypatch, data, jitter):
+    monkeypatch.chdir(starts)
+    monkeypatch.setattr(common, "DOODLES", 16)
+    torch.save(common.load_checkpoint("simclr.pt")["backbone"], "foreign.pt")
+    run("bissl", "--ckpt", "foreign.pt", "--pretext-data", data, "--out", "from_foreign")
+    config = common.load_checkpoint("from_foreign.pt")["config"]["pretext_config"]
+    assert config["jitter"][0] == jitter
+
+
 # ----------------------------------------------------------------------------------------- learning
 
 @pytest.mark.parametrize("script", FINE_TUNING)

@@ -294,6 +294,7 @@ def test_the_chain_of_stages_ends_with_a_score_that_eval_repeats(few, task, metr
 def test_core_tuning_segments(few):
     result = core_tuning.main([*SHORT, "--task", "segment", "--epochs", "2"])
     assert 0 <= result["test_miou"] <= 100
+    assert "train_pixels" in json_lines("core_tuning.jsonl")[0]  # as finetune.py has it
     again = finetune.main([*FLAGS, "--ckpt", "core_tuning.pt", "--task", "segment", "--eval"])
     assert again["test_miou"] == result["test_miou"]
 
