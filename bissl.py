@@ -204,9 +204,6 @@ def start_pretext(args, backbone, ckpt):
         args.pretext = args.pretext or "simclr"
         common.tell(f"{args.ckpt or 'a random backbone'} has no pretext head: warms up a new one "
                     f"for {args.pretext}")
-        if not args.pretext_data and args.task != "classify" and args.data != "petals":
-            common.fail(f"--data {args.data} has boxes or masks, and a pretext task needs a set of "
-                        "images: give --pretext-data")
         flags = ["--data", args.pretext_data or args.data, "--out", args.out,
                  "--device", args.device, "--batch-size", str(args.pretext_batch_size)]
         config = common.run_config(PRETEXTS[args.pretext].parser().parse_args(flags))
@@ -229,8 +226,12 @@ def load_pretext_data(args, pretext_args):
     """The images of the lower level: those of --pretext-data, or else the checkpoint's."""
     if args.pretext_data is None:
         args.pretext_data = pretext_args.data
-        if args.pretext_data not in common.KNOWN_DATA and not Path(args.pretext_data).is_dir():
-            common.fail(f"no pretext images at {args.pretext_data}, where {args.ckpt} was trained: "
+        folder = Path(args.pretext_data)
+        has_images = (folder / "unlabeled").is_dir() or (folder / "train").is_dir()
+        if args.pretext_data in common.KNOWN_DATA:
+            has_images = args.pretext_data != "voc"  # which has boxes and masks
+        if not has_images:
+            common.fail(f"no pretext images at {args.pretext_data}, in train/CLASS or unlabeled: "
                         "give --pretext-data")
     lower_args = Namespace(**vars(args))
     lower_args.data, lower_args.task = args.pretext_data, "classify"
@@ -417,7 +418,7 @@ def draw(args, history):
 def parser(paper=False):
     petals = dict(image_size=32, arch="resnet10", batch_size=64, lr=0.03, weight_decay=5e-4,
                   pretext_batch_size=128, labels_per_class=20)
-    others = dict(petals, image_size=64, lr=0.005, labels_per_class=None)
+    others = dict(petals, image_size=64, lr=0.005, labels_per_class=0)
     small, few = dict(batch_size=16), dict(labels_per_class=100)
     tasks = {"detect": small, "segment": small, "detect on petals": few, "segment on petals": few}
     p = common.Parser("bissl.py", __doc__, petals, others, tasks=tasks)

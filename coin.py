@@ -23,6 +23,7 @@ Look at S_Dbw, printed at the end: how compact the classes of the features are, 
 by the k-NN accuracy on val.
 """
 import itertools
+import math
 
 import matplotlib.pyplot as plt
 import torch
@@ -168,7 +169,7 @@ def say_positives(labels, batch_size, balanced=0):
     if not pairs:
         common.fail("every class has one labelled image: SupCon has no positives. Give "
                     "--labels-per-class 2 or more, or a larger --fraction")
-    others = n / common.steps_of(n, batch_size) - 1
+    others = n / math.ceil(n / batch_size) - 1
     expected = others * pairs / (n * (n - 1))
     if expected < 1 and not balanced:
         common.tell(f"an anchor has {expected:.2f} positives in a batch of {batch_size} on "
@@ -258,7 +259,7 @@ def parser():
     petals = dict(image_size=32, arch="resnet10", epochs=120, batch_size=32, lr=0.03,
                   weight_decay=5e-4, crop=0.5, labels_per_class=20, temperature=0.1,
                   warmup=10)
-    others = dict(petals, image_size=64, epochs=60, lr=0.01, labels_per_class=None, temperature=0.3,
+    others = dict(petals, image_size=64, epochs=60, lr=0.01, labels_per_class=0, temperature=0.3,
                   warmup=0)
     p = common.Parser("coin.py", __doc__, petals, others)
     p.label_options()

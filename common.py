@@ -36,7 +36,7 @@ from operator import itemgetter
 from pathlib import Path, PurePath
 from types import SimpleNamespace
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -46,10 +46,9 @@ from numpy._core import multiarray
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, ResNet
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+plt.switch_backend("Agg")  # figures are files: no screen is needed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published backbones have
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma
@@ -75,9 +74,7 @@ def tell(text, end="\n"):
         fail(f"cannot print: {error.strerror}")
 
 
-@cache
-def tell_once(text):
-    tell(text)
+tell_once = cache(tell)  # what was said before is not said again
 
 
 def bounded(kind, low, high=math.inf):
@@ -139,7 +136,8 @@ class Parser(argparse.ArgumentParser):
             self.option("--epochs", COUNT, "passes over the images")
         self.option("--batch-size", bounded(int, 4), "images per step; BatchNorm needs a few")
         self.option("--lr", POSITIVE, "peak learning rate")
-        self.option("--weight-decay", NOT_NEGATIVE, "L2 penalty; never on biases and BatchNorm")
+        self.option("--weight-decay", NOT_NEGATIVE, "decay of the weights; never of biases and "
+                    "BatchNorm")
         self.option("--seed", bounded(int, 0, 2**32 - 1), "seeds weights, order and views", 0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.option("--device", str, "cpu, cuda, cuda:1, ...", device)
@@ -286,25 +284,25 @@ def check_out(args):
 @contextlib.contextmanager
 def resumable(script, args, argv):
     """Ctrl-C ends with the command that goes on; running out of memory ends as bad input does."""
-    advice = "lower --batch-size or --image-size"
     try:
         yield
         if dist.is_torchelastic_launched():
             dist.destroy_process_group()
     except KeyboardInterrupt:
+        if getattr(args, "eval", False):  # which writes nothing that it could go on from
+            raise SystemExit(130) from None
         typed = sys.argv[1:] if argv is None else argv
+        typed = [word for word in typed if word != "--resume"]
         command = shlex.join(["python", script, *typed, "--resume"])
         if world() > 1:
             command = "the same torchrun command and --resume"
         print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. "
               f"Go on with: {command}", file=sys.stderr)
         raise SystemExit(130) from None
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory on {args.device}: {advice} ({str(error).split('.')[0]})")
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # a CPU's shortage has no type of its own
+    except RuntimeError as error:  # a CPU's shortage has no type of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        fail(f"out of memory on {args.device}: {advice}")
+        fail(f"out of memory on {args.device}: lower --batch-size or --image-size")
 
 
 # ---------------------------------------------------------------------------------- several devices
@@ -347,25 +345,23 @@ def own_rows(rows):
     return rows[:whole][rank()::world()]
 
 
-def all_sum(x):
-    """Sum of a tensor over all processes, without a graph."""
-    if world() > 1:
-        x = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-    return x
-
-
 class AllSum(torch.autograd.Function):
-    """all_sum() with a graph, for losses that reach over processes: its derivative, of any order,
-    is the sum of all gradients."""
+    """The sum of a tensor over all processes. Losses reach over processes, so that it has a
+    derivative, of any order: the sum of all gradients."""
 
     @staticmethod
     def forward(ctx, x):
-        return all_sum(x)
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
 
     @staticmethod
     def backward(ctx, gradient):
         return AllSum.apply(gradient)
+
+
+def all_sum(x):
+    return AllSum.apply(x) if world() > 1 else x
 
 
 def gather(own):
@@ -376,7 +372,7 @@ def gather(own):
     columns = [torch.zeros_like(own)] * world()
     columns[rank()] = own
     every = torch.stack(columns, 1)             # (b, world, ...), others' rows are zero
-    return AllSum.apply(every.flatten(0, 1))
+    return all_sum(every.flatten(0, 1))
 
 
 def process_means(tensors):
@@ -456,7 +452,7 @@ def store_side(image_size):
 
 
 PETAL_COUNTS, PETAL_FORMS = (3, 4, 5, 6, 8), ("round", "pointed")
-PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}
+PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}  # in order of seeds
 DOODLES = 8192
 
 
@@ -726,23 +722,23 @@ def read_imagenet(root, split):
     return paths, labels, [", ".join(synonyms) for synonyms in data.classes]
 
 
-TWO, THREE = ("train", "test"), ("train", "val", "test")
+TRAIN_TEST, TRAIN_VAL_TEST = ("train", "test"), ("train", "val", "test")
 DATASETS = {  # name: its reader, its splits, its folder under root
-    "flowers": (partial(listed, sets.Flowers102, download=True), THREE, "flowers-102"),
-    "food": (partial(listed, sets.Food101, download=True), TWO, "food-101"),
-    "cifar10": (partial(read_cifar, sets.CIFAR10), TWO, "cifar-10-batches-py"),
-    "cifar100": (partial(read_cifar, sets.CIFAR100), TWO, "cifar-100-python"),
-    "cub200": (read_cub200, TWO, "CUB_200_2011"),
-    "sun397": (read_sun397, TWO, "SUN397"),
-    "cars": (partial(listed, sets.StanfordCars), TWO, "stanford_cars"),
+    "flowers": (partial(listed, sets.Flowers102, download=True), TRAIN_VAL_TEST, "flowers-102"),
+    "food": (partial(listed, sets.Food101, download=True), TRAIN_TEST, "food-101"),
+    "cifar10": (partial(read_cifar, sets.CIFAR10), TRAIN_TEST, "cifar-10-batches-py"),
+    "cifar100": (partial(read_cifar, sets.CIFAR100), TRAIN_TEST, "cifar-100-python"),
+    "cub200": (read_cub200, TRAIN_TEST, "CUB_200_2011"),
+    "sun397": (read_sun397, TRAIN_TEST, "SUN397"),
+    "cars": (partial(listed, sets.StanfordCars), TRAIN_TEST, "stanford_cars"),
     "aircrafts": (partial(listed, sets.FGVCAircraft, annotation_level="variant", download=True),
-                  THREE, "fgvc-aircraft-2013b"),
-    "voc07": (read_voc07, THREE, "VOCdevkit/VOC2007"),
-    "dtd": (partial(listed, sets.DTD, partition=1, download=True), THREE, "dtd/dtd"),
-    "pets": (read_pets, TWO, "oxford-iiit-pet"),
-    "caltech101": (read_caltech101, TWO, "caltech101"),
+                  TRAIN_VAL_TEST, "fgvc-aircraft-2013b"),
+    "voc07": (read_voc07, TRAIN_VAL_TEST, "VOCdevkit/VOC2007"),
+    "dtd": (partial(listed, sets.DTD, partition=1, download=True), TRAIN_VAL_TEST, "dtd/dtd"),
+    "pets": (read_pets, TRAIN_TEST, "oxford-iiit-pet"),
+    "caltech101": (read_caltech101, TRAIN_TEST, "caltech101"),
     "stl10": (read_stl10, ("unlabeled", "train", "test"), "stl10_binary"),
-    "imagenet": (read_imagenet, TWO, "imagenet"),
+    "imagenet": (read_imagenet, TRAIN_TEST, "imagenet"),
 }
 DRAWN = ("petals", "doodles")  # by the code
 KNOWN_DATA = (*DRAWN, *DATASETS, "voc")
@@ -776,13 +772,11 @@ def open_folder(folder, split):
         fail(f"no folder {folder / split}: {folder} must hold train/CLASS/*.png, test/CLASS/*.png; "
              "one in the layout of VOC needs --task detect or segment")
     classes = class_folders(folder / split)
-    expected = classes
     if split in ("val", "test") and (folder / "train").is_dir():
-        expected = class_folders(folder / "train")
-    odd = sorted(classes.keys() ^ expected.keys())
-    if odd:
-        fail(f"{folder}: {split} does not have the classes of the other splits"
-             f"{some_names(':', odd)}")
+        odd = sorted(classes.keys() ^ class_folders(folder / "train").keys())
+        if odd:
+            fail(f"{folder}: {split} does not have the classes of the other splits"
+                 f"{some_names(':', odd)}")
     beside = [path.name for path in (folder / split).iterdir()
               if is_picture(path.name) and not path.is_dir()]
     if beside:
@@ -864,27 +858,30 @@ def voc_folders(args):
     if args.data != "voc":
         return [Path(args.data).resolve()]
     top = Path(args.root).resolve() / "VOCdevkit"
-    archives = [("2007", "trainval"), ("2007", "test"), ("2012", "trainval")]
+    archives = [("2012", "trainval")]
+    if args.task == "detect":
+        archives = [("2007", "trainval"), ("2007", "test"), *archives]
     for year, split in archives:
         if not (top / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt").exists():
             with named_download("voc", top):
                 sets.VOCDetection(args.root, year, split, download=True)
-    folders = [top / "VOC2007", top / "VOC2012"]
-    return folders if args.task == "detect" else folders[1:]
+    years = dict.fromkeys(year for year, _ in archives)  # each once
+    return [top / f"VOC{year}" for year in years]
 
 
 def voc_lists(args):
     """{split: its lists of images}. Without a test.txt, as in VOC2012, val.txt is for the test.
-    Train is train_aug.txt where the further masks that it names are there."""
+    Train is train_aug.txt where there is a folder of the further masks that it names."""
     lists = {}
     for folder in voc_folders(args):
         for file in sorted((folder / "ImageSets" / VOC_LAYOUT[args.task][0]).glob("*.txt")):
-            lists.setdefault(file.stem.replace("_", ""), []).append(file)
+            lists.setdefault(file.stem.replace("_", ""), []).append(file)  # train_aug or trainaug
         if args.task == "segment" and "trainaug" in lists:
             if (folder / "SegmentationClassAug").is_dir():
                 lists["train"] = lists["trainaug"][:1]
     if args.data == "voc":  # the targets of VOC2012's test are not public
-        lists["test"] = [file for file in lists.pop("test", []) if "VOC2007" in file.parts]
+        tests = lists.pop("test", [])
+        lists["test"] = [file for file in tests if file.parents[2].name == "VOC2007"]
     if not lists.get("test") and "val" in lists:
         lists["test"] = lists.pop("val")
     return lists
@@ -917,7 +914,7 @@ def list_voc(args, split):
 
 def read_lines(file):
     """What is not blank; another encoding than UTF-8 shows its bytes."""
-    lines = [line.strip() for line in file.read_text("utf-8", "backslashreplace").splitlines()]
+    lines = [line.strip() for line in file.read_text("utf-8-sig", "backslashreplace").splitlines()]
     return [line for line in lines if line]
 
 
@@ -1020,27 +1017,31 @@ def read_voc(args, splits):
             raise ValueError(f"the lists of {' and '.join(splits)} share {picture}")
         seen.add(picture)
     if args.task == "detect":
-        return pictures, nn.utils.rnn.pad_sequence(targets, True, -1), sizes, classes
-    return pictures, torch.stack(targets), sizes, classes
+        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1)
+    else:
+        labels = torch.stack(targets)
+    return pictures, labels, sizes, classes
 
 
 DECODE_CHUNK = 256  # images that are held decoded until they are written
 
 
-def write_images(path, pictures, side, whole=False):
+def write_images(path, pictures, side, squash=False):
     """Decode the pictures into an .npy file, uint8 (n, 3, side, side), on all cores: Pillow lets
-    other threads run meanwhile. whole: squash a picture to the square instead of cutting its
-    centre out."""
+    other threads run meanwhile. squash: a whole picture becomes the square, instead of its
+    centre."""
     def decoded(picture):
         is_array = isinstance(picture, np.ndarray)
         image = Image.fromarray(picture) if is_array else read_image(picture, side)
-        fit = Image.Image.resize if whole else ImageOps.fit
+        fit = Image.Image.resize if squash else ImageOps.fit
         image = fit(image, (side, side), Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1).tobytes()
 
-    n = len(pictures)
+    n, cores = len(pictures), os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # a cluster's job may have some of the cores alone
+        cores = len(os.sched_getaffinity(0))
     header = dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side))
-    with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with open(path, "wb") as file, ThreadPoolExecutor(cores) as pool:
         np.lib.format.write_array_header_1_0(file, header)
         began = shown = time.perf_counter()
         for first in range(0, n, DECODE_CHUNK):
@@ -1112,7 +1113,7 @@ def cache_path(args, splits):
                 splits = ["train", *splits]  # its objects name the classes
             for split in splits:
                 files.extend(list_voc(args, split))
-                key.update(f"{split} {len(files)}".encode())
+                key.update(f"{split} {len(files)}".encode())  # where the split ends
         for file in itertools.chain(*files):
             stat = os.stat(file)
             key.update(os.fsencode(f"{file} {stat.st_mtime_ns} {stat.st_size}\n"))
@@ -1141,23 +1142,20 @@ def load_cached(args, splits):
     return images, about["labels"], about["sizes"], about["classes"]
 
 
-def map_images(path):
-    """The array of an .npy file, mapped read-only: its pages go where memory is needed."""
+@cache
+def shared_images(path, device):
+    """The images in a cache file, once for all splits and runs that take rows of them. On the host
+    they are mapped read-only: their pages go where memory is needed."""
     array = np.load(path, mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
-        return torch.from_numpy(array)
-
-
-@cache
-def shared_images(path, device):
-    """The images in a cache file, once for all splits and runs that take rows of them."""
-    return fit_on(device, map_images(path))
+        images = torch.from_numpy(array)
+    return fit_on(device, images)
 
 
 def fit_on(device, images):
     """On a GPU where half of its free memory holds them, else on the host."""
-    if device.type == "cuda" and images.nbytes < 0.5 * free_memory(device):
+    if device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
         return images.to(device)
     return images
 
@@ -1203,15 +1201,20 @@ def own_splits(args):
         fail(f"--data {name} has classes of images only: --task {task} takes petals, voc, or a "
              "folder in the layout of VOC")
     if name == "voc":
-        return THREE if task == "detect" else TWO
+        return TRAIN_VAL_TEST if task == "detect" else TRAIN_TEST
     if name in DATASETS:
         return DATASETS[name][1]
-    if not Path(name).is_dir():
+    try:
+        is_folder = Path(name).is_dir()
+        folders = list(class_folders(Path(name))) if is_folder else []
+    except OSError as error:
+        fail(f"cannot read --data {name}: {error.strerror}")
+    if not is_folder:
         fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with "
              "train/CLASS/*.png, test/CLASS/*.png")
     if task != "classify":
         return list(voc_lists(args))
-    folders, splits = list(class_folders(Path(name))), ("unlabeled", "train", "val", "test")
+    splits = ("unlabeled", "train", "val", "test")
     others = [folder for folder in folders if folder not in splits]
     if others:
         tell_once(f"{name}: only {', '.join(splits)} are splits{some_names('; not read:', others)}")
@@ -1322,6 +1325,7 @@ def labelled_subset(labels, seed, per_class=None, fraction=None):
     largest = max(map(len, members), default=0)
     if per_class is not None and per_class > largest:
         fail(f"--labels-per-class {per_class} is more than any class has: at most {largest} images")
+    # The same rows twice: as a mask, and in the order in which they were drawn.
     chosen, keep = torch.zeros(len(shown), dtype=torch.bool), [torch.arange(0)]
     for rows in members:
         size = per_class  # of a smaller class all
@@ -1371,11 +1375,6 @@ def load_held_out(args, data):
     return load_val(args)
 
 
-def steps_of(images, batch_size):
-    """The number of batches that hold so many images, the last one perhaps in part."""
-    return math.ceil(images / batch_size)
-
-
 class Batches:
     """Epochs of images uint8 (b, 3, S, S) and labels (b,) on the device, each in an order of its
     own: every image once, of each batch this process's rows.
@@ -1392,7 +1391,7 @@ class Batches:
             self.steps = len(store) // batch_size
             smallest = min(own, batch_size // world())
         else:  # fewer batches where the rows of one process cannot give each of them two
-            self.steps = max(1, min(steps_of(len(store), batch_size), own // 2))
+            self.steps = max(1, min(math.ceil(len(store) / batch_size), own // 2))
             smallest = own // self.steps
         if smallest < 2 or self.steps == 0:
             fail(f"{len(store)} images in batches of {batch_size} are fewer than two a batch for "
@@ -1523,8 +1522,8 @@ def blur(x, sigma, kernel):
     """Gaussian blur of x (B, 3, H, H) by sigma (B,) in pixels, `kernel` taps, edges mirrored."""
     reach, side = kernel // 2, x.shape[-1]
     weight = torch.exp(-0.5 * (torch.arange(reach + 2, device=x.device) / sigma[:, None]) ** 2)
-    weight[:, reach + 1] = 0  # (B, reach + 2): the weight of a pixel by its distance
-    weight = weight / (2 * weight.sum(1, keepdim=True) - weight[:, :1])
+    weight[:, reach + 1] = 0  # (B, reach + 2): of a pixel by its distance, none beyond the reach
+    weight = weight / (2 * weight.sum(1, keepdim=True) - weight[:, :1])  # both sides, 0 once
     source = torch.arange(-reach, side + reach, device=x.device)  # where mirrored pixels count too
     distance = (source - source[reach:-reach, None]).abs().clamp(max=reach + 1)
     matrix = weight[:, None, distance]  # (B, 1, H, H + 2 reach)
@@ -1566,8 +1565,8 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
         order = torch.randperm(4).tolist()
         left_out = torch.rand(count) >= jitter_p
         for strength, neutral in zip(jitter, (1, 1, 1, 0)):  # neutral changes nothing
-            low, high = max(neutral - strength, neutral - 1), neutral + strength
-            factor = torch.empty(count).uniform_(low, high).masked_fill(left_out, neutral)
+            factor = torch.empty(count).uniform_(neutral - strength, neutral + strength)
+            factor = factor.masked_fill(left_out, neutral)
             factors.append(own_rows(factor).to(x.device, non_blocking=True))
     for name, p in (("grey", grey_p), ("blur", blur_p), ("solarise", solarise_p)):
         if p:
@@ -1612,10 +1611,8 @@ def test_crop(x, size, share=0.875, flip=None):
 
 # ----------------------------------------------------------------------------------------- backbone
 
-ARCHS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
-         "resnet34": (BasicBlock, [3, 4, 6, 3]), "resnet50": (Bottleneck, [3, 4, 6, 3]),
-         "resnet101": (Bottleneck, [3, 4, 23, 3]), "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3]),
-         "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3])}
+ARCHS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "wide_resnet50_2",
+         "wide_resnet101_2")
 
 
 def build_backbone(arch, small_stem):
@@ -1625,13 +1622,13 @@ def build_backbone(arch, small_stem):
     appendix B.9). resnet10 is for small machines: half the channels, and a stride of 2 in its small
     stem.
     """
-    block, layers = ARCHS[arch]
-    width_per_group = 128 if arch.startswith("wide") else 64
-    model = ResNet(block, layers, width_per_group=width_per_group)
+    narrow = arch == "resnet10"
+    if narrow:
+        model, width, stride = ResNet(BasicBlock, [1, 1, 1, 1]), 32, 2
+    else:
+        model, width, stride = getattr(torchvision.models, arch)(), 64, 1
     model.num_features = model.fc.in_features
     model.fc = nn.Identity()
-    narrow = arch == "resnet10"
-    width, stride = (32, 2) if narrow else (64, 1)
     if small_stem:
         model.conv1 = nn.Conv2d(3, width, 3, stride, 1, bias=False)
         model.maxpool = nn.Identity()
@@ -1664,7 +1661,7 @@ def start_backbone(args, say=True):
     torch.manual_seed(args.seed)
     ckpt = None
     if args.ckpt:
-        ckpt = load_checkpoint(args.ckpt, getattr(args, "prefix", None))
+        ckpt = load_checkpoint(args.ckpt, args.prefix)
         backbone = load_backbone(ckpt, args, say)
     else:
         backbone = build_backbone(args.arch, args.image_size <= 40)
@@ -1704,11 +1701,7 @@ def load_backbone(ckpt, args, say):
     for key in left:
         if not key.startswith(HEADS):
             fail(f"{misfit}: {key} has no place there, so that it is of another network")
-    whole = backbone.state_dict()
-    for key in whole:
-        if key in state:  # old files lack BatchNorm's counts
-            whole[key] = state[key]
-    backbone.load_state_dict(whole)
+    backbone.load_state_dict(state, strict=False)  # old files lack BatchNorm's counts
     if say:
         stem = ""
         if ckpt["arch"] is None:  # tensors do not tell these
@@ -1781,13 +1774,6 @@ def freeze_batch_norm(model):
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             layer.eval()
-
-
-def free_memory(device):
-    """Bytes that are free on a GPU; for a CPU, all that the machine has."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def autocast(device, precision):
@@ -1890,19 +1876,16 @@ def make_optimizer(name, modules, lr, weight_decay, scales=None):
     scales: a factor of the learning rate for each module.
     """
     scales = scales or [1.0] * len(modules)
-    weights, others = {}, {}  # of each scale, its parameters
-    for module, scale in zip(modules, scales):
-        for p in module.parameters():
-            if p.requires_grad:
-                kind = weights if p.ndim > 1 else others
-                kind.setdefault(scale, []).append(p)
-    groups = []
+    groups = []  # only LARS looks at `adapt`
     for scale in dict.fromkeys(scales):  # each value once
-        for kind, decay in ((weights, weight_decay), (others, 0.0)):
-            group = dict(params=kind.get(scale, []), weight_decay=decay, scale=scale)
-            if name == "lars":
-                group["adapt"] = kind is weights
-            groups.append(group)
+        weights, others = [], []
+        for module, own_scale in zip(modules, scales):
+            for p in module.parameters():
+                kind = weights if p.ndim > 1 else others
+                if p.requires_grad and own_scale == scale:
+                    kind.append(p)
+        groups.append(dict(params=weights, weight_decay=weight_decay, adapt=True, scale=scale))
+        groups.append(dict(params=others, weight_decay=0.0, adapt=False, scale=scale))
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
     if name == "sgd":
@@ -2116,15 +2099,15 @@ def safetensors(content):
     return tensors
 
 
-def flat_tensors(content, place=""):
+def flat_tensors(content, prefix=""):
     """Nested dicts such as {"state_dict": {...}} as one, {"state_dict.conv1.weight": ...}; what is
     not a tensor is left out."""
     tensors = {}
     for key, value in content.items():
         if torch.is_tensor(value):
-            tensors[f"{place}{key}"] = value
+            tensors[f"{prefix}{key}"] = value
         elif isinstance(value, dict):
-            tensors.update(flat_tensors(value, f"{place}{key}."))
+            tensors.update(flat_tensors(value, f"{prefix}{key}."))
     return tensors
 
 
@@ -2232,9 +2215,8 @@ class Run:
             part.load_state_dict(states[name])
         self.history = states["history"]
 
-    def epochs_left(self, steps=None):
-        """The numbers of the epochs to come; steps: how often add() is called in each of them, if
-        the progress line is to tell the time left."""
+    def epochs_left(self, steps):
+        """The numbers of the epochs to come; steps: how often add() is called in each of them."""
         self.started = time.perf_counter()
         for epoch in range(len(self.history), self.epochs):
             seed_epoch(self.stage, self.args.seed, epoch)
@@ -2261,19 +2243,16 @@ class Run:
         makes the device wait."""
         self.shown = time.perf_counter()
         spent, images = self.shown - self.began, self.images - self.images_before
-        left = ""
-        if self.steps:
-            seconds = spent / self.steps_done * (self.steps - self.steps_done)
-            left = f"  left in it {timedelta(seconds=int(seconds))}"
+        seconds = spent / self.steps_done * (self.steps - self.steps_done)
+        left = timedelta(seconds=int(seconds))
         means = [f"{name} {sums / self.counts[name]:.4g}" for name, sums in self.sums.items()]
         tell(f"\r{self.unit} {len(self.history) + 1}/{self.epochs}  {'  '.join(means)}  "
-             f"{images:,} images  {images / spent:,.0f} images/s{left}\033[K", end="")
+             f"{images:,} images  {images / spent:,.0f} images/s  left in it {left}\033[K",
+             end="")
 
     def means(self):
         """The averages so far over the images of all processes, as numbers."""
         names = list(self.sums)
-        if not names:
-            return {}
         means = [self.sums[name] / self.counts[name] for name in names]
         return dict(zip(names, process_means([torch.stack(means)])[0].tolist()))
 
@@ -2282,7 +2261,9 @@ class Run:
         done, every = len(self.history) + 1, getattr(self.args, "probe_every", 1)
         if self.probe is None or (done % every and done < self.epochs):
             return None
-        return knn_probe(backbone, *self.probe, self.args)
+        memory, query = self.probe
+        return knn_accuracy(*features(backbone, memory, self.args),
+                            *features(backbone, query, self.args))
 
     def score(self):
         """What is measured after an epoch."""
@@ -2345,11 +2326,6 @@ def write_lines(args, lines):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if rank() == 0:
         write_whole(f"{args.out}.jsonl", lambda file: file.write(text.encode()))
-
-
-def knn_probe(backbone, memory, query, args):
-    """knn_accuracy() of a store's images, with another one's as the memory."""
-    return knn_accuracy(*features(backbone, memory, args), *features(backbone, query, args))
 
 
 # ----------------------------------------------------------------------------------------- figures

@@ -250,7 +250,7 @@ class Run(common.Run):
     def epochs_done(self):
         return sum(line["run"] == self.number for line in self.trial.history)
 
-    def epochs_left(self, steps=None):
+    def epochs_left(self, steps):
         args, self.started = self.trial.args, time.perf_counter()
         for epoch in range(args.spent + self.epochs_done(), args.epochs):
             common.seed_epoch(self.stage, args.seed, epoch)
@@ -849,7 +849,7 @@ def task_option(p, choices=("classify", "detect", "segment")):
 
 PETALS = dict(image_size=32, arch="resnet10", epochs=120, batch_size=32, lr=0.08,
               weight_decay=0.008, crop=0.5, labels_per_class=20, warmup=10, spent=0)
-OTHERS = dict(PETALS, image_size=64, epochs=60, lr=0.01, weight_decay=5e-4, labels_per_class=None,
+OTHERS = dict(PETALS, image_size=64, epochs=60, lr=0.01, weight_decay=5e-4, labels_per_class=0,
               warmup=0)
 FROM_COIN = ("epochs", "spent", "warmup", "lr", "weight_decay", "batch_size", "crop",
              "labels_per_class", "fraction")

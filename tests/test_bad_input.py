@@ -103,6 +103,7 @@ ROWS = [
     ("bi_tuning", "--ckpt missing.pt", "layer3.0.bn1.weight"),
     # data
     ("simclr", "--data petunias", "petals, doodles, flowers"),
+    ("simclr", f"--data {300 * 'a'}", "cannot read --data"),
     ("bissl", "--data petunias", "petals, doodles, flowers"),
     ("bissl", "--pretext-data petunias", "petals, doodles, flowers"),
     ("finetune", "--data doodles", "no labels"),
@@ -142,7 +143,6 @@ ROWS = [
     ("finetune", "--labels-per-class 1 --eta 0.1", "no positives"),
     ("bissl", "--pretext-data few", "--pretext-batch-size"),
     ("bissl", "--pretext byol", "the head of simclr"),
-    ("bissl", "--ckpt foreign.pt --data voc --task detect", "--pretext-data"),
     ("bissl", "--data single", "one class"),
     ("finetune", "--data single", "one class"),
     # evaluation

@@ -158,12 +158,7 @@ def test_whole_only_drops_the_rest(n, steps):
 @pytest.mark.parametrize("n", [4, 5, 8, 9, 33])
 def test_the_length_of_batches_is_their_number(n, whole_only):
     batches = common.Batches(numbered_store(n), 4, whole_only)
-    assert len(batches) == len(list(batches)) == (n // 4 if whole_only else common.steps_of(n, 4))
-
-
-@pytest.mark.parametrize("images, steps", [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
-def test_steps_of_a_number_of_images(images, steps):
-    assert common.steps_of(images, 4) == steps
+    assert len(batches) == len(list(batches)) == (n // 4 if whole_only else -(-n // 4))
 
 
 def test_batches_keep_each_label_with_its_image():

@@ -46,7 +46,7 @@ def test_no_step_waits_for_the_gpu(place, monkeypatch, name, where):
     monkeypatch.setattr(common, "PETAL_SPLITS", splits)
     monkeypatch.setattr(common, "DOODLES", 64)
     if where == "in pinned memory":
-        monkeypatch.setattr(common, "free_memory", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     script, flags = RUNS[name]
     set_learning_rate, steps = common.set_learning_rate, []
     average_statistics, means = common.average_statistics, common.Run.means

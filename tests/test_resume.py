@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+import finetune
 from conftest import SCRIPTS, draw_nothing, write_folder
 
 BILEVEL = ["--lower-steps", "2", "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
@@ -185,6 +186,25 @@ def test_ctrl_c_prints_the_command_that_goes_on(uninterrupted, monkeypatch, caps
     python, script, *argv = shlex.split(printed)
     assert (python, script) == ("python", f"{RUNS[name][0]}.py") and "--resume" in argv
     assert SCRIPTS[name].main(argv) == result
+
+
+def test_ctrl_c_of_a_resumed_run_names_resume_once(uninterrupted, monkeypatch, capsys):
+    for more in ([], ["--resume"]):
+        with stop_at_save(monkeypatch, 1, "after", KeyboardInterrupt):
+            with pytest.raises(SystemExit):
+                run("simclr", "twice_ctrl_c", *more)
+        assert capsys.readouterr().err.split().count("--resume") == 1
+
+
+def test_ctrl_c_of_an_evaluation_names_no_command_to_go_on_with(uninterrupted, monkeypatch, capsys):
+    def stop(*ignored):
+        raise KeyboardInterrupt
+
+    uninterrupted("finetune")
+    monkeypatch.setattr(finetune, "evaluate_checkpoint", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run("finetune", "nothing", "--eval", "--ckpt", "whole_finetune.pt")
+    assert stopped.value.code == 130 and "Go on" not in capsys.readouterr().err
 
 
 def test_no_stage_and_no_epoch_repeats_the_draws_of_another():

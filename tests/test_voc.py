@@ -544,7 +544,9 @@ def test_classes_are_what_train_names_in_order(tmp_path):
     assert store.labels[:, :, 4].tolist() == [[2, -1], [1, 0]]
 
 
-@pytest.mark.parametrize("text", ["dog\nbird\ncat\n", "dog\nbird\ncat", "dog\r\nbird\r\ncat\r\n\n"])
+@pytest.mark.parametrize("text", [
+    "dog\nbird\ncat\n", "dog\nbird\ncat", "dog\r\nbird\r\ncat\r\n\n",
+    "\ufeffdog\nbird\ncat\n"])  # a byte-order mark, as editors on Windows write it
 def test_class_names_fix_the_classes_and_their_order(tmp_path, capsys, text):
     objects = {"1": [("dog", *EVERYWHERE)], "2": [("cat", *EVERYWHERE), ("dog", *EVERYWHERE)],
                "3": []}
@@ -771,6 +773,29 @@ def test_what_is_absent_of_voc_is_downloaded(devkit, monkeypatch, year, split):
     names.unlink()
     assert pictures(load_voc(devkit, "test")) == before
     assert asked == [(str(devkit.parent), year, split, True)]
+
+
+def test_masks_ask_for_no_other_year_than_theirs(devkit):
+    before = pictures(load_voc(devkit, "test", "segment"))
+    shutil.rmtree(devkit / "VOC2007")
+    assert pictures(load_voc(devkit, "test", "segment")) == before
+
+
+def test_a_root_that_is_called_like_a_year_changes_no_list(devkit, tmp_path):
+    write_lists(devkit / "VOC2012", "Main", {"test": ["2012_000001"]})  # without its targets
+    before = pictures(load_voc(devkit, "test"))
+    shutil.copytree(devkit, tmp_path / "VOC2007" / "VOCdevkit")
+    moved = pictures(load_voc(tmp_path / "VOC2007" / "VOCdevkit", "test"))
+    assert moved == before
+
+
+def test_bissl_without_a_pretext_s_images_asks_for_them(tmp_path, capsys):
+    boxes = dict.fromkeys("12345678", [("cat", *EVERYWHERE), ("dog", *EVERYWHERE)])
+    folder = write_boxes(tmp_path / "voc", boxes, train="1234", val="56", test="78")
+    flags = ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    line = error_line(capsys, SCRIPTS["bissl"].main,
+                      ["--data", str(folder), "--task", "detect", "--batch-size", "4", *flags])
+    assert "no pretext images" in line and "--pretext-data" in line
 
 
 def test_voc_that_cannot_be_downloaded_is_one_line(tmp_path, capsys):
