@@ -674,8 +674,8 @@ def read_sun397(root, split):
 
 def read_voc07(root, split):
     """Labels 1 present, 0 absent, -1 ignored: all objects of the class are marked difficult."""
-    names = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt"
-    download = not names.exists()  # torchvision would unpack its archive each time
+    name_list = root / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{split}.txt"
+    download = not name_list.exists()  # torchvision would unpack its archive each time
     data = sets.VOCDetection(root, "2007", split, download=download)
     labels = []
     for file in data.annotations:
@@ -921,13 +921,14 @@ def read_lines(file):
 def voc_classes(args):
     """VOC's; a folder's are the lines of its class_names.txt, or else, of boxes, all that train
     names."""
-    names = Path(args.data) / "class_names.txt"
+    names_file = Path(args.data) / "class_names.txt"
     if args.data == "voc":
         return VOC_CLASSES if args.task == "detect" else ["background", *VOC_CLASSES]
-    if names.exists():
-        return read_lines(names)
+    if names_file.exists():
+        return read_lines(names_file)
     if args.task == "segment":
-        raise ValueError(f"there is no {names}, which names a class per line, the background first")
+        raise ValueError(f"there is no {names_file}, which names a class per line, the "
+                         "background first")
     found = set()
     for _, annotation in list_voc(args, "train"):
         try:
@@ -1099,7 +1100,7 @@ def cache_path(args, splits):
     if task != "classify":
         name = f"{task}-{name}"
     if args.data not in DATASETS:
-        key, names = hashlib.sha256(), folder / "class_names.txt"
+        key, names_file = hashlib.sha256(), folder / "class_names.txt"
         if task == "classify":
             key.update(os.fsencode(folder))
             files = []
@@ -1108,7 +1109,7 @@ def cache_path(args, splits):
                 files.append(pictures)
                 key.update(repr((split, labels, classes)).encode())
         else:
-            files = [[names]] if names.exists() else []
+            files = [[names_file]] if names_file.exists() else []  # a list of lists, as below
             if task == "detect" and args.data != "voc" and not files:
                 splits = ["train", *splits]  # its objects name the classes
             for split in splits:
