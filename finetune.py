@@ -865,8 +865,8 @@ def parser():
     task_option(p)
     p.option("--eta", common.NOT_NEGATIVE, "cross-entropy + ETA x SupCon")
     p.option("--temperature", common.bounded(float, 1e-3), "tau of SupCon")
-    p.add_argument("--freeze", action="store_true", help="linear probe: the head alone is trained; after "
-                   "coin.py, too, with a budget of its own")
+    p.add_argument("--freeze", action="store_true", help="linear probe: the head alone is trained; "
+                   "after coin.py, too, with a budget of its own")
     p.add_argument("--freeze-bn", action="store_true", help="BatchNorm in the backbone keeps the "
                    "averages that it came with")
     p.add_argument("--eval", action="store_true", help="print the test score of --ckpt; train and "
