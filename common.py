@@ -361,6 +361,7 @@ class AllSum(torch.autograd.Function):
 
 
 def all_sum(x):
+    """AllSum of a tensor; itself, where there is one process."""
     return AllSum.apply(x) if world() > 1 else x
 
 
@@ -858,15 +859,15 @@ def voc_folders(args):
     if args.data != "voc":
         return [Path(args.data).resolve()]
     top = Path(args.root).resolve() / "VOCdevkit"
-    archives = [("2012", "trainval")]
-    if args.task == "detect":
-        archives = [("2007", "trainval"), ("2007", "test"), *archives]
+    archives = [("2007", "trainval"), ("2007", "test"), ("2012", "trainval")]
+    folders = [top / "VOC2007", top / "VOC2012"]
+    if args.task == "segment":
+        archives, folders = archives[2:], folders[1:]
     for year, split in archives:
         if not (top / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt").exists():
             with named_download("voc", top):
                 sets.VOCDetection(args.root, year, split, download=True)
-    years = dict.fromkeys(year for year, _ in archives)  # each once
-    return [top / f"VOC{year}" for year in years]
+    return folders
 
 
 def voc_lists(args):
@@ -1206,13 +1207,12 @@ def own_splits(args):
     if name in DATASETS:
         return DATASETS[name][1]
     try:
-        is_folder = Path(name).is_dir()
-        folders = list(class_folders(Path(name))) if is_folder else []
+        if not Path(name).is_dir():
+            fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with "
+                 "train/CLASS/*.png, test/CLASS/*.png")
+        folders = list(class_folders(Path(name)))
     except OSError as error:
         fail(f"cannot read --data {name}: {error.strerror}")
-    if not is_folder:
-        fail(f"unknown data set {name}: one of {', '.join(KNOWN_DATA)}, or a folder with "
-             "train/CLASS/*.png, test/CLASS/*.png")
     if task != "classify":
         return list(voc_lists(args))
     splits = ("unlabeled", "train", "val", "test")
@@ -1566,8 +1566,8 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
         order = torch.randperm(4).tolist()
         left_out = torch.rand(count) >= jitter_p
         for strength, neutral in zip(jitter, (1, 1, 1, 0)):  # neutral changes nothing
-            factor = torch.empty(count).uniform_(neutral - strength, neutral + strength)
-            factor = factor.masked_fill(left_out, neutral)
+            low, high = max(neutral - strength, neutral - 1), neutral + strength
+            factor = torch.empty(count).uniform_(low, high).masked_fill(left_out, neutral)
             factors.append(own_rows(factor).to(x.device, non_blocking=True))
     for name, p in (("grey", grey_p), ("blur", blur_p), ("solarise", solarise_p)):
         if p:
@@ -1702,7 +1702,11 @@ def load_backbone(ckpt, args, say):
     for key in left:
         if not key.startswith(HEADS):
             fail(f"{misfit}: {key} has no place there, so that it is of another network")
-    backbone.load_state_dict(state, strict=False)  # old files lack BatchNorm's counts
+    whole = backbone.state_dict()
+    for key in whole:
+        if key in state:  # old files lack BatchNorm's counts
+            whole[key] = state[key]
+    backbone.load_state_dict(whole)
     if say:
         stem = ""
         if ckpt["arch"] is None:  # tensors do not tell these
