@@ -157,6 +157,27 @@ def inverse_hvp(loss, params, vector, damping, steps, gradient=None, tolerance=0
     return conjugate_gradient(matvec, vector, steps, tolerance, directions)
 
 
+class SharedSolves:
+    """A^-1 v for one vector v after the other, all with the same A = I + H/(lambda + gamma).
+
+    gradient: d L_P / d theta_B with its graph, which serves all products. A solve goes on from the
+    directions of those before; residuals has one entry for each, products counts their products.
+    """
+
+    def __init__(self, args, theta_B, gradient):
+        self.args, self.theta_B, self.gradient = args, theta_B, gradient
+        self.directions, self.residuals, self.products = [], [], 0
+
+    def solve(self, v):
+        args, before = self.args, len(self.directions)
+        x = inverse_hvp(None, self.theta_B, v, args.lam + args.damping, args.cg_steps,
+                        self.gradient, args.cg_tol, self.directions)
+        self.residuals.append(relative_residual(v, self.directions))
+        self.products += len(self.directions) - before
+        self.directions = reusable(self.directions, args.recycle)
+        return x
+
+
 def pretext_gradient(pretext, lower, x, pretext_args):
     """d L_P / d theta_B on images x, with the graph through which all products with H go.
 
@@ -288,9 +309,8 @@ def train(args):
 
         x, _ = next(lower_batches)
         x = x[:args.hessian_batch // common.world()]
-        # theta does not move in the upper steps: one graph serves all products.
         g_pretext = pretext_gradient(pretext, lower, x, pretext_args)
-        directions, residuals, products = [], [], 0
+        solves = SharedSolves(args, theta_B, g_pretext)  # theta_B does not move in the upper steps
 
         for step in range(alternation * args.upper_steps, (alternation + 1) * args.upper_steps):
             x, y = next(upper_batches)
@@ -301,21 +321,16 @@ def train(args):
             (theta_loss + phi_loss).backward(inputs=[*theta_B, *upper.parameters()])
             common.average_gradients(lower)
             common.average_gradients(upper)
-            g_theta, before = [p.grad for p in theta_B], len(directions)
-            implicit = inverse_hvp(None, theta_B, g_theta, args.lam + args.damping, args.cg_steps,
-                                   g_pretext, args.cg_tol, directions)
+            implicit = solves.solve([p.grad for p in theta_B])  # A^-1 g_theta
             torch._foreach_add_([p.grad for p in phi_B], implicit)
             nn.utils.clip_grad_norm_(upper.parameters(), 10)  # A may be close to singular
             upper_optimizer.step()
-            residuals.append(relative_residual(g_theta, directions))
-            products += len(directions) - before
-            directions = reusable(directions, args.recycle)
             run.add(len(x), upper_theta=theta_loss, upper_phi=phi_loss)
 
-        del g_pretext, directions  # their memory is free for the next lower steps
+        residual, products = torch.stack(solves.residuals).max(), solves.products
+        del g_pretext, solves  # their memory is free for the next lower steps
         lower.to(memory_format=torch.channels_last)
         common.average_statistics(upper)
-        residual = torch.stack(residuals).max()
         check_solves(args, alternation, lower, residual)
         run.end_epoch(knn_phi=run.knn(phi_backbone), residual=residual, products=products,
                       follow=share_of_way(theta_B, phi_B, start_B),

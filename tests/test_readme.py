@@ -68,6 +68,29 @@ def test_prose_and_code_fit_in_100_columns(name):
         assert len(line) <= 100 or line.startswith(("|", "    ")), line
 
 
+ANSWERS = ROOT / "tests/answers.md"
+
+
+def test_what_belongs_to_an_item_of_a_list_is_indented():
+    """A table that is not would be shown as text, and an item in the middle of a line is none."""
+    for path in (ROOT / "tests/README.md", ANSWERS):
+        text, inside = path.read_text() if path.exists() else "", False
+        assert not re.search(r"\S \d+\. \*\*", text), path
+        for line in text.splitlines():
+            begins = re.match(r"\d+\. ", line)
+            inside = bool(begins) or (inside and not line.startswith("#"))
+            assert begins or not inside or line == "" or line.startswith("   "), line
+
+
+def test_every_exercise_has_an_answer():
+    if not ANSWERS.exists():
+        pytest.skip("left out of what students get")
+    titles = r"^\d+\. \*\*[^*]+\*\*"
+    asked = re.findall(titles, (ROOT / "tests/README.md").read_text(), re.M)
+    assert len(asked) == 10
+    assert re.findall(titles, ANSWERS.read_text(), re.M) == asked
+
+
 def test_both_commands_make_and_enter_the_environment():
     setup = "python -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
     first, tests = commands_of_block("Start")
