@@ -3,7 +3,7 @@ Tan 2024, arXiv 2410.02387).
 
 Between pre-training and fine-tuning, the backbone is aligned with the downstream task: a lower
 level goes on with the pretext task, pulled towards an upper level that learns the downstream task
-*through* it (section 3).
+*through* it: its loss is taken at the lower level's backbone, too (section 3).
 
     upper:  min_phi  L_D(theta_B*(phi_B), phi_H) + L_D(phi_B, phi_H)
     lower:  theta*(phi_B) = argmin_theta  L_P(theta) + lambda/2 ||theta_B - phi_B||^2
@@ -27,8 +27,9 @@ level goes on with the pretext task, pulled towards an upper level that learns t
 Where grad L_P + lambda (theta_B - phi_B) = 0, and with theta_H held fixed, the implicit function
 theorem gives J = d theta_B / d phi_B = (I + H/lambda)^-1. A^-1 differs from the exact J twice.
 theta_H is not fixed: the exact one has H_BB - H_BH H_HH^-1 H_HB, a Schur complement, in the place
-of H = H_BB. And damping makes it lambda (H + (lambda + gamma) I)^-1, of which A^-1 leaves out the
-factor lambda/(lambda + gamma).
+of H = H_BB. And damped, J = lambda (H + lambda I)^-1 becomes lambda (H + (lambda + gamma) I)^-1 =
+lambda/(lambda + gamma) A^-1: that factor, 0.001 with the defaults, is left out, so that theta's
+gradient counts as much as phi's own where H is small.
 
     python bissl.py --ckpt simclr.pt --data flowers --out runs/bissl
     python finetune.py --ckpt runs/bissl.pt --data flowers
@@ -120,13 +121,14 @@ def as_tensors(vector, like):
 
 
 def reusable(directions, most):
-    """Those that the next solve may start from: the first `most`, since the first steps find the
-    largest eigenvalues, but for p.Ap < 0, where H has an eigenvalue below -(lambda + gamma)."""
+    """What the next solve starts from: of the first `most` directions, which find the largest
+    eigenvalues, those with p.Ap > 0. Where p.Ap < 0 H has an eigenvalue below -(lambda + gamma)."""
     return [direction for direction in directions[:most] if direction[2] > 0]
 
 
 def relative_residual(b, directions):
-    """||b - A x|| / ||b|| of the solve that has just ended, as its own recurrence had it."""
+    """||b - A x|| / ||b|| of the solve that has just ended, without a product with H: best_point()
+    repeats its steps. directions: all that it used, before reusable() drops any."""
     b = as_vector(b)
     _, r = best_point(b, directions)
     return ratio(r.norm(), b.norm())
@@ -273,7 +275,6 @@ def train(args):
         pretext_args.optimizer, [lower], args.lower_lr, pretext_args.weight_decay)
     upper_optimizer = common.make_optimizer("sgd", [upper], args.lr, args.weight_decay)
     start_backbone = copy.deepcopy(theta_backbone)
-    start_B = tuple(start_backbone.parameters())
     run = common.Run(
         args, "bissl", lower, data.classes, epochs=args.alternations, unit="alternation",
         probe=held_out and (data, held_out), upper_backbone=phi_backbone, upper_head=phi_head,
@@ -290,7 +291,7 @@ def train(args):
     lower_steps = args.alternations * args.lower_steps
     upper_steps = args.alternations * args.upper_steps
     for alternation in run.epochs_left(args.lower_steps + args.upper_steps):
-        # Begun anew, so that --resume draws the same as a run that was not stopped.
+        # Begun here, where the draws have just been seeded: a resumed run gets the same batches.
         lower_batches, upper_batches = endless(pretext_batches), endless(task_batches)
 
         for step in range(alternation * args.lower_steps, (alternation + 1) * args.lower_steps):
@@ -309,8 +310,8 @@ def train(args):
 
         x, _ = next(lower_batches)
         x = x[:args.hessian_batch // common.world()]
-        g_pretext = pretext_gradient(pretext, lower, x, pretext_args)
-        solves = SharedSolves(args, theta_B, g_pretext)  # theta_B does not move in the upper steps
+        # theta_B does not move in the upper steps: one graph serves all products.
+        solves = SharedSolves(args, theta_B, pretext_gradient(pretext, lower, x, pretext_args))
 
         for step in range(alternation * args.upper_steps, (alternation + 1) * args.upper_steps):
             x, y = next(upper_batches)
@@ -318,22 +319,23 @@ def train(args):
             theta_loss, phi_loss = downstream_losses(args, theta_backbone, upper, x, y)
             lower_optimizer.zero_grad()
             upper_optimizer.zero_grad()
+            # theta_B gets g_theta, phi_B the direct gradient of its own loss, phi_H that of both.
             (theta_loss + phi_loss).backward(inputs=[*theta_B, *upper.parameters()])
             common.average_gradients(lower)
             common.average_gradients(upper)
             implicit = solves.solve([p.grad for p in theta_B])  # A^-1 g_theta
             torch._foreach_add_([p.grad for p in phi_B], implicit)
-            nn.utils.clip_grad_norm_(upper.parameters(), 10)  # A may be close to singular
+            nn.utils.clip_grad_norm_(upper.parameters(), 10)  # A^-1 g_theta may be huge
             upper_optimizer.step()
             run.add(len(x), upper_theta=theta_loss, upper_phi=phi_loss)
 
         residual, products = torch.stack(solves.residuals).max(), solves.products
-        del g_pretext, solves  # their memory is free for the next lower steps
-        lower.to(memory_format=torch.channels_last)
+        del solves  # its graph's memory is free for the next lower steps
+        lower.to(memory_format=torch.channels_last)  # back from pretext_gradient()'s layout
         common.average_statistics(upper)
         check_solves(args, alternation, lower, residual)
         run.end_epoch(knn_phi=run.knn(phi_backbone), residual=residual, products=products,
-                      follow=share_of_way(theta_B, phi_B, start_B),
+                      follow=share_of_way(theta_B, phi_B, tuple(start_backbone.parameters())),
                       distance=squared_distance(theta_B, phi_B).sqrt())
 
     say_what_failed(args, run.history[-1])

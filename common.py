@@ -2,8 +2,8 @@
 optimisers, checkpoints, logs.
 
 Images travel as uint8 (B, 3, S, S), S being a quarter more than the training side; augment() turns
-them into normalised floats (B, 3, size, size). What a view looks like is drawn on the CPU, so that
-no step waits for the device to learn how many images an operation is for; each epoch seeds the
+them into normalised floats (B, 3, size, size). What a view looks like is drawn on the CPU: a
+GPU would have to be waited for, to learn how many images are to be blurred. Each epoch seeds the
 draws anew, so that a resumed run repeats them.
 
 Under torchrun every process holds the same weights and makes the same random draws; of each batch
@@ -2193,10 +2193,11 @@ class Run:
                 run.add(len(x), loss=loss)
             run.end_epoch()
 
-    model: its children backbone, head, projector, ... are saved under their names; others: whatever
-    else a resume needs and has a state_dict(). epochs: args.epochs, unless a script counts
-    otherwise, in another `unit`. probe: (memory, query) stores for a k-NN probe every
-    args.probe_every epochs. stage: whose draws an epoch makes; without, the method's.
+    model: its children backbone, head, projector, ... are saved under their names; others: what
+    only --resume needs, each with a state_dict(). epochs: where they are not args.epochs, as
+    bissl.py's, whose unit is an alternation. probe: (memory, query) stores for a k-NN probe every
+    args.probe_every epochs. stage: the name that seeds the draws. coin.py gives "fine-tuning", so
+    that its epochs see the order and views that plain fine-tuning would; else it is the method.
     """
 
     def __init__(self, args, method, model, classes, epochs=None, unit="epoch", probe=None,
