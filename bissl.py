@@ -256,6 +256,7 @@ def load_pretext_data(args, pretext_args):
         if not has_images:
             common.fail(f"no pretext images at {args.pretext_data}, in train/CLASS or unlabeled: "
                         "give --pretext-data")
+    pretext_args.data = args.pretext_data  # where a later stage looks for them
     lower_args = Namespace(**vars(args))
     lower_args.data, lower_args.task = args.pretext_data, "classify"
     return common.load_unlabeled(lower_args, "pretext_batch_size")
@@ -276,7 +277,7 @@ def train(args):
     upper_optimizer = common.make_optimizer("sgd", [upper], args.lr, args.weight_decay)
     start_backbone = copy.deepcopy(theta_backbone)
     run = common.Run(
-        args, "bissl", lower, data.classes, epochs=args.alternations, unit="alternation",
+        args, "bissl", lower, data, epochs=args.alternations, unit="alternation",
         probe=held_out and (data, held_out), upper_backbone=phi_backbone, upper_head=phi_head,
         start_backbone=start_backbone, lower_optimizer=lower_optimizer,
         upper_optimizer=upper_optimizer)

@@ -128,7 +128,7 @@ def train(args):
     steps = args.epochs * len(batches)
     warmup = args.warmup * len(batches)
 
-    run = common.Run(args, "byol", model, data.classes, probe=probe, optimizer=optimizer)
+    run = common.Run(args, "byol", model, data, probe=probe, optimizer=optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, _) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)

@@ -152,6 +152,10 @@ class BalancedBatches(common.Batches):
     def __init__(self, store, batch_size, per_class):
         super().__init__(store, batch_size)
         self.per_class, self.labels = per_class, store.labels.cpu()
+        classes, of_each, _ = balanced_sizes(self.labels, batch_size, per_class)
+        if classes * of_each < 2 * common.world():  # BatchNorm cannot work on one image
+            common.fail(f"--balanced {per_class} makes batches of {classes * of_each} images, "
+                        f"fewer than two for each process ({common.world()})")
 
     def __len__(self):
         return balanced_sizes(self.labels, self.batch_size, self.per_class)[2]
@@ -199,7 +203,7 @@ def train(args):
     warmup = warmup_epochs(args) * len(batches)
 
     probe = (data, val) if val else None
-    run = common.Run(args, "coin", model, data.classes, epochs=coin_epochs, probe=probe,
+    run = common.Run(args, "coin", model, data, epochs=coin_epochs, probe=probe,
                      stage="fine-tuning", optimizer=optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):

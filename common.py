@@ -94,7 +94,9 @@ def bounded(kind, low, high=math.inf):
 
 
 def path(text):
-    """An argparse type: the shell leaves ~ as it is in --out=~/a."""
+    """An argparse type: the shell leaves ~ as it is in --out=~/a, and nothing of an unset "$X"."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
     return os.path.expanduser(text)
 
 
@@ -124,7 +126,8 @@ class Parser(argparse.ArgumentParser):
                     "test/CLASS/*.png", data)
         self.option("--root", path, "folder of the data sets, downloaded if need be, and of the "
                     "cache of decoded images", "data")
-        self.option("--image-size", bounded(int, 8), "side in pixels that the network sees; with "
+        # 8 would end in a map of 1 x 1, on which a CPU's gradients in bfloat16 are wrong.
+        self.option("--image-size", bounded(int, 9), "side in pixels that the network sees; with "
                     "--ckpt, the checkpoint's")
         self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's",
                     choices=ARCHS, metavar="ARCH")
@@ -196,6 +199,8 @@ class Parser(argparse.ArgumentParser):
             defaults.update(table.get(value, {}))
             if args.data == "petals":
                 defaults.update(table.get(f"{value} on petals", {}))
+        if args.prefix is not None and not args.ckpt:
+            fail("--prefix says which network of --ckpt to take, and there is no --ckpt")
         if args.ckpt:  # it tells its architecture and image size
             if not getattr(args, "eval", False) and same_file(args.ckpt, f"{args.out}.pt"):
                 fail(f"--ckpt {args.ckpt} is the file that this run writes: give another --out")
@@ -2136,18 +2141,19 @@ def named_layers(state, prefix, first):
 def stem_padding(content):
     """That of the first convolution: 2 in solo-learn's ResNet for CIFAR, which its hyper-parameters
     tell."""
-    flags = content.get("hyper_parameters", {})
+    flags = content.get("hyper_parameters")
     if isinstance(flags, argparse.Namespace):
         flags = vars(flags)
-    data = flags.get("data", flags)  # newer versions nest
-    if isinstance(data, dict) and str(data.get("dataset")).startswith("cifar"):
-        return 2
+    if isinstance(flags, dict):
+        data = flags.get("data", flags)  # newer versions nest
+        if isinstance(data, dict) and str(data.get("dataset")).startswith("cifar"):
+            return 2
     return 1
 
 
-def resume_checkpoint(args):
-    """The checkpoint that --resume goes on from, or None where there is none yet. The flags must be
-    the run's own."""
+def resume_checkpoint(args, classes):
+    """The checkpoint that --resume goes on from, or None where there is none yet. The flags and
+    the classes must be the run's own."""
     path = Path(f"{args.out}.pt")
     if args.resume and not path.exists():
         tell_once(f"--resume: there is no {path} yet, so that the run begins")
@@ -2163,6 +2169,8 @@ def resume_checkpoint(args):
         if before != value:
             flag = name.replace("_", "-")
             fail(f"--resume: --{flag} is {value}, but {path} was made with {before}")
+    if ckpt["classes"] != classes:
+        fail(f"--resume: {path} was made for other classes than {args.data} has now")
     return ckpt
 
 
@@ -2186,30 +2194,29 @@ class Run:
     averages what is logged over images and processes, and writes OUT.jsonl and OUT.pt after each
     epoch.
 
-        run = common.Run(args, "simclr", model, data.classes, optimizer=optimizer)
+        run = common.Run(args, "simclr", model, data, optimizer=optimizer)
         for epoch in run.epochs_left(len(batches)):
             for x, _ in batches:
                 ...
                 run.add(len(x), loss=loss)
             run.end_epoch()
 
-    model: its children backbone, head, projector, ... are saved under their names; others: what
-    only --resume needs, each with a state_dict(). epochs: where they are not args.epochs, as
-    bissl.py's, whose unit is an alternation. probe: (memory, query) stores for a k-NN probe every
-    args.probe_every epochs. stage: the name that seeds the draws. coin.py gives "fine-tuning", so
-    that its epochs see the order and views that plain fine-tuning would; else it is the method.
+    model: its children backbone, head, projector, ... are saved under their names; data: the Store
+    that it learns from; others: what only --resume needs, each with a state_dict(). epochs: where
+    they are not args.epochs, as bissl.py's, whose unit is an alternation. probe: (memory, query)
+    stores for a k-NN probe every args.probe_every epochs. stage: the name that seeds the draws.
+    coin.py gives "fine-tuning", so that its epochs see the order and views that plain fine-tuning
+    would; else it is the method.
     """
 
-    def __init__(self, args, method, model, classes, epochs=None, unit="epoch", probe=None,
+    def __init__(self, args, method, model, data, epochs=None, unit="epoch", probe=None,
                  stage=None, **others):
-        self.args, self.method, self.model, self.classes = args, method, model, classes
+        self.args, self.method, self.model, self.data = args, method, model, data
         self.stage = stage or method
         self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
         self.parts = dict(model.named_children(), **others)
         self.config, self.history = run_config(args), []
-        ckpt = resume_checkpoint(args)
-        if ckpt and ckpt["classes"] != classes:
-            fail(f"--resume: {args.out}.pt was made for other classes than {args.data} has now")
+        ckpt = resume_checkpoint(args, data.classes)
         if ckpt:
             self.load(ckpt)
         self.images, self.first = 0, len(self.history)
@@ -2217,6 +2224,10 @@ class Run:
     def load(self, ckpt):
         """Every part and the history as the checkpoint has them."""
         states = {**ckpt, **ckpt["resume"]}
+        images = states.get("images", len(self.data))  # files of an older version do not tell
+        if images != len(self.data):
+            fail(f"--resume: {self.args.out}.pt has learnt from {images:,} images of "
+                 f"{self.args.data}, and now there are {len(self.data):,}")
         for name, part in self.parts.items():
             part.load_state_dict(states[name])
         self.history = states["history"]
@@ -2312,10 +2323,10 @@ class Run:
     def save(self):
         parts = {name: state_of(part) for name, part in self.parts.items()}
         named = {name: parts.pop(name, None) for name in ("backbone", "head", "projector")}
-        parts.update(history=self.history, finished=self.is_finished())
+        parts.update(history=self.history, finished=self.is_finished(), images=len(self.data))
         save_checkpoint(f"{self.args.out}.pt", method=self.method, arch=self.args.arch,
-                        image_size=self.args.image_size, classes=self.classes, config=self.config,
-                        resume=parts, **named)
+                        image_size=self.args.image_size, classes=self.data.classes,
+                        config=self.config, resume=parts, **named)
 
 
 def seed_epoch(stage, seed, epoch):

@@ -32,6 +32,8 @@ def hardest(f, y):
     """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor by cosine
     similarity; the anchor's own where it has none. f (B, D), y (B,) int. Constants: no gradient
     flows through the choice."""
+    if not len(f):  # argmin() needs a row
+        return y, y
     f = F.normalize(f.detach(), dim=1)
     similarity, same = f @ f.T, y[:, None] == y                 # (B, B)
     positives = similarity.masked_fill(~same, torch.inf)        # other classes are never the lowest
@@ -114,6 +116,11 @@ def cells(f, y, most=32):
     return f.flatten(0, 1), label.gather(1, chosen).flatten()
 
 
+def mean_cross_entropy(logits, labels):
+    """With soft labels (n, C); 0 without rows, as where all masks of a batch are void."""
+    return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+
+
 def classify(head, f):
     """Logits (n, C) of rows of features (n, D), by a linear head or an FCN's last layer."""
     last = head[-1] if isinstance(head, nn.Sequential) else head
@@ -159,7 +166,7 @@ def train(trial):
             logits, z = classify(head, features), projector(features)           # (3B, C), (3B, d)
             contrast = focal_contrastive(z, positive_pairs(labels, len(y)), args.temperature)
             if args.task == "segment":  # the originals' cross-entropy is that of all pixels
-                loss = dense + F.cross_entropy(logits[len(y):], labels[len(y):])
+                loss = dense + mean_cross_entropy(logits[len(y):], labels[len(y):])
             else:
                 loss = F.cross_entropy(logits, labels)
                 measured = dict(train_top1=finetune.accuracy(logits[:len(y)], y))

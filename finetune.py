@@ -235,7 +235,7 @@ class Run(common.Run):
 
     def __init__(self, trial, model, optimizer):
         self.trial, self.number = trial, len(trial.results) + 1
-        super().__init__(trial.flags, trial.method, model, trial.data.classes, stage="fine-tuning",
+        super().__init__(trial.flags, trial.method, model, trial.data, stage="fine-tuning",
                          optimizer=optimizer)
         trials = trial.flags.search + trial.flags.seeds
         self.epochs = trials * (trial.flags.epochs - trial.flags.spent)  # for the time left
@@ -272,6 +272,9 @@ class Run(common.Run):
         if trial.watch is not None and watched is None and (last or done % every == 0):
             watched = trial.task.score(model.backbone, model.head, trial.watch)
         metric = trial.task.metric
+        if watched and np.isnan(watched[metric]):  # whatever was predicted
+            common.fail(f"val of {trial.args.data} has nothing that counts for {metric}: no object "
+                        "that is not difficult, or no pixel that is not void")
         return {f"val_{metric}": watched and watched[metric]}
 
     def settings(self):
@@ -307,8 +310,8 @@ def protocol(args, method, train, panel=None):
         common.fail(f"--epochs {args.epochs} is the whole budget, and {args.spent} of them are "
                     "over: raise it, or give --spent 0 for a budget of its own")
     _, ckpt = common.start_backbone(args)  # settles arch and image size, and says what it found
-    stopped = common.resume_checkpoint(args)
     test, val = common.load_data(args, "test"), None
+    stopped = common.resume_checkpoint(args, test.classes)
     if args.search or common.few_labels(args):
         val = common.load_val(args)
     if args.search and val is None:

@@ -103,7 +103,7 @@ def train(args):
     def contrast(z):
         return nt_xent(z[:, 0], z[:, 1], args.temperature)      # z (B, 2, D) -> scalar
 
-    run = common.Run(args, "simclr", model, data.classes, probe=probe, optimizer=optimizer)
+    run = common.Run(args, "simclr", model, data, probe=probe, optimizer=optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, _) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)

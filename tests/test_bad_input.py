@@ -86,6 +86,9 @@ def place(tmp_path_factory):
 ROWS = [
     # checkpoints
     ("finetune", "--ckpt nowhere.pt", "nowhere.pt"),
+    ("finetune", "--ckpt=", "--ckpt: is empty"),  # --ckpt "$CKPT", which is not set
+    ("simclr", "--data=", "--data: is empty"),
+    ("finetune", "--prefix encoder_q.", "there is no --ckpt"),
     ("finetune", "--ckpt truncated.pt", "truncated.pt"),
     ("finetune", "--ckpt garbage.pt", "garbage.pt"),
     ("finetune", "--ckpt empty.pt", "empty.pt"),
@@ -166,6 +169,7 @@ ROWS = [
     ("coin", "--ckpt ./simclr.pt --out simclr", "another --out"),
     # numbers that make no sense
     ("simclr", "--image-size 0", "--image-size"),
+    ("simclr", "--image-size 8", "--image-size"),
     ("simclr", "--batch-size 0", "--batch-size"),
     ("simclr", "--epochs 0", "--epochs"),
     ("simclr", "--lr -1", "--lr"),

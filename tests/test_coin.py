@@ -415,6 +415,13 @@ def test_finetune_learns_from_the_labelled_images_that_coin_has_learnt_from(
     assert first == second and 0 < len(first) < 17  # 3 x 6 are left when a fifth is held out
 
 
+def test_balanced_batches_too_small_for_the_processes_are_one_line(inside, monkeypatch, capsys):
+    store = common.Store(torch.zeros(9, 3, 8, 8), labels_of([3, 3, 3]), torch.arange(9), ["abc"])
+    monkeypatch.setattr(common, "world", lambda: 4)
+    line = error_line(capsys, coin.BalancedBatches, store, 8, 3)
+    assert "--balanced 3" in line and "batches of 6 images" in line
+
+
 def test_balanced_coin_has_its_own_batches_and_no_more_images_and_ends_where_finetune_starts(
         inside, steps):
     coin.main([*NEW, "--epochs", "4", "--alpha", "0.5", "--balanced", "2", "--out", "part"])

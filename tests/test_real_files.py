@@ -90,6 +90,11 @@ def solo_learn_file(path, flags):
     return model
 
 
+@pytest.mark.parametrize("flags", [None, ["--lr", "1"], {"data": None}])
+def test_hyper_parameters_of_another_kind_tell_nothing(flags):
+    assert common.stem_padding({"hyper_parameters": flags}) == 1
+
+
 @pytest.mark.parametrize("flags", [
     {"dataset": "cifar10"}, argparse.Namespace(dataset="cifar100"),
     {"data": {"dataset": "cifar10"}, "method": "simclr"}])

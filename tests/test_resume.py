@@ -11,7 +11,7 @@ import torch
 
 import common
 import finetune
-from conftest import SCRIPTS, draw_nothing, write_folder
+from conftest import SCRIPTS, draw_nothing, error_line, write_folder
 
 BILEVEL = ["--lower-steps", "2", "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
            "--pretext-batch-size", "8"]
@@ -205,6 +205,28 @@ def test_ctrl_c_of_an_evaluation_names_no_command_to_go_on_with(uninterrupted, m
     with pytest.raises(SystemExit) as stopped:
         run("finetune", "nothing", "--eval", "--ckpt", "whole_finetune.pt")
     assert stopped.value.code == 130 and "Go on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["simclr", "finetune", "search", "bissl"])
+def test_a_run_does_not_go_on_with_more_or_fewer_images(name, tmp_path, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "pictures")
+    with stop_at_save(monkeypatch, 1, "after"), pytest.raises(Stop):
+        run(name, str(tmp_path / "out"), "--data", str(folder))
+    before = read(tmp_path / "out.pt")
+    for label in "abc":
+        (folder / "train" / label / "0.png").rename(folder / "train" / label / "0.off")
+    line = error_line(capsys, run, name, str(tmp_path / "out"), "--data", str(folder), "--resume")
+    assert "images of" in line and "now there are" in line
+    assert read(tmp_path / "out.pt") == before
+
+
+def test_a_finished_run_is_not_told_as_one_of_other_classes(tmp_path, capsys):
+    folder = write_folder(tmp_path / "pictures")
+    run("finetune", str(tmp_path / "out"), "--data", str(folder))
+    write_folder(folder, classes="abcd")
+    line = error_line(capsys, run, "finetune", str(tmp_path / "out"), "--data", str(folder),
+                      "--resume")
+    assert "other classes" in line
 
 
 def test_no_stage_and_no_epoch_repeats_the_draws_of_another():

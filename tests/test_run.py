@@ -122,6 +122,9 @@ class Clock:
         return self.now
 
 
+TWO_IMAGES = common.Store(torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.arange(2), ["a"])
+
+
 def toy_run(tmp_path, monkeypatch, terminal):
     """A Run of two epochs of ten steps, four seconds and eight images each; what it prints."""
     screen, clock = Screen(terminal), Clock()
@@ -130,7 +133,7 @@ def toy_run(tmp_path, monkeypatch, terminal):
     args = Namespace(
         out=str(tmp_path / "toy"), resume=False, epochs=2, seed=0, arch="resnet10", image_size=16)
     model = nn.ModuleDict(dict(backbone=nn.Linear(2, 2)))
-    run = common.Run(args, "toy", model, ["a"])
+    run = common.Run(args, "toy", model, TWO_IMAGES)
     for epoch in run.epochs_left(10):
         for step in range(10):
             clock.now += 4
@@ -165,7 +168,7 @@ def test_into_a_file_nothing_makes_the_device_wait_within_an_epoch(tmp_path, mon
 
 def test_the_means_of_uneven_batches_count_images_and_not_batches(tmp_path, monkeypatch):
     args = Namespace(out=str(tmp_path / "toy"), resume=False, epochs=1, seed=0)
-    run = common.Run(args, "toy", nn.ModuleDict(dict(backbone=nn.Linear(2, 2))), ["a"])
+    run = common.Run(args, "toy", nn.ModuleDict(dict(backbone=nn.Linear(2, 2))), TWO_IMAGES)
     for _ in run.epochs_left(2):
         run.add(3, loss=torch.tensor(1.0))
         run.add(1, loss=torch.tensor(5.0))

@@ -230,6 +230,14 @@ def test_a_new_pretext_head_has_the_defaults_of_the_pretext_images(
     assert config["jitter"][0] == jitter
 
 
+def test_a_second_stage_goes_on_with_the_pretext_images_of_the_first(starts, monkeypatch):
+    monkeypatch.chdir(starts)
+    monkeypatch.setattr(common, "DOODLES", 16)
+    run("bissl", "--ckpt", "simclr.pt", "--pretext-data", "doodles", "--out", "first")
+    run("bissl", "--ckpt", "first.pt", "--out", "second")
+    assert common.load_checkpoint("second.pt")["config"]["pretext_data"] == "doodles"
+
+
 # ----------------------------------------------------------------------------------------- learning
 
 @pytest.mark.parametrize("script", FINE_TUNING)

@@ -299,6 +299,24 @@ def test_core_tuning_segments(few):
     assert again["test_miou"] == result["test_miou"]
 
 
+def test_a_batch_of_void_masks_alone_trains(few, monkeypatch):
+    def without_classes(args, splits, load=common.load_petals):
+        images, masks, sizes, classes = load(args, splits)
+        return images, torch.full_like(masks, 255), sizes, classes
+
+    monkeypatch.setattr(common, "load_petals", without_classes)
+    core_tuning.main([*FLAGS, "--image-size", "16", "--batch-size", "8", "--task", "segment",
+                      "--labels-per-class", "0", "--epochs", "1"])
+    assert json_lines("core_tuning.jsonl")[0]["loss"] == 0  # as finetune.py has it
+
+
+def test_the_mixtures_cross_entropy_is_the_mean_and_0_without_any():
+    logits, labels = torch.randn(5, 3), torch.rand(5, 3).softmax(1)
+    expected = -(labels * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(core_tuning.mean_cross_entropy(logits, labels), expected)
+    assert core_tuning.mean_cross_entropy(logits[:0], labels[:0]) == 0
+
+
 @pytest.mark.parametrize("trained, asked", [
     ("detect", "classify"), ("classify", "detect"), ("segment", "detect"), ("detect", "segment")])
 def test_another_task_than_the_checkpoints_is_one_line(few, capsys, trained, asked):

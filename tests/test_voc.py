@@ -789,6 +789,17 @@ def test_a_root_that_is_called_like_a_year_changes_no_list(devkit, tmp_path):
     assert moved == before
 
 
+def test_a_val_whose_objects_are_all_difficult_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cat = "cat", *EVERYWHERE
+    boxes = dict.fromkeys("12345678", [cat, ("dog", *EVERYWHERE)]) | dict.fromkeys("56", [(*cat, 1)])
+    folder = write_boxes(tmp_path / "voc", boxes, train="1234", val="56", test="78")
+    line = error_line(capsys, SCRIPTS["finetune"].main, [
+        "--data", str(folder), "--task", "detect", "--image-size", "32", "--batch-size", "4",
+        "--epochs", "1", "--search", "1", "--device", "cpu"])
+    assert "nothing that counts" in line and "learning rate" not in line
+
+
 def test_bissl_without_a_pretext_s_images_asks_for_them(tmp_path, capsys):
     boxes = dict.fromkeys("12345678", [("cat", *EVERYWHERE), ("dog", *EVERYWHERE)])
     folder = write_boxes(tmp_path / "voc", boxes, train="1234", val="56", test="78")
