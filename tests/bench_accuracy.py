@@ -581,6 +581,8 @@ def parse(argv):
                    "other tasks the script's own")
     p.add_argument("--parts", action="store_true", help="the parts of the spread, on val; printed")
     args = benches.parse_groups(p, argv, GROUPS, default=["methods"])
+    if (args.pretext or args.stage or args.finetune) and not args.name:  # else they replace rows
+        p.error("--pretext, --stage and --finetune lead to another table: give it a --name")
     defaults = dict(seeds=list(range(10)), search=6, pretext_epochs=12, labels=["20"],
                     pretext=["--data", "doodles"] if args.data == "petals" else [],
                     name=benches.name_of_data(args.data))

@@ -162,7 +162,8 @@ def small_bench(monkeypatch, tmp_path, *flags):
     monkeypatch.setattr(common, "DOODLES", 128)
     monkeypatch.setattr(bench_accuracy, "EPOCHS", {"2": 1, "all": 3})
     small = "--image-size 16 --batch-size 8"
-    return ["--device", "cpu", "--seeds", "0", "--labels", "2", "--finetune", small, "--stage",
+    return ["--device", "cpu", "--seeds", "0", "--labels", "2", "--name", "petals",
+            "--finetune", small, "--stage",
             f"{SHORT_BISSL} {small}", "--pretext", f"--data doodles {small}", "--pretext-epochs",
             "1", "--runs", str(tmp_path / "runs"), *flags]
 
@@ -177,6 +178,7 @@ def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
     flags = ("--device cpu --image-size 16 --pretext-epochs 1 --epochs 8 --search 2 --seeds 0 1 "
              "--labels 5").split()
+    flags += ["--name", "pictures"]
     flags += ["--stage", SHORT_BISSL]  # as much of the pretext is added to that of these rows
     flags += ["--data", str(folder), "--root", str(tmp_path / "root")]
     flags += ["--runs", str(tmp_path / "runs")]
@@ -206,9 +208,9 @@ def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys)
 
 def test_bissls_labelled_epochs_are_counted_and_its_pretext_is_shorter(
         few_petals, ckpt, tmp_path, monkeypatch):
-    argv = ["--device", "cpu", "--runs", str(tmp_path / "runs"), "--epochs", "3", "--pretext",
-            "--data petals", "--stage",
-            f"{SHORT_BISSL} --lower-steps 5", "--pretext-epochs", "5"]
+    argv = ["--device", "cpu", "--runs", str(tmp_path / "runs"), "--epochs", "3", "--name", "own",
+            "--pretext", "--data petals", "--stage", f"{SHORT_BISSL} --lower-steps 5",
+            "--pretext-epochs", "5"]
     bench, asked = benches.Bench(bench_accuracy.parse(argv)), []
     chain = bench_accuracy.Chain(bench, 0, "all")
 
@@ -230,6 +232,13 @@ def test_bissls_labelled_epochs_are_counted_and_its_pretext_is_shorter(
         method = "core_tuning" if "core_tuning" in log.name else "finetune"
         epochs[method] = len([1 for line in log.open() if "epoch" in line])
     assert epochs == dict(core_tuning=1, finetune=3)  # 1 for the head, 1 for the upper level
+
+
+def test_other_flags_for_the_stages_need_a_table_of_their_own(capsys):
+    with pytest.raises(SystemExit):
+        bench_accuracy.parse(["bissl", "--finetune=--freeze"])
+    assert "--name" in capsys.readouterr().err
+    assert bench_accuracy.parse(["bissl", "--name", "probe", "--finetune=--freeze"]).name == "probe"
 
 
 def test_a_table_of_an_older_bench_is_not_mixed_with_new_rows(tmp_path, capsys):
