@@ -41,10 +41,11 @@ Groups of rows:
            is in `methods` added to the pretext of the rows without it. What BiSSL's solves cost is
            not counted: the table has each row's seconds.
   search   Judged on val, of which nothing is ever trained on, by the mean over the first
-           --search-seeds seeds: --search trials of learning rate, weight decay and the weight of
-           the row's own method (WEIGHTS; where the row does not set it), log-uniform around the
-           paper's value. All rows have as many trials. --rates tries learning rates alone, and
-           --search 0 keeps the scripts' own. `all` labels means all of train.
+           --search-seeds seeds: the scripts' own flags, and --search trials of learning rate,
+           weight decay and the weight of the row's own method (WEIGHTS; where the row does not set
+           it), log-uniform around the paper's value. All rows have as many trials. --rates tries
+           learning rates alone, and --search 0 keeps the scripts' own flags. `all` labels means
+           all of train.
   test     One look for each seed, after its last epoch; --judge val leaves test alone.
   gain     on the plain row (same pretext, fine-tuning alone), seed by seed, and half of its 95 %
            interval (t over the seeds). In `lead` the best row of the column, in the group bissl
@@ -261,9 +262,8 @@ def trials(args, row):
     """What the row's search tries."""
     if args.rates:
         return [Trial(["--lr", rate], [], []) for rate in args.rates]
-    if args.search:
-        return [trial_of(row, shares) for shares in trials_to_search(args.search).tolist()]
-    return [Trial([], [], [])]
+    own = Trial([], [], [])  # the scripts' own flags
+    return [own, *(trial_of(row, shares) for shares in trials_to_search(args.search).tolist())]
 
 
 def best_trial(chains, row, tried):
@@ -567,7 +567,8 @@ def parse(argv):
                    "default: 20, behind --task 100")
     p.add_argument("--task", default="classify", choices=finetune.TASKS)
     p.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 9, quick 0 1")
-    p.add_argument("--search", type=int, help="trials; default: 6, quick 2")
+    p.add_argument("--search", type=int, help="trials beside the scripts' own flags; default: 6, "
+                   "quick 2")
     p.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates to search")
     p.add_argument("--search-seeds", type=int, default=1, metavar="N",
                    help="the search is judged by the mean over so many seeds; default: 1")

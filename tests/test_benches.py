@@ -110,6 +110,13 @@ def test_of_equal_rows_hardly_one_is_called_the_best():
     assert best_of(cells) == NAMES[3]
 
 
+def test_the_scripts_own_flags_are_among_what_a_search_tries():
+    for count in (0, 2):
+        args = SimpleNamespace(rates=[], search=count)
+        own, *others = bench_accuracy.trials(args, row_of("methods", "simclr-finetune"))
+        assert own == ([], [], []) and len(others) == count
+
+
 def test_the_search_takes_the_best_mean_over_its_seeds():
     scores = {0.1: (50, 70), 0.2: (61, 61), 0.3: (10, 90)}
     chains = []
@@ -197,7 +204,7 @@ def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys)
     assert all(len(cell["scores"].split()) == 2 for cell in table)
     assert (tmp_path / "methods-pictures.png").exists()
     book = book_of(tmp_path)
-    assert len([line for line in book if '-val"' in line]) == 2 * 2
+    assert len([line for line in book if '-val"' in line]) == 2 * (1 + 2)
     assert len([line for line in book if '-test"' in line]) == 2 * 2
 
     for script in benches.SCRIPTS.values():
