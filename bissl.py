@@ -277,7 +277,7 @@ def train(args):
     upper_optimizer = common.make_optimizer("sgd", [upper], args.lr, args.weight_decay)
     start_backbone = copy.deepcopy(theta_backbone)
     run = common.Run(
-        args, "bissl", lower, data, epochs=args.alternations, unit="alternation",
+        args, "bissl", lower, data, pretext_data, epochs=args.alternations, unit="alternation",
         probe=held_out and (data, held_out), upper_backbone=phi_backbone, upper_head=phi_head,
         start_backbone=start_backbone, lower_optimizer=lower_optimizer,
         upper_optimizer=upper_optimizer)

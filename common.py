@@ -2151,9 +2151,9 @@ def stem_padding(content):
     return 1
 
 
-def resume_checkpoint(args, classes):
-    """The checkpoint that --resume goes on from, or None where there is none yet. The flags and
-    the classes must be the run's own."""
+def resume_checkpoint(args):
+    """The checkpoint that --resume goes on from, or None where there is none yet. The flags must be
+    the run's own."""
     path = Path(f"{args.out}.pt")
     if args.resume and not path.exists():
         tell_once(f"--resume: there is no {path} yet, so that the run begins")
@@ -2169,9 +2169,18 @@ def resume_checkpoint(args, classes):
         if before != value:
             flag = name.replace("_", "-")
             fail(f"--resume: --{flag} is {value}, but {path} was made with {before}")
-    if ckpt["classes"] != classes:
-        fail(f"--resume: {path} was made for other classes than {args.data} has now")
     return ckpt
+
+
+def check_same_data(args, ckpt, classes, images):
+    """Stop where the checkpoint's run was for other classes, or found more or fewer images, held-out
+    ones among them."""
+    if ckpt["classes"] != classes:
+        fail(f"--resume: {args.out}.pt was made for other classes than {args.data} has now")
+    before = ckpt["resume"].get("images", images)  # files of an older version do not tell
+    if before != images:
+        fail(f"--resume: {args.out}.pt was made from {before:,} images, and now there are "
+             f"{images:,}")
 
 
 def run_config(args):
@@ -2201,33 +2210,34 @@ class Run:
                 run.add(len(x), loss=loss)
             run.end_epoch()
 
-    model: its children backbone, head, projector, ... are saved under their names; data: the Store
-    that it learns from; others: what only --resume needs, each with a state_dict(). epochs: where
-    they are not args.epochs, as bissl.py's, whose unit is an alternation. probe: (memory, query)
-    stores for a k-NN probe every args.probe_every epochs. stage: the name that seeds the draws.
-    coin.py gives "fine-tuning", so that its epochs see the order and views that plain fine-tuning
-    would; else it is the method.
+    model: its children backbone, head, projector, ... are saved under their names; data,
+    pretext_data: the Stores that it learns from; --resume asks for the same number of images;
+    others: what only --resume needs, each with a state_dict(). epochs: where they are not
+    args.epochs, as bissl.py's, whose unit is an alternation. probe: (memory, query) stores for a
+    k-NN probe every args.probe_every epochs. stage: the name that seeds the draws. coin.py gives
+    "fine-tuning", so that its epochs see the order and views that plain fine-tuning would; else it
+    is the method.
     """
 
-    def __init__(self, args, method, model, data, epochs=None, unit="epoch", probe=None,
-                 stage=None, **others):
-        self.args, self.method, self.model, self.data = args, method, model, data
+    def __init__(self, args, method, model, data, pretext_data=None, epochs=None, unit="epoch",
+                 probe=None, stage=None, **others):
+        self.args, self.method, self.model, self.classes = args, method, model, data.classes
+        self.images_there = len(data.images)
+        if pretext_data:
+            self.images_there += len(pretext_data.images)
         self.stage = stage or method
         self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
         self.parts = dict(model.named_children(), **others)
         self.config, self.history = run_config(args), []
-        ckpt = resume_checkpoint(args, data.classes)
+        ckpt = resume_checkpoint(args)
         if ckpt:
+            check_same_data(args, ckpt, self.classes, self.images_there)
             self.load(ckpt)
         self.images, self.first = 0, len(self.history)
 
     def load(self, ckpt):
         """Every part and the history as the checkpoint has them."""
         states = {**ckpt, **ckpt["resume"]}
-        images = states.get("images", len(self.data))  # files of an older version do not tell
-        if images != len(self.data):
-            fail(f"--resume: {self.args.out}.pt has learnt from {images:,} images of "
-                 f"{self.args.data}, and now there are {len(self.data):,}")
         for name, part in self.parts.items():
             part.load_state_dict(states[name])
         self.history = states["history"]
@@ -2323,10 +2333,10 @@ class Run:
     def save(self):
         parts = {name: state_of(part) for name, part in self.parts.items()}
         named = {name: parts.pop(name, None) for name in ("backbone", "head", "projector")}
-        parts.update(history=self.history, finished=self.is_finished(), images=len(self.data))
+        parts.update(history=self.history, finished=self.is_finished(), images=self.images_there)
         save_checkpoint(f"{self.args.out}.pt", method=self.method, arch=self.args.arch,
-                        image_size=self.args.image_size, classes=self.data.classes,
-                        config=self.config, resume=parts, **named)
+                        image_size=self.args.image_size, classes=self.classes, config=self.config,
+                        resume=parts, **named)
 
 
 def seed_epoch(stage, seed, epoch):

@@ -310,8 +310,8 @@ def protocol(args, method, train, panel=None):
         common.fail(f"--epochs {args.epochs} is the whole budget, and {args.spent} of them are "
                     "over: raise it, or give --spent 0 for a budget of its own")
     _, ckpt = common.start_backbone(args)  # settles arch and image size, and says what it found
+    stopped = common.resume_checkpoint(args)
     test, val = common.load_data(args, "test"), None
-    stopped = common.resume_checkpoint(args, test.classes)
     if args.search or common.few_labels(args):
         val = common.load_val(args)
     if args.search and val is None:
@@ -319,6 +319,8 @@ def protocol(args, method, train, panel=None):
                     "one: add a val of its own")
     results, history = [], []
     if stopped:
+        labelled = common.load_data(args, "trainval")
+        common.check_same_data(args, stopped, labelled.classes, len(labelled.images))
         results, history = stopped["resume"]["results"], stopped["resume"]["history"]
     say_what_was_seen(args, ckpt)
     trials, first = args.search + args.seeds, len(results)

@@ -560,7 +560,7 @@ def say_parts(bench, rate):
 def parse(argv):
     p = benches.parser(__doc__)
     p.add_argument("--quick", action="store_true", help="six rows of methods, 2 seeds, a "
-                   "search of 2, 6 pretext epochs")
+                   "search of 1, 6 pretext epochs")
     p.add_argument("--name", help="of the results and the runs; default: that of the data")
     p.add_argument("--rows", nargs="+", help="these rows of the groups")
     p.add_argument("--labels", nargs="+", choices=EPOCHS, help="per class, or all of them; "
@@ -568,7 +568,7 @@ def parse(argv):
     p.add_argument("--task", default="classify", choices=finetune.TASKS)
     p.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 9, quick 0 1")
     p.add_argument("--search", type=int, help="trials beside the scripts' own flags; default: 6, "
-                   "quick 2")
+                   "quick 1")
     p.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates to search")
     p.add_argument("--search-seeds", type=int, default=1, metavar="N",
                    help="the search is judged by the mean over so many seeds; default: 1")
@@ -590,7 +590,7 @@ def parse(argv):
     if args.task != "classify":
         defaults.update(labels=["100"])
     if args.quick:
-        defaults.update(seeds=[0, 1], search=2, pretext_epochs=6, rows=QUICK_ROWS,
+        defaults.update(seeds=[0, 1], search=1, pretext_epochs=6, rows=QUICK_ROWS,
                         name=f"{defaults['name']}-quick")
     for name, value in defaults.items():
         if getattr(args, name) is None:

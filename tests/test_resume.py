@@ -207,17 +207,28 @@ def test_ctrl_c_of_an_evaluation_names_no_command_to_go_on_with(uninterrupted, m
     assert stopped.value.code == 130 and "Go on" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["simclr", "finetune", "search", "bissl"])
-def test_a_run_does_not_go_on_with_more_or_fewer_images(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, save", [
+    ("simclr", 1), ("finetune", 1), ("search", 1), ("search", 2), ("coin", 1)])
+def test_a_run_does_not_go_on_with_more_or_fewer_images(name, save, tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "pictures")
-    with stop_at_save(monkeypatch, 1, "after"), pytest.raises(Stop):
+    with stop_at_save(monkeypatch, save, "after"), pytest.raises(Stop):
         run(name, str(tmp_path / "out"), "--data", str(folder))
     before = read(tmp_path / "out.pt")
     for label in "abc":
         (folder / "train" / label / "0.png").rename(folder / "train" / label / "0.off")
     line = error_line(capsys, run, name, str(tmp_path / "out"), "--data", str(folder), "--resume")
-    assert "images of" in line and "now there are" in line
+    assert " 36 images" in line and "now there are 33" in line
     assert read(tmp_path / "out.pt") == before
+
+
+def test_bissl_does_not_go_on_with_fewer_pretext_images(tmp_path, monkeypatch, capsys):
+    folder = write_folder(tmp_path / "pictures")
+    more = "--pretext-data", str(folder)
+    with stop_at_save(monkeypatch, 1, "after"), pytest.raises(Stop):
+        run("bissl", str(tmp_path / "out"), *more)
+    (folder / "train" / "a" / "0.png").unlink()
+    line = error_line(capsys, run, "bissl", str(tmp_path / "out"), *more, "--resume")
+    assert "made from 72 images, and now there are 71" in line
 
 
 def test_a_finished_run_is_not_told_as_one_of_other_classes(tmp_path, capsys):

@@ -792,7 +792,8 @@ def test_a_root_that_is_called_like_a_year_changes_no_list(devkit, tmp_path):
 def test_a_val_whose_objects_are_all_difficult_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cat = "cat", *EVERYWHERE
-    boxes = dict.fromkeys("12345678", [cat, ("dog", *EVERYWHERE)]) | dict.fromkeys("56", [(*cat, 1)])
+    boxes = dict.fromkeys("123478", [cat, ("dog", *EVERYWHERE)])
+    boxes.update(dict.fromkeys("56", [(*cat, 1)]))  # difficult
     folder = write_boxes(tmp_path / "voc", boxes, train="1234", val="56", test="78")
     line = error_line(capsys, SCRIPTS["finetune"].main, [
         "--data", str(folder), "--task", "detect", "--image-size", "32", "--batch-size", "4",
