@@ -2173,8 +2173,8 @@ def resume_checkpoint(args):
 
 
 def check_same_data(args, ckpt, classes, images):
-    """Stop where the checkpoint's run was for other classes, or found more or fewer images, held-out
-    ones among them."""
+    """Stop where the checkpoint's run was for other classes, or found more or fewer images, with
+    those that it holds out."""
     if ckpt["classes"] != classes:
         fail(f"--resume: {args.out}.pt was made for other classes than {args.data} has now")
     before = ckpt["resume"].get("images", images)  # files of an older version do not tell
