@@ -1731,11 +1731,16 @@ def most_similar_arch(state, small_stem):
     over."""
     found, differences = shapes(state), {}
     for arch in ARCHS:
-        with torch.device("meta"):  # shapes without memory
-            needed = shapes(build_backbone(arch, small_stem).state_dict())
+        needed = shapes_of_arch(arch, small_stem)
         keys = needed.keys() | found.keys()
         differences[arch] = sum(needed.get(key) != found.get(key) for key in keys)
     return min(differences, key=differences.get)
+
+
+@cache
+def shapes_of_arch(arch, small_stem):
+    with torch.device("meta"):  # which has shapes without memory
+        return shapes(build_backbone(arch, small_stem).state_dict())
 
 
 def shapes(state):

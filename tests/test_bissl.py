@@ -103,7 +103,7 @@ def test_further_steps_stay_at_the_solution(scale, dtype, solver):
     into NaN."""
     A = scale * torch.diag(torch.tensor([1, 2, 2, 3], dtype=dtype))
     b = torch.ones(4, dtype=dtype)
-    x = solve(A, b, 200, solver, ((4,),))
+    x = solve(A, b, 60, solver, ((4,),))  # after 33 at most the square is 0
     torch.testing.assert_close(x, torch.linalg.solve(A, b))
 
 
