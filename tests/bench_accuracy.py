@@ -346,6 +346,8 @@ class Chain:
         """A run of bissl.py, the same for all methods and budgets: its checkpoint and its line in
         the book."""
         flags = [*row.stage_flags, *flags]
+        if self.bissl_args(flags) == self.bissl_args():
+            flags = []  # a flag with its default is no run of its own
         out = f"bissl-{name_of(start)}-{self.which}-{self.seed}{as_name(flags)}"
 
         def make():

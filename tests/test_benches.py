@@ -272,6 +272,16 @@ def test_another_pretext_or_task_is_another_run(tmp_path, monkeypatch):
     assert asked == [0, 1, 2]
 
 
+def test_a_flag_with_its_default_is_no_run_of_its_own(tmp_path, monkeypatch):
+    bench = benches.Bench(bench_accuracy.parse(["lam", "--device", "cpu", "--runs", str(tmp_path)]))
+    bench.main = lambda script, out, flags: dict(lower=out)
+    chain = bench_accuracy.Chain(bench, 0, "20")
+    usual = chain.bissl(row_of("bissl", "BiSSL"), [], [])[1]["run"]
+    for row in bench_accuracy.rows_of("lam")[1:]:
+        run = chain.bissl(row, [], [])[1]["run"]
+        assert (run == usual) == (row.name == "lam 0.1")
+
+
 @pytest.mark.parametrize("group", ["keys", "alpha", "ingredients", "losses"])
 def test_one_thing_is_varied(group, tmp_path, monkeypatch):
     argv = small_bench(monkeypatch, tmp_path, "--search", "0", "--judge", "val", "--epochs", "2")
