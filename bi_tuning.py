@@ -10,7 +10,7 @@ however small the batch.
      encoder, decay m).
   2. Query: h = f(x_q), y_hat = W h + b, z_q = g(h). Key: h_k = f'(x_k), z_k = g'(h_k), no gradient.
   3. L_CCE, the classifier's side: logits w_y . h~ / tau over the image's own h and all C K queued
-     h_k; h~ = [h, 1] and w_y = [W_y, b_y] have unit length, and w_y is a constant. L_CCL, the
+     h_k; h~ = [h, 1], w_y = [W_y, b_y] and all z have unit length; w_y is a constant. L_CCL, the
      projector's side: logits z_q . z / tau over the image's own z_k and all C K queued z_k. Both
      are KL(target || softmax); the target is 1 / (K + 1) for the image itself and for each of the K
      keys of its class.
@@ -77,7 +77,7 @@ def share_with_class(own, queued, y, filled=None):
     slots of its class.
 
     own (B,): logits of the images themselves; queued (B, C, K): of all keys; y (B,); filled (C, K)
-    bool, without: all. -> scalar of their type, float32 for half types
+    bool, None: all. -> scalar of their type, float32 for half types
     """
     own, queued = common.upcast(own), common.upcast(queued)
     if filled is None:
@@ -92,10 +92,10 @@ def share_with_class(own, queued, y, filled=None):
 
 
 def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=None):
-    """CCE: the class's classifier weights among the image's own features and all queued ones.
+    """CCE: w_y is to find the image's own features, and its class's keys among all queued ones.
 
     h (B, D), weight (C, D), bias (C,), y (B,), queue (C, K, D + 1) unit keys of [h, 1]; filled (C,
-    K) bool, without: all. The weights are constants here: the loss moves the features. -> scalar
+    K) bool, None: all. The weights are constants here: the loss moves the features. -> scalar
     of h's type, float32 for half types
     """
     w = torch.cat([weight, bias[:, None]], 1).detach()
@@ -106,10 +106,10 @@ def contrastive_cross_entropy(h, weight, bias, y, queue, temperature, filled=Non
 
 
 def categorical_contrastive(z_q, z_k, y, queue, temperature, filled=None):
-    """CCL: the image's projection among its own key and all queued ones.
+    """CCL: z_q is to find its own key, and its class's keys among all queued ones.
 
     z_q, z_k (B, d), normalised here (zeros stay zeros), z_k a constant; y (B,); queue (C, K, d)
-    unit keys; filled (C, K) bool, without: all. -> scalar of z_q's type, float32 for half types
+    unit keys; filled (C, K) bool, None: all. -> scalar of z_q's type, float32 for half types
     """
     z_q = F.normalize(common.upcast(z_q), dim=1)
     z_k = F.normalize(common.upcast(z_k.detach()), dim=1)

@@ -97,8 +97,9 @@ def conjugate_gradient(matvec, b, steps, tolerance=0, directions=None):
 
 
 def best_point(b, directions):
-    """x = P (P^T A P)^-1 P^T b, the best point of the span of the directions P, and r = b - A x.
-    After a solve, its directions give its solution once more, and its residual. b, x, r: (n,)"""
+    """x = P (P^T A P)^-1 P^T b, the point of the span of the directions P that is nearest to A^-1 b
+    in A's norm, and r = b - A x. After a solve, its directions give its solution once more, and its
+    residual. b, x, r: (n,)"""
     x, r = torch.zeros_like(b), b
     for p, Ap, pAp in directions:  # P^T A P is diagonal
         alpha = ratio(p @ r, pAp)
@@ -135,11 +136,13 @@ def relative_residual(b, directions):
 
 
 def damped_hessian(gradient, params, damping):
-    """v -> (I + H/damping) v, from gradient = d loss / d params, made with create_graph=True."""
+    """v -> (I + H/damping) v, damping being lambda + gamma; gradient = d loss / d params, made with
+    create_graph=True."""
     def matvec(v):
         g_dot_v = sum((s * t).sum() for s, t in zip(gradient, v))
+        # H v = d(g.v)/d params (Pearlmutter 1994)
         Hv = torch.autograd.grad(g_dot_v, params, retain_graph=True, materialize_grads=True)
-        Hv = common.process_means(Hv)  # d(g.v)/d params = H v (Pearlmutter 1994)
+        Hv = common.process_means(Hv)  # each process has images of its own
         return tuple(s + t / damping for s, t in zip(v, Hv))
 
     return matvec
@@ -147,7 +150,7 @@ def damped_hessian(gradient, params, damping):
 
 def inverse_hvp(loss, params, vector, damping, steps, gradient=None, tolerance=0, directions=None):
     """(I + H/damping)^-1 vector by conjugate gradients, H = d2 loss / d params2 (section 3.2;
-    damping = lambda + gamma).
+    damping = lambda + gamma, not --damping alone).
 
     params, vector: tuples of tensors of the same shapes -> such a tuple. gradient: d loss / d
     params with its graph, if there already (loss is then not used): one graph serves all products
@@ -267,7 +270,7 @@ def train(args):
     pretext, lower, pretext_args, fresh_head = start_pretext(args, theta_backbone, ckpt)
     args.lower_lr = args.lower_lr or pretext_args.lr / 5
     data = common.load_labelled(args, args.seed)
-    held_out = common.load_held_out(args, data)
+    val = common.load_held_out(args, data)
     pretext_data = load_pretext_data(args, pretext_args)
     upper = make_upper(args, theta_backbone, data.classes)
     phi_backbone, phi_head = upper
@@ -278,7 +281,7 @@ def train(args):
     start_backbone = copy.deepcopy(theta_backbone)
     run = common.Run(
         args, "bissl", lower, data, pretext_data, epochs=args.alternations, unit="alternation",
-        probe=held_out and (data, held_out), upper_backbone=phi_backbone, upper_head=phi_head,
+        probe=(data, val) if val else None, upper_backbone=phi_backbone, upper_head=phi_head,
         start_backbone=start_backbone, lower_optimizer=lower_optimizer,
         upper_optimizer=upper_optimizer)
     run.config["pretext_config"] = common.run_config(pretext_args)
@@ -448,7 +451,7 @@ def parser(paper=False):
     p.option("--pretext-batch-size", common.bounded(int, 4), "images of a lower step; H is "
              "taken on --hessian-batch of such a batch")
     p.option("--alternations", common.COUNT, "so many times: lower steps, then upper steps", 20)
-    p.option("--lower-steps", common.COUNT, "N_L, steps of theta down the pretext loss", 20)
+    p.option("--lower-steps", common.COUNT, "N_L, steps of theta down the lower objective", 20)
     p.option("--upper-steps", common.COUNT, "N_U, steps of phi down the downstream loss", 8)
     p.option("--lower-lr", common.POSITIVE, "peak learning rate of the pretext's optimiser; none: "
              "a fifth of pre-training's")

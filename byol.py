@@ -9,8 +9,8 @@ watches the training.
   2. Online: p = q(z), z = g(f(x)): f is the backbone, g the projector, q the predictor.
      Target: z' = g'(f'(x)), no gradient (z_target in the code).
   3. Loss: 2 - 2 cos(p1, z2') + 2 - 2 cos(p2, z1').
-  4. Step f, g and q. Then f', g' <- tau f', g' + (1 - tau) f, g, with tau rising from tau_base to 1
-     on a cosine.
+  4. Step f, g and q. Then f' <- tau f' + (1 - tau) f, and g' alike, with tau rising from tau_base
+     to 1 on a cosine.
   After the training all but f is thrown away and f is fine-tuned (finetune.py), or all goes to
   bissl.py first.
 
@@ -67,8 +67,8 @@ class Model(nn.Module):
         return z, p, z_target
 
     def update_target(self, tau):
-        """f', g' <- tau f', g' + (1 - tau) f, g (equation 1), after the optimiser step. BatchNorm
-        statistics stay its own."""
+        """f' <- tau f' + (1 - tau) f, and g' alike (equation 1), after the optimiser step.
+        BatchNorm statistics stay its own."""
         online = nn.Sequential(self.backbone, self.head.projector)
         common.update_average(self.head.target, online, tau)
 

@@ -52,6 +52,7 @@ def supcon(z, y, temperature):
     size = positive.sum(1)                                      # (B,) |P(i)|
     per_anchor = -log_p.masked_fill(~positive, 0).sum(1) / size.clamp(min=1)
     anchors = common.all_sum((size > 0).sum())
+    # average_gradients() divides by the number of processes.
     return per_anchor.sum() * common.world() / anchors.clamp(min=1)
 
 
@@ -65,7 +66,7 @@ def start_projector(num_features, ckpt):
     """For finetune.py's --eta: the checkpoint's projector, or a new one where it has none of this
     kind."""
     state = (ckpt and ckpt["projector"]) or {}
-    dim = len(state["2.weight"]) if "2.weight" in state else 256
+    dim = len(state["2.weight"]) if "2.weight" in state else 256  # of its last layer
     projector = make_projector(num_features, dim)
     if common.shapes(state) == common.shapes(projector.state_dict()):
         projector.load_state_dict(state)
@@ -128,8 +129,8 @@ def balanced_batches(labels, batch_size, per_class):
     epoch as there are, or fewer. labels (n,) -> list of index tensors.
 
     Classes are drawn anew for each batch whatever their size, so that images of a small one come up
-    more often; of less than per_class images, some are twice in a batch, in two views that count as
-    positives of each other. Where a batch has room for more classes than there are, each gives
+    more often; of one with fewer than per_class, some are twice in a batch, in two views that count
+    as positives of each other. Where a batch has room for more classes than there are, each gives
     more. Where there are fewer images than batch_size, batches are smaller.
     """
     classes, per_class, steps = balanced_sizes(labels, batch_size, per_class)

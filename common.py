@@ -94,7 +94,8 @@ def bounded(kind, low, high=math.inf):
 
 
 def path(text):
-    """An argparse type: the shell leaves ~ as it is in --out=~/a, and nothing of an unset "$X"."""
+    """An argparse type: expands ~, which the shell leaves in --out=~/a, and refuses an empty value,
+    which an unset "$X" is."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return os.path.expanduser(text)
@@ -393,8 +394,8 @@ def process_means(tensors):
 
 @torch.no_grad()
 def average_gradients(module):
-    """After backward(): losses are means over a process's images, so the mean of the gradients is
-    the whole batch's."""
+    """After backward(): a process's loss is world() times its part of the whole batch's, so that
+    the mean of the gradients is the whole batch's."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     for gradient, mean in zip(gradients, process_means(gradients)):
         gradient.copy_(mean)
@@ -1451,7 +1452,7 @@ def feed(store, parts):
 def crop_resize_flip(x, box, flip, size):
     """uint8 (B, 3, S, S), box (B, 4) of top, left, height, width in whole pixels, flip (B,) bool,
     both on the CPU -> float32 (B, 3, size, size) in 0..1: torchvision's resized_crop of each."""
-    if x.device.type != "cpu" or x.shape[-1] <= 64:  # for small images the calls take the longer
+    if x.device.type != "cpu" or x.shape[-1] <= 64:  # a call for each small image would take longer
         box, flip = box.to(x.device, non_blocking=True), flip.to(x.device, non_blocking=True)
         return resample(x.float() / 255, box, flip, size)
     views = []
@@ -1465,8 +1466,9 @@ def crop_resize_flip(x, box, flip, size):
 
 
 def resample(x, box, flip, size):
-    """The same on floats, all at once: a matrix an axis and image, whose rows are triangles as wide
-    as the scale where that shrinks, cut off at the crop's edges. Box and flip on x's device."""
+    """The same on floats, all at once: two matrices an image, one for each axis. A row has the
+    bilinear weights of an output pixel: a triangle inside the crop, widened where that shrinks. Box
+    and flip on x's device."""
     first, length = box.to(x.dtype)[..., None, None].split(2, dim=1)  # (B, 2, 1, 1): both axes
     scale = length / size
     centre = (torch.arange(size, device=x.device)[:, None] + 0.5) * scale
@@ -1660,8 +1662,8 @@ def halve_channels(model, width):
 
 
 def start_backbone(args, say=True):
-    """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Settles
-    args.arch and args.image_size."""
+    """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Seeds
+    torch, settles args.arch and args.image_size. say: print what was found."""
     if say:
         tell(f"{args.device}, {args.precision}")
     torch.manual_seed(args.seed)

@@ -32,7 +32,7 @@ def hardest(f, y):
     """hp (B,), hn (B,): rows of the hardest positive and negative of each anchor by cosine
     similarity; the anchor's own where it has none. f (B, D), y (B,) int. Constants: no gradient
     flows through the choice."""
-    if not len(f):  # argmin() needs a row
+    if not len(f):  # argmin() needs a row; y is as empty as hp and hn
         return y, y
     f = F.normalize(f.detach(), dim=1)
     similarity, same = f @ f.T, y[:, None] == y                 # (B, B)
@@ -47,9 +47,8 @@ def hard_pairs(f, y, num_classes, alpha):
     """Hard positives and semi-hard negatives made in feature space, and their labels ("hard pair
     mining").
 
-    f (B, D), y (B,) int -> f_pos (B, D), y_pos (B, C), f_neg (B, D), y_neg (B, C); labels are
-    shares that add up to 1. Shares and permutation are drawn by torch, anew in each call, a share
-    for each mixture.
+    f (B, D), y (B,) int -> f_pos (B, D), y_pos (B, C), f_neg (B, D), y_neg (B, C) of rows
+    that add up to 1. The shares, one for each mixture, and r are drawn by torch, anew in each call.
     """
     alpha = torch.tensor(alpha, dtype=f.dtype)
     shares = torch.distributions.Beta(alpha, alpha).sample((2, len(f), 1))  # (2, B, 1)
@@ -98,8 +97,8 @@ def focal_contrastive(z, positives, temperature):
 
 
 def cells(f, y, most=32):
-    """Segmentation: which features are paired the paper does not say; here those of the cells of
-    the head's map, at most 32 an image, spread as evenly over its classes as can be.
+    """The paper does not say which features segmentation pairs: here those of the cells of the
+    head's map, at most 32 an image, spread as evenly over its classes as can be.
 
     f (B, D, h, w), masks y (B, size, size) -> f (32 B, D), y (32 B,) int, the class of the pixel at
     a cell's centre, 255 where that is void; all h w cells of a smaller map.
@@ -109,8 +108,8 @@ def cells(f, y, most=32):
     order = torch.rand(label.shape).argsort(1).to(label.device)
     shuffled = label.gather(1, order)
     same = shuffled[:, :, None] == shuffled[:, None, :]                     # (B, h w, h w)
-    turn = same.tril().sum(2)                                               # (B, h w)
-    turn = turn.masked_fill(shuffled == 255, label.shape[1])    # first, second, ... of its class
+    turn = same.tril().sum(2)               # (B, h w): the first of its class, the second, ...
+    turn = turn.masked_fill(shuffled == 255, label.shape[1])                # void ones come last
     chosen = order.gather(1, turn.argsort(dim=1, stable=True)[:, :most])        # (B, 32)
     f = f.flatten(2).mT.gather(1, chosen[..., None].expand(-1, -1, f.shape[1]))    # (B, 32, D)
     return f.flatten(0, 1), label.gather(1, chosen).flatten()
@@ -137,7 +136,7 @@ def train(trial):
         width = width // 4  # FCNHead's features are a quarter as wide
     else:
         common.need_one_label(args, data)
-        head = nn.Linear(width, classes, bias=False)
+        head = nn.Linear(width, classes, bias=False)  # as in the authors' code
     projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, args.dim))
     model = nn.ModuleDict(dict(backbone=backbone, head=head, projector=projector))
     model = common.place(model, args.device)
@@ -158,7 +157,7 @@ def train(trial):
                 with common.autocast(args.device, args.precision):
                     f = backbone(x)                                             # (B, D)
             f, y = common.gather(common.upcast(f)), common.gather(y)  # mixes the whole batch
-            if args.task == "segment":  # the device has to tell how many: it waits here
+            if args.task == "segment":  # waits for the device, which knows how many
                 f, y = f[y != 255], y[y != 255]                                 # (n, D), (n,)
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
             features = torch.cat([f, f_pos, f_neg])                                 # (3B, D)

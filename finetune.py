@@ -54,7 +54,7 @@ MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_clas
 
 
 def train(trial):
-    """Cross-entropy, and with --eta what COIN's second stage adds to it."""
+    """Down the task's loss, and with --eta what COIN's second stage adds to it."""
     args, data, task = trial.args, trial.data, trial.task
     backbone, ckpt = common.start_backbone(args, say=False)
     head = task.head(backbone, data.classes)
@@ -63,7 +63,7 @@ def train(trial):
         common.need_one_label(args, data)
         coin.say_positives(data.labels, args.batch_size)
         model["projector"] = coin.start_projector(backbone.num_features, ckpt)
-    common.place(model, args.device)
+    model = common.place(model, args.device)
     backbone.requires_grad_(not args.freeze)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     batches = common.Batches(data, args.batch_size)
@@ -147,6 +147,7 @@ def label_loss(logits, y):
     counts = (y >= 0).to(logits.dtype)                 # (B, C)
     present = y.clamp(min=0).to(logits.dtype)          # (B, C)
     total = F.binary_cross_entropy_with_logits(logits, present, counts, reduction="sum")
+    # average_gradients() divides by the number of processes.
     return total * common.world() / common.all_sum(counts.sum()).clamp(min=1)
 
 
@@ -445,7 +446,7 @@ def draw(args, history, test, panel):
     backbone, head, _ = load_fine_tuned(finished, task, say=False)
     before, _ = common.start_backbone(args, say=False)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
-    last_run = history[args.spent - args.epochs:]
+    last_run = history[-(args.epochs - args.spent):]
     last_run = [dict(line, epoch=args.spent + i + 1) for i, line in enumerate(last_run)]
     common.plot_curves(axes[0, 0], last_run, ["loss"])
     measured = [name for name in last_run[-1] if name.startswith(("train_", "val_"))]
