@@ -132,9 +132,9 @@ def train(args):
     for epoch in run.epochs_left(len(batches)):
         for step, (x, _) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
+            optimizer.zero_grad()
             z, p, z_target = outputs(model, make_views(x, args), args)
             batch_loss = symmetric_loss(p, z_target)
-            optimizer.zero_grad()
             batch_loss.backward()
             common.average_gradients(model)
             optimizer.step()

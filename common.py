@@ -63,7 +63,8 @@ def fail(message):
 
 
 def tell(text, end="\n"):
-    """Print at once, what the screen's encoding lacks as \\x..; quiet end where nobody reads on."""
+    """Print at once, and as \\x.. what the screen's encoding lacks. Where nobody reads on, as
+    behind `| head`, the program ends quietly."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
@@ -109,10 +110,10 @@ class Parser(argparse.ArgumentParser):
     """The flags that all scripts share, in one order.
 
     drawn, others: defaults on data that the code draws and on all others; data: the default of
-    --data; optimizers, tasks: of each --optimizer or --task, of some of them "on petals" too, what
-    replaces them; from_coin: names of those that a checkpoint of coin.py, in its config["rest"],
-    replaces, so that the rest of its budget is trained as it would have been (not with --freeze: a
-    probe has a budget of its own).
+    --data; optimizers, tasks: by a value of --optimizer or --task (or "detect on petals"), the
+    defaults that it replaces; from_coin: the flags whose defaults come from config["rest"] of a
+    checkpoint of coin.py, so that the rest of its budget is trained as it would have been (not with
+    --freeze: a probe has a budget of its own).
     """
 
     def __init__(self, script, doc, drawn, others, data="petals", optimizers=None, tasks=None,
@@ -1581,7 +1582,7 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
             chosen[name] = own_rows(torch.rand(count) < p)
     if blur_p:
         sigma = own_rows(torch.empty(count).uniform_(0.1, 2)).to(x.device, non_blocking=True)
-    at_once = 1 + len(x)
+    at_once = 1 + len(x)  # all; without the 1, no image would be a step of 0
     if x.device.type == "cpu":
         at_once = 1 + 2 ** 17 // size ** 2  # 1.5 MB of float32 stay in the processor's cache
     views = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
@@ -1596,7 +1597,7 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
             if name == "grey":
                 view[rows] = grey(view[rows])
             if name == "blur":
-                kernel = max(3, size // 10 // 2 * 2 + 1)
+                kernel = max(3, size // 10 // 2 * 2 + 1)  # odd, about a tenth of the side
                 view[rows] = blur(view[rows], sigma[part][rows], kernel)
             if name == "solarise":
                 view[rows] = torch.minimum(view[rows], 1 - view[rows])
