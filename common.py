@@ -291,6 +291,8 @@ def check_out(args):
 @contextlib.contextmanager
 def resumable(script, args, argv):
     """Ctrl-C ends with the command that goes on; running out of memory ends as bad input does."""
+    checkpoint = Path(f"{args.out}.pt")
+    before = written_at(checkpoint)
     try:
         yield
         if dist.is_torchelastic_launched():
@@ -303,13 +305,20 @@ def resumable(script, args, argv):
         command = shlex.join(["python", script, *typed, "--resume"])
         if world() > 1:
             command = "the same torchrun command and --resume"
-        print(f"\nstopped; {args.out}.pt holds the last finished epoch, if any. "
-              f"Go on with: {command}", file=sys.stderr)
+        said = f"{checkpoint} holds the last finished epoch. Go on with: {command}"
+        if written_at(checkpoint) == before and not args.resume:
+            said = "nothing has been saved yet: begin anew"
+        print(f"\nstopped; {said}", file=sys.stderr)
         raise SystemExit(130) from None
     except RuntimeError as error:  # a CPU's shortage has no type of its own
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         fail(f"out of memory on {args.device}: lower --batch-size or --image-size")
+
+
+def written_at(path):
+    """When a file was written last, in nanoseconds; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 # ---------------------------------------------------------------------------------- several devices
@@ -777,8 +786,9 @@ def open_folder(folder, split):
     """One split of a folder of pictures. Labels are positions in the list of classes: a split that
     lacks a class of train would shift them."""
     if not (folder / split).is_dir():
-        fail(f"no folder {folder / split}: {folder} must hold train/CLASS/*.png, test/CLASS/*.png; "
-             "one in the layout of VOC needs --task detect or segment")
+        fail(f"no folder {folder / split}: {folder} must hold train/CLASS/*.png, test/CLASS/*.png "
+             "(a val can be renamed to test); one in the layout of VOC needs --task detect or "
+             "segment")
     classes = class_folders(folder / split)
     if split in ("val", "test") and (folder / "train").is_dir():
         odd = sorted(classes.keys() ^ class_folders(folder / "train").keys())
@@ -794,6 +804,14 @@ def open_folder(folder, split):
     empty = absent_classes(classes, labels)
     if empty and split == "train":
         fail(f"{folder / split} has no pictures of {some_names('classes', empty)}")
+    earlier = dict(val=["train"], test=["train", "val"])
+    for other in earlier.get(split, []):  # links may lead from one split to another
+        if (folder / other).is_dir():
+            others, _ = list_pictures(class_folders(folder / other))
+            shared = sorted(set(paths).intersection(others))
+            if shared:
+                fail(f"{folder}: {other} and {split} share {len(shared)} pictures"
+                     f"{some_names(':', shared)}")
     return paths, labels, list(classes)
 
 
@@ -1020,15 +1038,22 @@ def read_voc(args, splits):
                     targets.append(read_mask(file, picture, classes, side))
             except Exception as error:  # whatever a parser or a decoder raises
                 raise ValueError(f"{file}: {first_line(error)}") from None
-    seen = set()
-    for picture in pictures:
-        if picture in seen:
-            raise ValueError(f"the lists of {' and '.join(splits)} share {picture}")
-        seen.add(picture)
     if args.task == "detect":
         labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1)
     else:
         labels = torch.stack(targets)
+        if labels.unique().tolist() == [0, 255]:
+            raise ValueError(f"the masks of {' and '.join(splits)} hold 0, the background, and 255, "
+                             "which counts as nothing, but no class: 1, 2, ...")
+    seen, others = set(), []
+    if "test" in splits:  # which must not be trained on
+        others = [split for split in ("train", "val") if split in voc_lists(args)]
+    for split in others:
+        seen.update(picture for picture, _ in list_voc(args, split))
+    for picture in pictures:
+        if picture in seen:
+            raise ValueError(f"the lists of {' and '.join([*others, *splits])} share {picture}")
+        seen.add(picture)
     return pictures, labels, sizes, classes
 
 

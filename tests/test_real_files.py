@@ -476,6 +476,14 @@ def test_what_lies_beside_the_layout_is_said(folder, tmp_path, capsys, add, said
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("link, target", [("test", "val"), ("test", "train"), ("val", "train")])
+def test_a_split_that_a_link_leads_into_another_is_refused(tmp_path, capsys, link, target):
+    place = write_folder(tmp_path / "pictures", splits=sorted({"train", target}), per_class=2)
+    (place / link).symlink_to(target)
+    line = error_line(capsys, common.load_data, options(place, tmp_path), link)
+    assert f"{target} and {link} share 6 pictures" in line
+
+
 def test_a_folder_of_pictures_that_may_not_be_read_ends_the_run(folder, tmp_path, capsys,
                                                                  monkeypatch):
     def refuse(place):

@@ -188,6 +188,17 @@ def test_ctrl_c_prints_the_command_that_goes_on(uninterrupted, monkeypatch, caps
     assert SCRIPTS[name].main(argv) == result
 
 
+def test_ctrl_c_before_the_first_save_does_not_lead_back_to_an_older_run(
+        uninterrupted, monkeypatch, capsys):
+    uninterrupted("simclr")
+    run("simclr", "older")
+    with stop_at_save(monkeypatch, 1, "before", KeyboardInterrupt):
+        with pytest.raises(SystemExit):
+            run("simclr", "older")
+    said = capsys.readouterr().err
+    assert "nothing has been saved yet" in said and "--resume" not in said
+
+
 def test_ctrl_c_of_a_resumed_run_names_resume_once(uninterrupted, monkeypatch, capsys):
     for more in ([], ["--resume"]):
         with stop_at_save(monkeypatch, 1, "after", KeyboardInterrupt):

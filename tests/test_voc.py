@@ -254,6 +254,25 @@ def test_an_image_in_two_lists_of_which_one_is_held_out_ends_the_run(tmp_path, c
     assert "train and val" in line and "2.png" in line
 
 
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_no_image_may_be_trained_on_and_in_test(tmp_path, capsys, task):
+    if task == "detect":
+        folder = write_boxes(tmp_path / "voc", dict.fromkeys("123", [("cat", *EVERYWHERE)]),
+                             train="1", val="2", test="23")
+    else:
+        folder = write_masks(tmp_path / "voc", dict.fromkeys("123", [1]), ("background", "cat"),
+                             train="1", val="2", test="23")
+    assert len(load(folder, "trainval", task)) == 2
+    line = refusal(capsys, folder, "test", task)
+    assert "train and val and test share" in line and "2.png" in line
+
+
+def test_masks_of_0_and_255_alone_are_refused(tmp_path, capsys):
+    folder = write_masks(tmp_path / "voc", dict.fromkeys("12", [255]), ("background", "cat"),
+                         train="1", test="2")
+    assert "255, which counts as nothing, but no class" in refusal(capsys, folder, "train", "segment")
+
+
 def test_a_test_split_without_any_object_has_no_rows_and_is_said(tmp_path, capsys):
     targets = {"1": [("cat", *EVERYWHERE)], "2": [], "3": []}
     folder = write_boxes(tmp_path / "voc", targets, train=["1"], val=["1"], test=["2", "3"])
@@ -537,8 +556,8 @@ def test_a_size_that_contradicts_the_picture_is_bad_input(tmp_path, capsys, size
 
 def test_classes_are_what_train_names_in_order(tmp_path):
     objects = {"1": [("dog", *EVERYWHERE)], "2": [("cat", *EVERYWHERE), ("ant", *EVERYWHERE)],
-               "3": []}
-    folder = write_boxes(tmp_path / "voc", objects, train="12", val="3", test="1")
+               "3": [], "4": [("dog", *EVERYWHERE)]}
+    folder = write_boxes(tmp_path / "voc", objects, train="12", val="3", test="4")
     store = load(folder)
     assert store.classes == load(folder, "test").classes == ["ant", "cat", "dog"]
     assert store.labels[:, :, 4].tolist() == [[2, -1], [1, 0]]
