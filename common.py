@@ -1043,8 +1043,8 @@ def read_voc(args, splits):
     else:
         labels = torch.stack(targets)
         if labels.unique().tolist() == [0, 255]:
-            raise ValueError(f"the masks of {' and '.join(splits)} hold 0, the background, and 255, "
-                             "which counts as nothing, but no class: 1, 2, ...")
+            raise ValueError(f"the masks of {' and '.join(splits)} hold 0, the background, and "
+                             "255, which counts as nothing, but no class: 1, 2, ...")
     seen, others = set(), []
     if "test" in splits:  # which must not be trained on
         others = [split for split in ("train", "val") if split in voc_lists(args)]

@@ -270,7 +270,8 @@ def test_no_image_may_be_trained_on_and_in_test(tmp_path, capsys, task):
 def test_masks_of_0_and_255_alone_are_refused(tmp_path, capsys):
     folder = write_masks(tmp_path / "voc", dict.fromkeys("12", [255]), ("background", "cat"),
                          train="1", test="2")
-    assert "255, which counts as nothing, but no class" in refusal(capsys, folder, "train", "segment")
+    line = refusal(capsys, folder, "train", "segment")
+    assert "255, which counts as nothing, but no class" in line
 
 
 def test_a_test_split_without_any_object_has_no_rows_and_is_said(tmp_path, capsys):
