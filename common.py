@@ -1723,6 +1723,8 @@ def load_backbone(ckpt, args, say):
         args.arch = ckpt["arch"] or most_similar_arch(state, small_stem)
     backbone = build_backbone(args.arch, small_stem)
     args.stem_padding = ckpt["config"].get("stem_padding", 1)
+    args.ckpt_weights, args.ckpt_method = digest_of(state), ckpt["method"]
+    args.ckpt_draws = ckpt["config"].get("draws", ckpt["method"])
     if small_stem:
         backbone.conv1.padding = (args.stem_padding, args.stem_padding)
     found, needed = shapes(state), shapes(backbone.state_dict())
@@ -1775,6 +1777,14 @@ def shapes(state):
     """The shape of each tensor of a state dict; BatchNorm's counts of batches do not matter."""
     return {key: value.shape for key, value in state.items()
             if not key.endswith("num_batches_tracked")}
+
+
+def digest_of(state):
+    """Twelve letters that are others where a number in a state dict is."""
+    digest = hashlib.sha256()
+    for value in state.values():
+        digest.update(value.float().numpy().tobytes())  # numpy has no bfloat16
+    return digest.hexdigest()[:12]
 
 
 def some_names(words, names, most=4):
@@ -2200,6 +2210,8 @@ def resume_checkpoint(args):
         if name in ("data", "pretext_data") and before and value:
             before, value = Path(before).name, Path(value).name  # the folder may have moved
         if before != value:
+            if name == "ckpt_weights":
+                fail(f"--resume: {args.ckpt} holds other weights than those that {path} began with")
             flag = name.replace("_", "-")
             fail(f"--resume: --{flag} is {value}, but {path} was made with {before}")
     return ckpt
@@ -2249,7 +2261,8 @@ class Run:
     args.epochs, as bissl.py's, whose unit is an alternation. probe: (memory, query) stores for a
     k-NN probe every args.probe_every epochs. stage: the name that seeds the draws. coin.py gives
     "fine-tuning", so that its epochs see the order and views that plain fine-tuning would; else it
-    is the method.
+    is the method. From a checkpoint of the same method it is another one, or the run would see the
+    checkpoint's order and views once more.
     """
 
     def __init__(self, args, method, model, data, pretext_data=None, epochs=None, unit="epoch",
@@ -2259,9 +2272,11 @@ class Run:
         if pretext_data:
             self.images_there += len(pretext_data.images)
         self.stage = stage or method
+        if getattr(args, "ckpt_method", None) == method:
+            self.stage = f"{args.ckpt_draws}, continued"
         self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
         self.parts = dict(model.named_children(), **others)
-        self.config, self.history = run_config(args), []
+        self.config, self.history = dict(run_config(args), draws=self.stage), []
         ckpt = resume_checkpoint(args)
         if ckpt:
             check_same_data(args, ckpt, self.classes, self.images_there)

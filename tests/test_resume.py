@@ -242,6 +242,19 @@ def test_bissl_does_not_go_on_with_fewer_pretext_images(tmp_path, monkeypatch, c
     assert "made from 72 images, and now there are 71" in line
 
 
+@pytest.mark.parametrize("name", ["finetune", "bissl", "coin"])
+def test_a_run_does_not_go_on_from_other_weights_than_it_began_with(
+        name, tmp_path, capsys):
+    out, start = str(tmp_path / "out"), str(tmp_path / "start")
+    run("simclr", start, "--epochs", "1")
+    run(name, out, "--ckpt", f"{start}.pt")
+    run("simclr", start, "--epochs", "1")
+    run(name, out, "--ckpt", f"{start}.pt", "--resume")  # the same once more
+    run("simclr", start, "--epochs", "1", "--seed", "1")
+    line = error_line(capsys, run, name, out, "--ckpt", f"{start}.pt", "--resume")
+    assert "start.pt holds other weights" in line
+
+
 def test_a_finished_run_is_not_told_as_one_of_other_classes(tmp_path, capsys):
     folder = write_folder(tmp_path / "pictures")
     run("finetune", str(tmp_path / "out"), "--data", str(folder))
@@ -249,6 +262,26 @@ def test_a_finished_run_is_not_told_as_one_of_other_classes(tmp_path, capsys):
     line = error_line(capsys, run, "finetune", str(tmp_path / "out"), "--data", str(folder),
                       "--resume")
     assert "other classes" in line
+
+
+def test_a_run_from_a_checkpoint_of_its_own_method_does_not_repeat_that_ones_draws(
+        uninterrupted, monkeypatch):
+    uninterrupted("simclr")
+    uninterrupted("coin")
+    stages, seed_epoch = [], common.seed_epoch
+
+    def note(stage, seed, epoch):
+        stages.append(stage)
+        seed_epoch(stage, seed, epoch)
+
+    monkeypatch.setattr(common, "seed_epoch", note)
+    for name, out, ckpt in (("simclr", "on", "whole_simclr"), ("simclr", "further", "on"),
+                            ("finetune", "tuned", "whole_coin"), ("finetune", "again", "tuned")):
+        budget = ["--spent", "0"] if name == "finetune" else []
+        run(name, out, "--ckpt", f"{ckpt}.pt", *budget)
+    assert list(dict.fromkeys(stages)) == [
+        "simclr, continued", "simclr, continued, continued", "fine-tuning",
+        "fine-tuning, continued"]
 
 
 def test_no_stage_and_no_epoch_repeats_the_draws_of_another():
