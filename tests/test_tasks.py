@@ -159,7 +159,7 @@ def test_the_maps_are_those_of_the_backbone(arch):
     ("resnet10", 32), ("resnet18", 64), ("resnet34", 32), ("resnet50", 64), ("resnet18", 160)])
 def test_a_detection_loss_reaches_every_weight_and_is_the_same_each_time(few, arch, side):
     task, backbone, head, data = started(
-        "detect", "--arch", arch, "--image-size", str(side), count=3)
+        "detect", "--arch", arch, "--image-size", str(side), count=2)
     x, y = task.views(*batch(data))
     state = torch.get_rng_state()
     loss, _, _ = task.loss(backbone, head, x, y)
