@@ -938,6 +938,22 @@ def list_voc(args, split):
     return pairs
 
 
+def check_lists(args, splits):
+    """Stop where the lists of these splits share a picture, or that of test has one that is trained
+    on."""
+    seen, others = set(), []
+    if "test" in splits:
+        lists = voc_lists(args)
+        others = [split for split in ("train", "val") if split in lists]
+    for split in others:
+        seen.update(picture for picture, _ in list_voc(args, split))
+    for split in splits:
+        for picture, _ in list_voc(args, split):
+            if picture in seen:
+                raise ValueError(f"the lists of {' and '.join([*others, *splits])} share {picture}")
+            seen.add(picture)
+
+
 def read_lines(file):
     """What is not blank; another encoding than UTF-8 shows its bytes."""
     lines = [line.strip() for line in file.read_text("utf-8-sig", "backslashreplace").splitlines()]
@@ -1045,15 +1061,6 @@ def read_voc(args, splits):
         if labels.unique().tolist() == [0, 255]:
             raise ValueError(f"the masks of {' and '.join(splits)} hold 0, the background, and "
                              "255, which counts as nothing, but no class: 1, 2, ...")
-    seen, others = set(), []
-    if "test" in splits:  # which must not be trained on
-        others = [split for split in ("train", "val") if split in voc_lists(args)]
-    for split in others:
-        seen.update(picture for picture, _ in list_voc(args, split))
-    for picture in pictures:
-        if picture in seen:
-            raise ValueError(f"the lists of {' and '.join([*others, *splits])} share {picture}")
-        seen.add(picture)
     return pictures, labels, sizes, classes
 
 
@@ -1142,6 +1149,7 @@ def cache_path(args, splits):
                 files.append(pictures)
                 key.update(repr((split, labels, classes)).encode())
         else:
+            check_lists(args, splits)
             files = [[names_file]] if names_file.exists() else []  # a list of lists, as below
             if task == "detect" and args.data != "voc" and not files:
                 splits = ["train", *splits]  # its objects name the classes

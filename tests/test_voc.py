@@ -267,6 +267,14 @@ def test_no_image_may_be_trained_on_and_in_test(tmp_path, capsys, task):
     assert "train and val and test share" in line and "2.png" in line
 
 
+def test_a_list_that_is_edited_later_is_compared_again(tmp_path, capsys):
+    folder = write_boxes(tmp_path / "voc", dict.fromkeys("123", [("cat", *EVERYWHERE)]),
+                         train="1", val="2", test="3")
+    assert len(load(folder, "test")) == 1  # its cache is there now
+    write_lists(folder, "Main", dict(val="23"))
+    assert "3.png" in refusal(capsys, folder, "test")
+
+
 def test_masks_of_0_and_255_alone_are_refused(tmp_path, capsys):
     folder = write_masks(tmp_path / "voc", dict.fromkeys("12", [255]), ("background", "cat"),
                          train="1", test="2")
@@ -423,12 +431,12 @@ MASKS = {  # what is no mask for a picture of 40 x 30 pixels and three classes, 
 @pytest.mark.parametrize("name", MASKS)
 def test_what_is_no_mask_is_named(tmp_path, capsys, name):
     mask, said = MASKS[name]
-    folder = write_masks(tmp_path / "voc", dict.fromkeys("12", [1]), train="1", test="1")
-    path = folder / "SegmentationClass" / "1.png"
-    path.write_bytes(b"no picture")
-    if mask:
-        mask.save(path)
-    for split in ("train", "test"):
+    for split, other in (("train", "test"), ("test", "train")):
+        folder = write_masks(tmp_path / split, dict.fromkeys("12", [1]), **{split: "1", other: "2"})
+        path = folder / "SegmentationClass" / "1.png"
+        path.write_bytes(b"no picture")
+        if mask:
+            mask.save(path)
         line = refusal(capsys, folder, split, "segment")
         assert str(path) in line and said in line
 
