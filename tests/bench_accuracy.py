@@ -86,9 +86,10 @@ RANGES = {"--lr": (0.003, 0.3), "--weight-decay": (1e-5, 1e-2)}
 FLAGS = {"alpha": ("coin", (0.1, 0.3, 0.5, 0.7, 0.9)),
          "eta": ("core_tuning", (0, 0.1, 0.3, 1, 3, 10)),
          "keys": ("bi_tuning", (1, 4, 16, 40, 100)),
-         "lam": ("bissl", (0.001, 0.01, 0.1, 0.3, 1, 3)), "damping": ("bissl", (1, 10, 100, 300)),
-         "upper-steps": ("bissl", (1, 2, 4, 8)), "alternations": ("bissl", (5, 10, 20, 40, 100)),
-         "hessian-batch": ("bissl", (8, 32, 128)), "lr": ("bissl", (0.003, 0.01, 0.03, 0.1))}
+         "lam": ("bissl", (0.001, 0.01, 0.1, 0.3, 1, 3, 10)),
+         "damping": ("bissl", (1, 10, 100, 300)), "upper-steps": ("bissl", (1, 2, 4, 8)),
+         "alternations": ("bissl", (5, 10, 20, 40, 100)), "hessian-batch": ("bissl", (8, 32, 128)),
+         "lr": ("bissl", (0.003, 0.01, 0.03, 0.1))}
 LEFT_OUT = {
     "ingredients": ("core_tuning", ("hard positives", "semi-hard negatives", "focal weight")),
     "losses": ("bi_tuning", ("CCE", "CCL", "CCE and no CCL"))}
