@@ -186,10 +186,10 @@ def show_queue(axes, args, backbone):
     """The panel of Bi-tuning: mean cosine similarity between the queued projections of two
     classes."""
     ckpt = common.load_checkpoint(f"{args.out}.pt")
-    queue, classes = ckpt["resume"]["queue_z"], finetune.plain_names(ckpt["classes"])
+    queue = ckpt["resume"]["queue_z"]
     size = queue["entered"].clamp(1, args.keys)[:, None]
     mean = queue["keys"].sum(1) / size  # (C, d), empty slots are 0
-    finetune.show_matrix(axes, mean @ mean.T, classes, cmap="coolwarm", vmin=-1, vmax=1)
+    finetune.show_matrix(axes, mean @ mean.T, ckpt["classes"], cmap="coolwarm", vmin=-1, vmax=1)
     axes.figure.colorbar(axes.images[0], ax=axes)
     axes.set_title("mean similarity of queued projections")
 

@@ -481,15 +481,11 @@ def parser(paper=False):
     return p
 
 
-def check_flags(args):
-    if args.lam + args.damping == 0:
-        common.fail("--lam and --damping cannot both be 0: H is divided by their sum")
-
-
 def main(argv=None):
     typed = sys.argv[1:] if argv is None else argv
     args = parser(paper="--paper" in typed).parse_args(argv)
-    check_flags(args)
+    if args.lam + args.damping == 0:
+        common.fail("--lam and --damping cannot both be 0: H is divided by their sum")
     with common.resumable("bissl.py", args, argv):
         return train(args)
 

@@ -153,13 +153,10 @@ class BalancedBatches(common.Batches):
     def __init__(self, store, batch_size, per_class):
         super().__init__(store, batch_size)
         self.per_class, self.labels = per_class, store.labels.cpu()
-        classes, of_each, _ = balanced_sizes(self.labels, batch_size, per_class)
+        classes, of_each, self.steps = balanced_sizes(self.labels, batch_size, per_class)
         if classes * of_each < 2 * common.world():  # BatchNorm cannot work on one image
             common.fail(f"--balanced {per_class} makes batches of {classes * of_each} images, "
                         f"fewer than two for each process ({common.world()})")
-
-    def __len__(self):
-        return balanced_sizes(self.labels, self.batch_size, self.per_class)[2]
 
     def __iter__(self):
         rows = balanced_batches(self.labels, self.batch_size, self.per_class)
@@ -167,8 +164,8 @@ class BalancedBatches(common.Batches):
 
 
 def say_positives(labels, batch_size, balanced=0):
-    """Stop where no class has two images, and say so where most anchors of a batch have no
-    positive."""
+    """Stop where no class has two images, and say so where an anchor has fewer than one positive in
+    a batch on average."""
     size, n = torch.bincount(labels).double(), len(labels)
     pairs = (size * (size - 1)).sum().item()  # ordered pairs of one class, of n (n - 1)
     if not pairs:
@@ -211,7 +208,7 @@ def train(args):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
             x = common.augment(x, args.image_size, crop=(args.crop, 1))
             with common.autocast(args.device, args.precision):
-                z = projector(backbone(x))  # (B, D)
+                z = projector(backbone(x))  # (B, d)
             loss = supcon(z, y, args.temperature)
             optimizer.zero_grad()
             loss.backward()
@@ -283,7 +280,8 @@ def parser():
     return p
 
 
-def check_flags(args):
+def main(argv=None):
+    args = parser().parse_args(argv)
     coin_epochs = supcon_epochs(args)
     if not 0 < coin_epochs < args.epochs:
         common.fail(f"--alpha {args.alpha:g} of --epochs {args.epochs} is {coin_epochs} epochs of "
@@ -291,11 +289,6 @@ def check_flags(args):
     if args.balanced == 1:
         common.fail("--balanced 1 leaves no anchor a positive: give 2 or more, or 0 for plain "
                     "batches")
-
-
-def main(argv=None):
-    args = parser().parse_args(argv)
-    check_flags(args)
     with common.resumable("coin.py", args, argv):
         return train(args)
 

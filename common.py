@@ -192,7 +192,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def defaults_for(self, args):
-        """The defaults of these data, this optimiser and this checkpoint; args: what was typed."""
+        """The defaults of these data, this optimiser and this checkpoint; args: what was typed.
+        Stops where flags contradict each other."""
         defaults = dict(self.others)
         if args.data in DRAWN:
             defaults.update(self.drawn)
@@ -941,16 +942,13 @@ def list_voc(args, split):
 def check_lists(args, splits):
     """Stop where the lists of these splits share a picture, or that of test has one that is trained
     on."""
-    seen, others = set(), []
+    seen, lists = set(), voc_lists(args)
     if "test" in splits:
-        lists = voc_lists(args)
-        others = [split for split in ("train", "val") if split in lists]
-    for split in others:
-        seen.update(picture for picture, _ in list_voc(args, split))
+        splits = [split for split in TRAIN_VAL_TEST if split in lists]
     for split in splits:
         for picture, _ in list_voc(args, split):
             if picture in seen:
-                raise ValueError(f"the lists of {' and '.join([*others, *splits])} share {picture}")
+                raise ValueError(f"the lists of {' and '.join(splits)} share {picture}")
             seen.add(picture)
 
 
@@ -1500,9 +1498,9 @@ def crop_resize_flip(x, box, flip, size):
 
 
 def resample(x, box, flip, size):
-    """The same on floats, all at once: two matrices an image, one for each axis. A row has the
-    bilinear weights of an output pixel: a triangle inside the crop, widened where that shrinks. Box
-    and flip on x's device."""
+    """crop_resize_flip() on floats, all at once: two matrices an image, one for each axis. A row
+    has the bilinear weights of an output pixel: a triangle inside the crop, widened where that
+    shrinks. Box and flip on x's device."""
     first, length = box.to(x.dtype)[..., None, None].split(2, dim=1)  # (B, 2, 1, 1): both axes
     scale = length / size
     centre = (torch.arange(size, device=x.device)[:, None] + 0.5) * scale
@@ -1517,8 +1515,8 @@ def resample(x, box, flip, size):
 
 
 def crop_mask(mask, box, flip, size):
-    """The same of masks (B, S, S), whose numbers cannot be mixed -> (B, size, size): each pixel is
-    the nearest one, in row floor(top + (i + 0.5) height / size)."""
+    """crop_resize_flip() of masks (B, S, S), whose numbers cannot be mixed -> (B, size, size): each
+    pixel is the nearest one, in row floor(top + (i + 0.5) height / size)."""
     first, length = box.to(mask.device)[..., None].split(2, dim=1)      # (B, 2, 1): both axes
     centre = (torch.arange(size, device=mask.device) + 0.5) * length / size
     rows, columns = (first + centre).long().unbind(1)                   # (B, size)
@@ -1615,7 +1613,7 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
             chosen[name] = own_rows(torch.rand(count) < p)
     if blur_p:
         sigma = own_rows(torch.empty(count).uniform_(0.1, 2)).to(x.device, non_blocking=True)
-    at_once = 1 + len(x)  # all; without the 1, no image would be a step of 0
+    at_once = max(1, len(x))  # all
     if x.device.type == "cpu":
         at_once = 1 + 2 ** 17 // size ** 2  # 1.5 MB of float32 stay in the processor's cache
     views = torch.empty(len(x), 3, size, size, device=x.device, memory_format=torch.channels_last)
@@ -1638,16 +1636,13 @@ def augment(x, size, crop=(0.08, 1), jitter=(0, 0, 0, 0), jitter_p=0.8, grey_p=0
     return views
 
 
-def test_crop(x, size, share=0.875, flip=None):
+def test_crop(x, size, share=0.875):
     """The view that every evaluation uses: the centre of the image, resized, normalised. share: of
-    the image's side, 1 for boxes and masks, which reach to its edge; flip (B,) bool, without: no
-    image is."""
+    the image's side, 1 for boxes and masks, which reach to its edge."""
     side = round(share * x.shape[-1])
     edge = round((x.shape[-1] - side) / 2)
     box = torch.tensor([[edge, edge, side, side]]).expand(len(x), 4)
-    if flip is None:
-        flip = torch.zeros(len(x), dtype=torch.bool)
-    x = crop_resize_flip(x, box, flip, size)
+    x = crop_resize_flip(x, box, torch.zeros(len(x), dtype=torch.bool), size)
     return normalise(x).contiguous(memory_format=torch.channels_last)
 
 
@@ -1721,7 +1716,8 @@ HEADS = ("fc", "cls", "classifier", "linear", "last_linear", "logit", "head", "e
 
 def load_backbone(ckpt, args, say):
     """The checkpoint's backbone. Every tensor but BatchNorm's counts has to be there in the right
-    shape, and nothing else but a head: what has no place here belongs to another network."""
+    shape, and nothing else but a head: what has no place here belongs to another network. Notes in
+    args what --resume compares and Run names the draws by: ckpt_weights, _method, _draws."""
     state = ckpt["backbone"]
     args.image_size = args.image_size or ckpt["image_size"]
     if args.image_size is None:
@@ -1996,7 +1992,10 @@ def update_average(average, model, decay):
 # -------------------------------------------------------------------------------------- checkpoints
 
 def write_whole(path, write):
-    """write(file) to a temporary name beside path, then rename: path is never half-written."""
+    """write(file) to a temporary name beside path, then rename: path is never half-written. Of
+    several processes, 0 alone writes."""
+    if rank():
+        return
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
@@ -2019,7 +2018,8 @@ def first_line(error):
 
 
 def state_of(part):
-    """The state dict of a module or an optimiser; a state dict, or None, is what it is."""
+    """The state dict of a module or an optimiser; what has none (a state dict, a list, None) is
+    what it is."""
     return part.state_dict() if hasattr(part, "state_dict") else part
 
 
@@ -2052,8 +2052,7 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
                  "was")
     contents = dict(method=method, arch=arch, image_size=image_size, **parts, classes=classes,
                     config=config, resume=resume)
-    if rank() == 0:
-        write_whole(path, partial(torch.save, contents))
+    write_whole(path, partial(torch.save, contents))
     if world() > 1:
         dist.barrier()  # who reads it next may be another process
 
@@ -2225,7 +2224,7 @@ def resume_checkpoint(args):
     return ckpt
 
 
-def check_same_data(args, ckpt, classes, images):
+def check_same_images(args, ckpt, classes, images):
     """Stop where the checkpoint's run was for other classes, or found more or fewer images, with
     those that it holds out."""
     if ckpt["classes"] != classes:
@@ -2267,18 +2266,18 @@ class Run:
     pretext_data: the Stores that it learns from; --resume asks for the same number of images;
     others: what only --resume needs, each with a state_dict(). epochs: where they are not
     args.epochs, as bissl.py's, whose unit is an alternation. probe: (memory, query) stores for a
-    k-NN probe every args.probe_every epochs. stage: the name that seeds the draws. coin.py gives
-    "fine-tuning", so that its epochs see the order and views that plain fine-tuning would; else it
-    is the method. From a checkpoint of the same method it is another one, or the run would see the
-    checkpoint's order and views once more.
+    k-NN probe every args.probe_every epochs. stage: the name that seeds the draws. coin.py and the
+    three that fine-tune give "fine-tuning", so that all see the order and views that plain
+    fine-tuning does; else it is the method. From a checkpoint of the same method it is another one,
+    or the run would see the checkpoint's order and views once more.
     """
 
     def __init__(self, args, method, model, data, pretext_data=None, epochs=None, unit="epoch",
                  probe=None, stage=None, **others):
         self.args, self.method, self.model, self.classes = args, method, model, data.classes
-        self.images_there = len(data.images)
+        self.images_found = len(data.images)
         if pretext_data:
-            self.images_there += len(pretext_data.images)
+            self.images_found += len(pretext_data.images)
         self.stage = stage or method
         if getattr(args, "ckpt_method", None) == method:
             self.stage = f"{args.ckpt_draws}, continued"
@@ -2287,7 +2286,7 @@ class Run:
         self.config, self.history = dict(run_config(args), draws=self.stage), []
         ckpt = resume_checkpoint(args)
         if ckpt:
-            check_same_data(args, ckpt, self.classes, self.images_there)
+            check_same_images(args, ckpt, self.classes, self.images_found)
             self.load(ckpt)
         self.images, self.first = 0, len(self.history)
 
@@ -2341,8 +2340,8 @@ class Run:
 
     def knn(self, backbone):
         """The probe of a backbone, None in epochs that are not due for one."""
-        done, every = len(self.history) + 1, getattr(self.args, "probe_every", 1)
-        if self.probe is None or (done % every and done < self.epochs):
+        done = len(self.history) + 1
+        if self.probe is None or (done % self.args.probe_every and done < self.epochs):
             return None
         memory, query = self.probe
         return knn_accuracy(*features(backbone, memory, self.args),
@@ -2362,12 +2361,11 @@ class Run:
         """One line on the screen, with images per second and the time left, and one in
         OUT.jsonl."""
         done = len(self.history) + 1
-        line = {self.unit: done}
+        line, shown = {self.unit: done}, []
         for name, value in metrics.items():
-            line[name] = value.item() if torch.is_tensor(value) else value
-        shown = []
-        for name, value in line.items():
-            if value is None or name == self.unit:
+            value = value.item() if torch.is_tensor(value) else value
+            line[name] = value
+            if value is None:
                 continue
             if not math.isfinite(value):
                 kept = "nothing was written"
@@ -2389,7 +2387,7 @@ class Run:
     def save(self):
         parts = {name: state_of(part) for name, part in self.parts.items()}
         named = {name: parts.pop(name, None) for name in ("backbone", "head", "projector")}
-        parts.update(history=self.history, finished=self.is_finished(), images=self.images_there)
+        parts.update(history=self.history, finished=self.is_finished(), images=self.images_found)
         save_checkpoint(f"{self.args.out}.pt", method=self.method, arch=self.args.arch,
                         image_size=self.args.image_size, classes=self.classes, config=self.config,
                         resume=parts, **named)
@@ -2407,8 +2405,7 @@ def write_lines(args, lines):
     # A number that is not finite becomes null: JSON has no word for it.
     lines = json.loads(json.dumps(lines), parse_constant=lambda name: None)
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    if rank() == 0:
-        write_whole(f"{args.out}.jsonl", lambda file: file.write(text.encode()))
+    write_whole(f"{args.out}.jsonl", lambda file: file.write(text.encode()))
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -2454,6 +2451,5 @@ def show_images(axes, x, columns):
 
 def save_figure(args, figure):
     figure.tight_layout()
-    if rank() == 0:
-        write_whole(f"{args.out}.png", partial(figure.savefig, format="png", dpi=110))
+    write_whole(f"{args.out}.png", partial(figure.savefig, format="png", dpi=110))
     plt.close(figure)

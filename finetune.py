@@ -26,7 +26,7 @@ end.
 import argparse
 import copy
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -51,6 +51,7 @@ METRICS = ("top1", "top5", "mean_class", "map", "ap50", "ap", "ap75", "ap50_voc0
 # first, and a search is judged by it.
 MAIN_METRIC = dict(flowers="mean_class", aircrafts="mean_class", pets="mean_class",
                    caltech101="mean_class", voc07="map")
+TENTHS = np.arange(11) / 10  # the recalls of VOC 2007's average precision
 
 
 def train(trial):
@@ -151,16 +152,12 @@ def label_loss(logits, y):
     return total * common.world() / common.all_sum(counts.sum()).clamp(min=1)
 
 
-def hit(logits, y):
-    """Whether the highest score (B, C) is that of the class y (B,), or of one that is present,
-    y (B, C) = 1: (B,) bool."""
-    best = logits.argmax(1)
-    return best == y if y.ndim == 1 else y.gather(1, best[:, None])[:, 0] == 1
-
-
 def accuracy(logits, y):
-    """Share of hits in per cent, a scalar on the device."""
-    return 100 * hit(logits.detach(), y).float().mean()
+    """How often the highest score (B, C) is that of the class y (B,), or of one that is present,
+    y (B, C) = 1: per cent, a scalar on the device."""
+    best = logits.argmax(1)
+    hit = best == y if y.ndim == 1 else y.gather(1, best[:, None]) == 1
+    return 100 * hit.float().mean()
 
 
 def average_precision(scores, present):
@@ -170,15 +167,13 @@ def average_precision(scores, present):
     scores (n, C); present (n, C): 1, 0, or -1 for what counts neither way. NaN for a class that no
     image has.
     """
-    order = scores.argsort(dim=0, descending=True, stable=True)
-    ranked = present.gather(0, order)                           # (n, C), each column's best first
-    found, seen = (ranked == 1).cumsum(0), (ranked >= 0).cumsum(0)
-    precision, total = found.double() / seen.clamp(min=1), found[-1]  # (n, C), (C,)
-    best = []
-    for tenth in range(11):
-        too_early = 10 * found < tenth * total                  # the recall is below tenth / 10
-        best.append(precision.masked_fill(too_early, 0).amax(0))
-    return torch.stack(best).mean(0).masked_fill(total == 0, torch.nan)
+    order, means = scores.argsort(dim=0, descending=True, stable=True), []
+    for ranked in present.gather(0, order).T.cpu().numpy():     # (n,), a class's best first
+        total, mean = (ranked == 1).sum(), np.nan
+        if total:
+            mean = best_precision(ranked, total, TENTHS).mean()
+        means.append(mean)
+    return torch.tensor(means, dtype=torch.float64)
 
 
 def metrics(logits, labels):
@@ -223,7 +218,6 @@ class Trial:
     watch: common.Store        # what its score is logged on now and then, or None
     history: list              # a line per epoch of all trials so far
     results: list              # a dict for each finished trial
-    resume: bool               # whether --resume goes on inside this one
 
     @property
     def task(self):
@@ -245,7 +239,7 @@ class Run(common.Run):
 
     def load(self, ckpt):
         """A trial that has not begun starts afresh: the checkpoint is that of the one before."""
-        if self.trial.resume and self.epochs_done():
+        if self.epochs_done():
             super().load(ckpt)
 
     def epochs_done(self):
@@ -321,11 +315,11 @@ def protocol(args, method, train, panel=None):
     results, history = [], []
     if stopped:
         labelled = common.load_data(args, "trainval")
-        common.check_same_data(args, stopped, labelled.classes, len(labelled.images))
+        common.check_same_images(args, stopped, labelled.classes, len(labelled.images))
         results, history = stopped["resume"]["results"], stopped["resume"]["history"]
     say_what_was_seen(args, ckpt)
-    trials, first = args.search + args.seeds, len(results)
-    for number in range(first, trials):
+    trials = args.search + args.seeds
+    for number in range(len(results), trials):
         searching, now = number < args.search, choose_settings(args, results, number)
         data = common.load_labelled(args, now.seed, hold_out=searching)
         watch = val if searching or common.few_labels(args) else None
@@ -333,7 +327,7 @@ def protocol(args, method, train, panel=None):
                     f"{len(data.classes)} classes, lr {now.lr:.2g}, weight decay "
                     f"{now.weight_decay:.2g}, seed {now.seed}")
         train(Trial(method, args, now, data, judge=val if searching else test, watch=watch,
-                    history=history, results=results, resume=number == first))
+                    history=history, results=results))
 
     summary = dict(lr=results[-1]["lr"], weight_decay=results[-1]["weight_decay"])
     summary.update(report(args, results[args.search:]))
@@ -434,11 +428,6 @@ def evaluate_checkpoint(args):
     return report(args, [task.score(backbone, head, test)])
 
 
-def plain_names(classes):
-    """As a figure shows them: a $ would begin a formula."""
-    return [name.replace("$", r"\$") for name in classes]
-
-
 def draw(args, history, test, panel):
     """Curves, the task's picture of the test images, and the method's own panel."""
     finished, task = copy.copy(args), make_task(args)
@@ -451,7 +440,6 @@ def draw(args, history, test, panel):
     common.plot_curves(axes[0, 0], last_run, ["loss"])
     measured = [name for name in last_run[-1] if name.startswith(("train_", "val_"))]
     common.plot_curves(axes[0, 1], last_run, measured)
-    test = replace(test, classes=plain_names(test.classes))
     task.picture([axes[0, 2], axes[1, 0], axes[1, 1]], backbone, head, before, test)
     if panel:
         panel(axes[1, 2], args, backbone)
@@ -470,9 +458,9 @@ def show_confusion(axes, confusion, names):
 def show_matrix(axes, matrix, classes, **colours):
     """A number for each pair of classes (C, C), with their names where there are few."""
     axes.imshow(matrix.numpy(), **colours)
-    if len(classes) <= 20:
-        axes.set_yticks(range(len(classes)), classes)
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
+    if len(classes) <= 20:  # a $ in a name begins no formula
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
+        axes.set_xticks(range(len(classes)), classes, parse_math=False, rotation=90)
 
 
 # --------------------------------------------------------------------------- objects and pixels
@@ -499,8 +487,8 @@ class Detector(nn.Module):
     def __init__(self, backbone, classes, side):
         super().__init__()
         width, units = 256, 1024        # channels of the pyramid's maps, units of the box head
-        anchor, limits = 8, {}          # side of an anchor in cells; numbers of boxes are
-                                        # torchvision's where none is given
+        anchor = 8                      # side of an anchor in cells
+        limits = {}                     # numbers of boxes: those of torchvision
         if side <= SMALL:  # a step takes a thirtieth of the time
             width, units, anchor = 64, 128, 4
             limits = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
@@ -526,9 +514,8 @@ class Detector(nn.Module):
         side, targets = x.shape[-1], None
         if objects is not None:
             targets = []
-            for rows in objects:  # torchvision's parts take an image at a time
-                rows = rows[rows[:, 4] >= 0]
-                targets.append(dict(boxes=side * rows[:, :4], labels=rows[:, 4].long() + 1))
+            for one in true_objects(objects):  # torchvision's parts take an image at a time
+                targets.append(dict(boxes=side * one["boxes"], labels=one["labels"] + 1))
         images = ImageList(x, [(side, side)] * len(x))
         maps = {stage: common.upcast(level) for stage, level in self.pyramid(maps).items()}
         with torch.autocast(x.device.type, enabled=False):  # coordinates need float32's digits
@@ -552,8 +539,9 @@ class Detect:
         flip = common.own_rows(torch.rand(len(x) * common.world()) < 0.5)
         left, top, right, bottom, label, difficult = y.unbind(2)            # (B, M) each
         flipped = torch.stack([1 - right, top, 1 - left, bottom, label, difficult], 2)
-        y = torch.where(flip.to(y.device)[:, None, None], flipped, y)
-        return common.test_crop(x, self.args.image_size, share=1, flip=flip), y
+        flip = flip.to(y.device, non_blocking=True)[:, None, None]               # (B, 1, 1)
+        x = common.test_crop(x, self.args.image_size, share=1)
+        return torch.where(flip[..., None], x.flip(3), x), torch.where(flip, flipped, y)
 
     def loss(self, backbone, head, x, y, frozen=False):
         """The four losses' sum. Difficult objects count as others do. Proposals are sampled from a
@@ -580,13 +568,13 @@ class Detect:
         return objects
 
     def score(self, backbone, head, store):
-        return box_scores(self.find(backbone, head, store), true_objects(store))
+        return box_scores(self.find(backbone, head, store), true_objects(store.labels.cpu()))
 
     def picture(self, axes, backbone, head, before, store):
         """What is there and what is found in four images of the store."""
         axes[0].remove()
         store = store.subset(torch.arange(len(store))[:4])
-        found, true = self.find(backbone, head, store), true_objects(store)
+        found, true = self.find(backbone, head, store), true_objects(store.labels.cpu())
         (x, _), = evaluation_batches(backbone, head, store, self.args.image_size)
         show_boxes(axes[1], x, true, store.classes, "what is there")
         show_boxes(axes[2], x, found, store.classes, f"what is found, scores above {LIKELY}")
@@ -603,21 +591,13 @@ def evaluation_batches(backbone, head, store, size):
     head.train()
 
 
-def true_objects(store):
-    """The objects in each image of a store, as box_scores() takes them."""
+def true_objects(labels):
+    """The objects (B, M, 6) of each image, as box_scores() takes them."""
     objects = []
-    for rows in store.labels.cpu():
+    for rows in labels:
         rows = rows[rows[:, 4] >= 0]
         objects.append(dict(boxes=rows[:, :4], labels=rows[:, 4].long(), difficult=rows[:, 5] == 1))
     return objects
-
-
-def of_class(objects, label):
-    """Those of one class in each image."""
-    kept = []
-    for one in objects:
-        kept.append({key: value[one["labels"] == label] for key, value in one.items()})
-    return kept
 
 
 def box_scores(found, true):
@@ -628,28 +608,27 @@ def box_scores(found, true):
     labels (n,), scores (n,); of true: boxes (m, 4), labels (m,), difficult (m,) bool. A hit on a
     difficult object is neither right nor wrong. COCO counts the 100 best of a class and image.
     """
-    overlaps = np.linspace(0.5, 0.95, 10)
+    overlaps, levels = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
     coco, voc = [], []  # of each class
     for label in torch.cat([one["labels"] for one in true]).unique():
-        scores, outcomes, scores_voc, outcomes_voc, total = [], [], [], [], 0
-        for mine, theirs in zip(of_class(found, label), of_class(true, label)):
-            order = mine["scores"].argsort(descending=True, stable=True)
-            score, difficult = mine["scores"][order].numpy(), theirs["difficult"].numpy()
-            boxes, true_boxes = mine["boxes"][order].double(), theirs["boxes"].double()
-            iou = torchvision.ops.box_iou(boxes, true_boxes).numpy()            # (n, m)
-            scores.append(score[:100])
-            outcomes.append(match(iou[:100], difficult, overlaps))
-            scores_voc.append(score)
-            outcomes_voc.append(match(iou, difficult, overlaps[:1], best_only=True))
+        scores, outcomes, total = [], [], 0
+        for one, there in zip(found, true):
+            mine, theirs = one["labels"] == label, there["labels"] == label
+            score, order = one["scores"][mine].sort(descending=True, stable=True)
+            boxes, true_boxes = one["boxes"][mine][order], there["boxes"][theirs]
+            iou = torchvision.ops.box_iou(boxes.double(), true_boxes.double()).numpy()  # (n, m)
+            difficult = there["difficult"][theirs].numpy()
+            of_coco = match(iou, difficult, overlaps)                           # (n, 10)
+            of_coco[100:] = -1                                                  # do not count
+            of_voc = match(iou, difficult, overlaps[:1], best_only=True)        # (n, 1)
+            scores.append(score.numpy())
+            outcomes.append(np.concatenate([of_coco, of_voc], 1))
             total += (~difficult).sum()
         if total:
             order = np.argsort(-np.concatenate(scores), kind="stable")
-            ranked = np.concatenate(outcomes)[order]                            # (all n, 10)
-            levels = np.linspace(0, 1, 101)
-            coco.append([best_precision(column, total, levels).mean() for column in ranked.T])
-            order = np.argsort(-np.concatenate(scores_voc), kind="stable")
-            ranked = np.concatenate(outcomes_voc)[order, 0]
-            voc.append(best_precision(ranked, total, np.arange(11) / 10).mean())
+            *columns, last = np.concatenate(outcomes)[order].T                  # (all n,) each
+            coco.append([best_precision(ranked, total, levels).mean() for ranked in columns])
+            voc.append(best_precision(last, total, TENTHS).mean())
     if not coco:  # there is nothing to find
         coco, voc = [[np.nan] * 10], [np.nan]
     ap = 100 * np.mean(coco, 0)                                                 # (10,)
@@ -708,7 +687,8 @@ def show_boxes(axes, x, objects, names, title):
                 text = f"{text} {one['scores'][k]:.2f}"
             place, (width, height) = corner + box[:2], box[2:] - box[:2]
             axes.add_patch(plt.Rectangle(place, width, height, fill=False, color=colour))
-            axes.text(*place, text, fontsize=7, va="top", bbox=dict(color=colour, pad=0.5))
+            axes.text(*place, text, parse_math=False, fontsize=7, va="top",
+                      bbox=dict(color=colour, pad=0.5))
 
 
 class Segment:
@@ -771,7 +751,8 @@ class Segment:
         """The confusion matrix of the pixels, and true and predicted masks of four images."""
         show_confusion(axes[0], self.confusion(backbone, head, store), store.classes)
         four = store.subset(torch.arange(len(store))[:4])
-        for x, y in evaluation_batches(backbone, head, four, self.args.image_size):  # one batch
+        # One batch, inside of which the model is in evaluation mode.
+        for x, y in evaluation_batches(backbone, head, four, self.args.image_size):
             found = self.predict(backbone, head, x, y.shape[-1])
             show_masks(axes[1], x, y, "true classes")
             show_masks(axes[2], x, found, "predicted classes")

@@ -297,7 +297,7 @@ def short_trial(args, data):
     """A trial of the fine-tuning protocol that trains on `data` and, where finetune.Run.end_epoch
     is patched, is neither scored nor saved."""
     return finetune.Trial("bench", args, args, data, judge=None, watch=None, history=[],
-                          results=[], resume=False)
+                          results=[])
 
 
 def do_nothing(*ignored, **named):

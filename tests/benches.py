@@ -149,7 +149,7 @@ class Bench:
         data, val = common.load_labelled(args, args.seed), common.load_data(args, "val")
         results = []
         SCRIPTS[script].train(finetune.Trial(script, args, args, data, judge=val, watch=None,
-                                             history=[], results=results, resume=False))
+                                             history=[], results=results))
         Path(f"{args.out}.pt").unlink(missing_ok=True)
         return results[0].get(self.metric(), 0.0)
 

@@ -284,7 +284,7 @@ def test_masks_of_0_and_255_alone_are_refused(tmp_path, capsys):
 
 def test_a_test_split_without_any_object_has_no_rows_and_is_said(tmp_path, capsys):
     targets = {"1": [("cat", *EVERYWHERE)], "2": [], "3": []}
-    folder = write_boxes(tmp_path / "voc", targets, train=["1"], val=["1"], test=["2", "3"])
+    folder = write_boxes(tmp_path / "voc", targets, train=["1"], test=["2", "3"])
     store = load(folder, "test")
     assert store.labels.shape == (2, 0, 6) and pictures(store) == stored(folder, ["2", "3"])
     assert "no image of 1 of 1 classes: cat" in capsys.readouterr().out
