@@ -49,6 +49,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, ResNet
 
 plt.switch_backend("Agg")  # figures are files: no screen is needed
+Image.MAX_IMAGE_PIXELS = None  # a picture of 200 megapixels is no attack here
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published backbones have
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma
@@ -277,6 +278,8 @@ def check_out(args):
     too."""
     if os.path.basename(args.out) in ("", ".", ".."):
         fail(f"--out {args.out} is a folder: add a name, such as {Path(args.out) / 'run'}")
+    if args.out.endswith((".pt", ".jsonl", ".png")):
+        fail(f"--out {args.out} is a name without its ending: {Path(args.out).with_suffix('')}")
     for ending in ("pt", "jsonl", "png"):
         path = Path(f"{args.out}.{ending}")
         try:
@@ -622,6 +625,7 @@ def read_image(path, side=None):
         with Image.open(path) as image:
             if side:
                 image.draft(None, (2 * side, 2 * side))  # does nothing to other formats
+            has_16_bit = ";16" in str(image.tile)  # how Pillow calls them before they are read
             image.load()
             kind, image = image.format, ImageOps.exif_transpose(image)
     except Exception as error:  # whatever a decoder of Pillow's raises
@@ -637,7 +641,11 @@ def read_image(path, side=None):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if has_16_bit and max(high for _, high in image.getextrema()) < 64:
+        tell_once("pictures of 16 bit are among them that reach less than a quarter of 65,535, as "
+                  "those of 12 bit do: they are read as nearly black. Stretch all in the same way")
+    return image
 
 
 sets = torchvision.datasets
@@ -788,14 +796,14 @@ def open_folder(folder, split):
     lacks a class of train would shift them."""
     if not (folder / split).is_dir():
         fail(f"no folder {folder / split}: {folder} must hold train/CLASS/*.png, test/CLASS/*.png "
-             "(a val can be renamed to test); one in the layout of VOC needs --task detect or "
-             "segment")
+             "(a val can be renamed to test), for pre-training unlabeled/ANY/*.png or train; the "
+             "layout of VOC is for --task detect or segment of the scripts that have it")
     classes = class_folders(folder / split)
     if split in ("val", "test") and (folder / "train").is_dir():
         odd = sorted(classes.keys() ^ class_folders(folder / "train").keys())
         if odd:
-            fail(f"{folder}: {split} does not have the classes of the other splits"
-                 f"{some_names(':', odd)}")
+            fail(f"{folder}: {split} does not have the classes of the other splits (an empty "
+                 f"folder will do){some_names(':', odd)}")
     beside = [path.name for path in (folder / split).iterdir()
               if is_picture(path.name) and not path.is_dir()]
     if beside:
@@ -805,7 +813,7 @@ def open_folder(folder, split):
     empty = absent_classes(classes, labels)
     if empty and split == "train":
         fail(f"{folder / split} has no pictures of {some_names('classes', empty)}")
-    earlier = dict(val=["train"], test=["train", "val"])
+    earlier = dict(unlabeled=["test"], val=["train"], test=["train", "val"])
     for other in earlier.get(split, []):  # links may lead from one split to another
         if (folder / other).is_dir():
             others, _ = list_pictures(class_folders(folder / other))
@@ -911,6 +919,8 @@ def voc_lists(args):
         lists["test"] = [file for file in tests if file.parents[2].name == "VOC2007"]
     if not lists.get("test") and "val" in lists:
         lists["test"] = lists.pop("val")
+        if args.data != "voc":
+            tell_once(f"{args.data} has no test.txt: val.txt is its test, a fifth of train its val")
     return lists
 
 
@@ -927,7 +937,7 @@ def list_voc(args, split):
             raise ValueError(f"{file} names no images")
         for path in sorted((folder / "JPEGImages").iterdir()):
             if is_picture(path.name):
-                pictures[path.stem] = path
+                pictures.setdefault(path.stem, []).append(path)
         for name in names:
             target = folder / f"{place}Aug" / f"{name}.{ending}"
             if "aug" not in file.stem or not target.exists():
@@ -935,7 +945,10 @@ def list_voc(args, split):
             if name not in pictures or not target.exists():
                 raise ValueError(f"{file} names {name}, but {folder} has no JPEGImages/{name}.jpg "
                                  f"or no {place}/{name}.{ending}")
-            pairs.append((pictures[name], target))
+            if len(pictures[name]) > 1:
+                raise ValueError(f"{file} names {name}, and there are "
+                                 f"{' and '.join(map(str, pictures[name]))}: leave one of them")
+            pairs.append((pictures[name][0], target))
     return pairs
 
 
@@ -1009,7 +1022,12 @@ def read_boxes(file, picture, classes):
         name = thing.findtext("name")
         if name not in classes:
             raise ValueError(f"unknown class {name}")
-        box = [float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+        corners = [thing.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        if None in corners:
+            raise ValueError(f"a {name} has no bndbox with xmin, ymin, xmax and ymax")
+        box = [float(corner) for corner in corners]
+        if 0 <= min(box) and max(box) <= 1 and any(corner % 1 for corner in box):
+            raise ValueError(f"a {name} has shares of the sides for corners: VOC counts pixels")
         # VOC counts pixels from 1, and the last one belongs to the box.
         box = np.array([box[0] - 1, box[1] - 1, box[2], box[3]])
         left, top, right, bottom = (box / [width, height, width, height]).clip(0, 1)
@@ -1031,7 +1049,8 @@ def read_mask(file, picture, classes, side):
         number = np.array(mask, dtype=np.uint8)
         highest = number[number < 255].max(initial=0)
         if highest >= len(classes):
-            raise ValueError(f"it has a class {highest}, but there are {len(classes)}")
+            raise ValueError(f"it has a class {highest}, but there are {len(classes)} names of "
+                             "classes, of which the first, 0, is the background")
         small = mask.resize((side, side), Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(small, dtype=np.uint8))
 
@@ -1100,7 +1119,8 @@ def read_splits(args, splits):
     for split in splits:
         of_split, its_labels, classes = open_dataset(args.data, args.root, split)
         if not len(its_labels):
-            fail(f"{args.data} has no images for {split}: those of a folder lie in {split}/CLASS/")
+            fail(f"{args.data} has no images for {split}: those of a folder lie in {split}/CLASS/, "
+                 "whatever CLASS is where there are no labels")
         pictures.extend(of_split)
         labels.append(np.asarray(its_labels, np.int64))
         sizes.append(len(its_labels))
@@ -1163,9 +1183,9 @@ def cache_path(args, splits):
 
 def load_cached(args, splits):
     """Images, labels, sizes and classes as in build_cache(), which runs where there is no cache."""
-    if rank():
-        dist.barrier()  # waits until process 0 has built it
     try:
+        if rank():
+            dist.barrier()  # waits until process 0 has built it
         path = cache_path(args, splits)
         about_path = path.with_suffix(".pt")
         if not (path.exists() and about_path.exists()):
@@ -1327,6 +1347,8 @@ def load_unlabeled(args, flag="batch_size"):
     if len(data) < batch_size:
         option = "--" + flag.replace("_", "-")
         fail(f"{option} {batch_size} is more than the {len(data)} images: lower it")
+    split = "unlabeled" if "unlabeled" in own_splits(args) else "train and val"
+    tell_once(f"{len(data):,} images of {args.data}, {split}")
     return data
 
 
@@ -1397,6 +1419,7 @@ def load_labelled(args, seed, hold_out=False):
         keep = labelled_subset(store.labels, seed, args.labels_per_class, args.fraction)
         store = store.subset(keep)
         say_absent(store, f"{args.data}: the labelled part")
+    tell_once(f"{len(store):,} labelled images of {args.data}, {len(store.classes)} classes")
     return store
 
 
@@ -1693,8 +1716,6 @@ def halve_channels(model, width):
 def start_backbone(args, say=True):
     """Backbone on the device, from --ckpt or fresh, and the checkpoint (None if fresh). Seeds
     torch, settles args.arch and args.image_size. say: print what was found."""
-    if say:
-        tell(f"{args.device}, {args.precision}")
     torch.manual_seed(args.seed)
     ckpt = None
     if args.ckpt:
@@ -1702,6 +1723,8 @@ def start_backbone(args, say=True):
         backbone = load_backbone(ckpt, args, say)
     else:
         backbone = build_backbone(args.arch, args.image_size <= 40)
+    if say:
+        tell(f"{args.device}, {args.precision}, {args.arch} at {args.image_size} px")
     backbone = place(backbone, args.device)
     if args.compile:
         if task_of(args) != "classify":
@@ -1727,10 +1750,17 @@ def load_backbone(ckpt, args, say):
         args.arch = ckpt["arch"] or most_similar_arch(state, small_stem)
     backbone = build_backbone(args.arch, small_stem)
     args.stem_padding = ckpt["config"].get("stem_padding", 1)
-    args.ckpt_weights, args.ckpt_method = digest_of(state), ckpt["method"]
+    weights = digest_of(state)
+    if getattr(args, "ckpt_weights", weights) != weights:
+        fail(f"{args.ckpt} has changed since this run began with it: what was found before and "
+             "after would be mixed. Give a copy of it")
+    args.ckpt_weights, args.ckpt_method = weights, ckpt["method"]
     args.ckpt_draws = ckpt["config"].get("draws", ckpt["method"])
     if small_stem:
         backbone.conv1.padding = (args.stem_padding, args.stem_padding)
+    elif args.image_size <= 16:  # layer4 would begin on a map of 1 x 1: see --image-size
+        fail(f"--image-size {args.image_size} is too small for the stem of {args.ckpt}, which "
+             "makes a quarter of it: give 17 or more")
     found, needed = shapes(state), shapes(backbone.state_dict())
     misfit = f"{args.ckpt} does not fit --arch {args.arch}"
     for key, shape in needed.items():
@@ -1752,11 +1782,13 @@ def load_backbone(ckpt, args, say):
             conv, pool = backbone.conv1, "no max-pool" if small_stem else "max-pool"
             stem = (f"; taken to have a {conv.kernel_size[0]}x{conv.kernel_size[0]} stem: stride "
                     f"{conv.stride[0]}, padding {conv.padding[0]}, {pool}")
-        run = ""
+        learnt = ckpt["method"]
+        if "data" in ckpt["config"]:
+            learnt = f"{learnt} on {Path(ckpt['config']['data']).name}"
         if ckpt["resume"] and not ckpt["resume"].get("finished", True):
-            run = ", of a run that has not finished"
-        tell(f"{args.ckpt}: {ckpt['method']}, {args.arch}{run}; all {len(needed)} backbone tensors "
-             f"matched{some_names(', left out', left)}{stem}")
+            learnt = f"{learnt}, of a run that has not finished"
+        tell(f"{args.ckpt}: {learnt}; all {len(needed)} backbone tensors matched"
+             f"{some_names(', left out', left)}{stem}")
     return backbone
 
 
@@ -2214,8 +2246,8 @@ def resume_checkpoint(args):
         fail(f"{path} holds nothing to resume: --resume goes on from what the same command wrote")
     for name, value in run_config(args).items():
         before = ckpt["config"].get(name)
-        if name in ("data", "pretext_data") and before and value:
-            before, value = Path(before).name, Path(value).name  # the folder may have moved
+        if name in ("data", "pretext_data", "ckpt") and before and value:
+            before, value = Path(before).name, Path(value).name  # they may have moved
         if before != value:
             if name == "ckpt_weights":
                 fail(f"--resume: {args.ckpt} holds other weights than those that {path} began with")
@@ -2268,8 +2300,9 @@ class Run:
     args.epochs, as bissl.py's, whose unit is an alternation. probe: (memory, query) stores for a
     k-NN probe every args.probe_every epochs. stage: the name that seeds the draws. coin.py and the
     three that fine-tune give "fine-tuning", so that all see the order and views that plain
-    fine-tuning does; else it is the method. From a checkpoint of the same method it is another one,
-    or the run would see the checkpoint's order and views once more.
+    fine-tuning does; else it is the method. From a checkpoint whose run drew by that name it is
+    another one, or this run would see the same order and views once more; but not after coin.py,
+    whose epochs it goes on with.
     """
 
     def __init__(self, args, method, model, data, pretext_data=None, epochs=None, unit="epoch",
@@ -2279,8 +2312,10 @@ class Run:
         if pretext_data:
             self.images_found += len(pretext_data.images)
         self.stage = stage or method
-        if getattr(args, "ckpt_method", None) == method:
-            self.stage = f"{args.ckpt_draws}, continued"
+        drawn_before = getattr(args, "ckpt_draws", "")
+        after_coin = self.method != "coin" and getattr(args, "ckpt_method", "") == "coin"
+        if drawn_before.startswith(self.stage) and not after_coin:
+            self.stage = f"{drawn_before}, continued"
         self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
         self.parts = dict(model.named_children(), **others)
         self.config, self.history = dict(run_config(args), draws=self.stage), []

@@ -276,7 +276,8 @@ class Run(common.Run):
         """What tells one result from the others."""
         args = self.trial.args
         judge = "val" if self.number <= self.trial.flags.search else "test"
-        return dict(judge=judge, lr=args.lr, weight_decay=args.weight_decay, seed=args.seed)
+        return dict(judge=judge, images=len(self.trial.judge), lr=args.lr,
+                    weight_decay=args.weight_decay, seed=args.seed)
 
     def end_epoch(self):
         searching = self.number <= self.trial.flags.search
@@ -317,14 +318,14 @@ def protocol(args, method, train, panel=None):
         labelled = common.load_data(args, "trainval")
         common.check_same_images(args, stopped, labelled.classes, len(labelled.images))
         results, history = stopped["resume"]["results"], stopped["resume"]["history"]
+        check_same_judges(args, results, dict(val=val, test=test))
     say_what_was_seen(args, ckpt)
     trials = args.search + args.seeds
     for number in range(len(results), trials):
         searching, now = number < args.search, choose_settings(args, results, number)
         data = common.load_labelled(args, now.seed, hold_out=searching)
         watch = val if searching or common.few_labels(args) else None
-        common.tell(f"run {number + 1}/{trials}: {len(data):,} labelled images of "
-                    f"{len(data.classes)} classes, lr {now.lr:.2g}, weight decay "
+        common.tell(f"run {number + 1}/{trials}: lr {now.lr:.2g}, weight decay "
                     f"{now.weight_decay:.2g}, seed {now.seed}")
         train(Trial(method, args, now, data, judge=val if searching else test, watch=watch,
                     history=history, results=results))
@@ -334,6 +335,15 @@ def protocol(args, method, train, panel=None):
     common.write_lines(args, [*history, dict(summary, runs=results)])
     draw(args, history, test, panel)
     return summary
+
+
+def check_same_judges(args, results, judges):
+    """Stop where earlier trials were scored on more or fewer images than there are now."""
+    for result in results:
+        before, now = result.get("images"), len(judges[result["judge"]])
+        if before not in (None, now):  # files of an older version do not tell
+            common.fail(f"--resume: earlier runs were scored on {before:,} images of "
+                        f"{result['judge']}, and now {args.data} has {now:,}")
 
 
 def make_task(args):
@@ -366,7 +376,8 @@ def say_what_was_seen(args, ckpt):
     same_labels = common.task_of(seen) == common.task_of(args)
     if same_labels and "labels_per_class" in vars(seen) and common.same_data(seen.data, args.data):
         few = common.few_labels(args)
-        same = (seen.labels_per_class, seen.fraction, seen.seed) == (
+        last_seed = seen.seed + getattr(seen, "seeds", 1) - 1  # whose run the checkpoint holds
+        same = (seen.labels_per_class, seen.fraction, last_seed) == (
             args.labels_per_class, args.fraction, args.seed)
         if few and (args.seeds > 1 or not same):
             common.tell(f"{args.ckpt} has learnt from other labelled images than these flags draw: "
@@ -377,6 +388,8 @@ def say_what_was_seen(args, ckpt):
     elif "rest" in vars(seen):
         common.tell(f"{args.ckpt}: what coin.py left of its budget was for {seen.data}; here a new "
                     "one begins")
+    if "search" in vars(seen):  # the flag of the three scripts that fine-tune
+        common.tell(f"{args.ckpt}: its classifier is left out, and a new one begins")
     if args.spent:
         common.tell(f"{args.epochs - args.spent} of {args.epochs} epochs are left of the budget")
 
@@ -432,6 +445,7 @@ def draw(args, history, test, panel):
     """Curves, the task's picture of the test images, and the method's own panel."""
     finished, task = copy.copy(args), make_task(args)
     finished.ckpt, finished.prefix = f"{args.out}.pt", None
+    vars(finished).pop("ckpt_weights", None)
     backbone, head, _ = load_fine_tuned(finished, task, say=False)
     before, _ = common.start_backbone(args, say=False)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))

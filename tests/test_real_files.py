@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import types
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -87,6 +88,9 @@ def test_what_is_assumed_of_the_stem_is_said(tmp_path, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "large.pt")
     common.start_backbone(backbone_flags(tmp_path / "large.pt"))
     assert "7x7 stem: stride 2, padding 3, max-pool" in capsys.readouterr().out
+    line = error_line(capsys, common.start_backbone,
+                      backbone_flags(tmp_path / "large.pt", image_size=16))
+    assert "too small for the stem" in line and "17 or more" in line
 
 
 def solo_learn_file(path, flags):
@@ -311,6 +315,31 @@ def test_every_mode_of_pillow_is_decided(tmp_path, name):
     assert np.abs(read - colour).max() <= 4
 
 
+def png_of_16_bit(path, value):
+    """A PNG of 16 bit a colour, which Pillow does not write."""
+    row = b"\0" + struct.pack(">H", value) * 3 * 8
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+                       (b"IDAT", zlib.compress(8 * row)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("value, is_said", [(4095, True), (40_000, False)])
+@pytest.mark.parametrize("kind", ["grey.png", "grey.tiff", "colour.png"])
+def test_16_bit_of_which_few_are_used_are_said(tmp_path, capsys, kind, value, is_said):
+    common.tell_once.cache_clear()
+    for name in ("1", "2"):
+        if kind == "colour.png":
+            png_of_16_bit(tmp_path / f"{name}{kind}", value)
+        else:
+            from_array(value, np.uint16).save(tmp_path / f"{name}{kind}")
+        read = np.asarray(common.read_image(tmp_path / f"{name}{kind}"), dtype=int)
+        assert np.abs(read - value / 257).max() <= 1
+    assert capsys.readouterr().out.count("read as nearly black") == is_said
+
+
 def test_a_picture_without_a_range_ends_the_run_in_a_line(here, capsys):
     from_array(0.5, np.float32).save("pictures/train/a/x.tiff")
     line = error_line(capsys, finetune.main, [*FAST, "--arch", "resnet10"])
@@ -476,7 +505,8 @@ def test_what_lies_beside_the_layout_is_said(folder, tmp_path, capsys, add, said
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("link, target", [("test", "val"), ("test", "train"), ("val", "train")])
+@pytest.mark.parametrize("link, target", [
+    ("test", "val"), ("test", "train"), ("val", "train"), ("unlabeled", "test")])
 def test_a_split_that_a_link_leads_into_another_is_refused(tmp_path, capsys, link, target):
     place = write_folder(tmp_path / "pictures", splits=sorted({"train", target}), per_class=2)
     (place / link).symlink_to(target)
@@ -522,6 +552,21 @@ def test_a_folder_is_known_again_from_elsewhere_and_after_it_has_moved(here, cap
     assert "here a new one begins" in capsys.readouterr().out
     finetune.main([*TINY, *root, "--data", "pictures", "--ckpt", "../coin.pt", "--epochs", "1",
                    "--out", "moved", "--resume"])
+
+
+def test_what_a_run_learns_from_is_said(here, capsys, monkeypatch):
+    draw_nothing(monkeypatch)
+    common.tell_once.cache_clear()
+    simclr.main([*FAST, "--out", "simclr"])
+    said = capsys.readouterr().out
+    assert "cpu, float32, resnet10 at 16 px" in said
+    assert "36 images of pictures, train and val" in said
+    finetune.main([*FAST, "--ckpt", "simclr.pt", "--out", "tuned"])
+    said = capsys.readouterr().out
+    assert "simclr.pt: simclr on pictures; all" in said and "resnet10 at 16 px" in said
+    assert "36 labelled images of pictures, 3 classes" in said
+    finetune.main([*FAST, "--ckpt", "tuned.pt", "--out", "again"])
+    assert "tuned.pt: its classifier is left out, and a new one begins" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_an_unfinished_run_is_called_so(here, capsys, monkeypatch):
@@ -572,7 +617,7 @@ def test_a_class_whose_name_looks_like_a_formula_is_drawn(tmp_path, monkeypatch)
 # ------------------------------------------------------------------- G. paths are checked as used
 
 @pytest.mark.parametrize("out", [
-    "runs/", ".", "..", "runs/..", "", "taken", "x" * 250, "blocked/x"])
+    "runs/", ".", "..", "runs/..", "", "taken", "x" * 250, "blocked/x", "run.pt", "a/run.png"])
 def test_out_is_checked_before_any_work(here, capsys, monkeypatch, out):
     (here / "taken.png").mkdir()
     (here / "blocked").write_text("a file")

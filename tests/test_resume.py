@@ -11,7 +11,7 @@ import torch
 
 import common
 import finetune
-from conftest import SCRIPTS, draw_nothing, error_line, write_folder
+from conftest import FINE_TUNING, SCRIPTS, draw_nothing, error_line, write_folder
 
 BILEVEL = ["--lower-steps", "2", "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
            "--pretext-batch-size", "8"]
@@ -232,6 +232,32 @@ def test_a_run_does_not_go_on_with_more_or_fewer_images(name, save, tmp_path, mo
     assert read(tmp_path / "out.pt") == before
 
 
+def test_a_run_does_not_go_on_with_fewer_test_images(tmp_path, monkeypatch, capsys):
+    folder, out = write_folder(tmp_path / "pictures"), str(tmp_path / "out")
+    more = "--data", str(folder), "--epochs", "1", "--seeds", "2"
+    with stop_at_save(monkeypatch, 1, "after"), pytest.raises(Stop):
+        run("finetune", out, *more)
+    (folder / "test" / "a" / "0.png").unlink()
+    line = error_line(capsys, run, "finetune", out, *more, "--resume")
+    assert "scored on 36 images of test, and now" in line and line.endswith(" has 35")
+
+
+def test_a_checkpoint_that_changes_between_two_seeds_ends_the_run(tmp_path, monkeypatch, capsys):
+    start, end_epoch = str(tmp_path / "start"), finetune.Run.end_epoch
+    run("simclr", start, "--epochs", "1")
+
+    def change(of_run):
+        end_epoch(of_run)
+        ckpt = torch.load(f"{start}.pt", weights_only=True)
+        ckpt["backbone"]["conv1.weight"] += 1
+        torch.save(ckpt, f"{start}.pt")
+
+    monkeypatch.setattr(finetune.Run, "end_epoch", change)
+    line = error_line(capsys, run, "finetune", str(tmp_path / "out"), "--ckpt", f"{start}.pt",
+                      "--epochs", "1", "--seeds", "2")
+    assert "start.pt has changed since this run began" in line
+
+
 def test_bissl_does_not_go_on_with_fewer_pretext_images(tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "pictures")
     more = "--pretext-data", str(folder)
@@ -249,7 +275,7 @@ def test_a_run_does_not_go_on_from_other_weights_than_it_began_with(
     run("simclr", start, "--epochs", "1")
     run(name, out, "--ckpt", f"{start}.pt")
     run("simclr", start, "--epochs", "1")
-    run(name, out, "--ckpt", f"{start}.pt", "--resume")  # the same once more
+    run(name, out, "--ckpt", f"{tmp_path}/./start.pt", "--resume")  # the same once more
     run("simclr", start, "--epochs", "1", "--seed", "1")
     line = error_line(capsys, run, name, out, "--ckpt", f"{start}.pt", "--resume")
     assert "start.pt holds other weights" in line
@@ -276,12 +302,13 @@ def test_a_run_from_a_checkpoint_of_its_own_method_does_not_repeat_that_ones_dra
 
     monkeypatch.setattr(common, "seed_epoch", note)
     for name, out, ckpt in (("simclr", "on", "whole_simclr"), ("simclr", "further", "on"),
-                            ("finetune", "tuned", "whole_coin"), ("finetune", "again", "tuned")):
-        budget = ["--spent", "0"] if name == "finetune" else []
+                            ("finetune", "tuned", "whole_coin"), ("finetune", "again", "tuned"),
+                            ("core_tuning", "core", "again")):
+        budget = ["--spent", "0"] if name in FINE_TUNING else []
         run(name, out, "--ckpt", f"{ckpt}.pt", *budget)
     assert list(dict.fromkeys(stages)) == [
         "simclr, continued", "simclr, continued, continued", "fine-tuning",
-        "fine-tuning, continued"]
+        "fine-tuning, continued", "fine-tuning, continued, continued"]
 
 
 def test_no_stage_and_no_epoch_repeats_the_draws_of_another():

@@ -49,7 +49,7 @@ def test_a_cpu_that_has_bfloat16_uses_it(tmp_path, monkeypatch, capsys, capabili
     args = simclr.parser().parse_args([*CPU, "--out", str(tmp_path / "x")])
     assert args.precision == precision
     common.start_backbone(args)
-    assert capsys.readouterr().out == f"cpu, {precision}\n"
+    assert capsys.readouterr().out == f"cpu, {precision}, resnet10 at 32 px\n"
 
 
 def test_float32_is_float32_on_a_gpu_too(tmp_path):

@@ -335,6 +335,15 @@ def test_what_lies_beside_a_picture_is_no_picture(tmp_path, beside):
     assert pictures(load(folder, "test")) == stored(folder, "1")
 
 
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_of_two_pictures_of_one_name_none_is_chosen(tmp_path, capsys, task):
+    folder = write_shown(tmp_path / "voc", ["a"] * 2, task, train="0", test="1")
+    Image.new("L", (40, 30)).save(folder / "JPEGImages" / "1.jpg")  # as where masks lie there too
+    assert len(load(folder, "train", task)) == 1  # whose lists name other pictures
+    line = refusal(capsys, folder, "test", task)
+    assert "1.jpg and" in line and "1.png" in line
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_jpeg_is_measured_as_it_is_shown(tmp_path, capsys, orientation):
     exif = Image.Exif()
@@ -456,7 +465,8 @@ BAD_BOXES = {  # a file, what stands in it instead (None: it is missing), what h
     "empty XML": (XML, "", XML),
     "no XML": (XML, b"\xff\xfe\x00", XML),
     "missing XML": (XML, None, XML),
-    "missing bndbox": (XML, re.sub("<bndbox>.*</bndbox>", "", wanting("")), XML),
+    "missing bndbox": (XML, re.sub("<bndbox>.*</bndbox>", "", wanting("")), "a cat has no bndbox"),
+    "shares of the sides": (XML, annotation([("cat", 0.1, 0.2, 0.9, 1)]), "VOC counts pixels"),
     "missing xmax": (XML, wanting("<xmax>24</xmax>"), XML),
     "empty xmax": (XML, wanting("24"), XML),
     "text for a number": (XML, wanting("24", "wide"), XML),
@@ -675,7 +685,7 @@ def test_blank_lines_and_spaces_in_a_list_do_not_matter(tmp_path, content):
 
 
 @pytest.mark.parametrize("task", ["detect", "segment"])
-def test_where_val_is_the_test_a_part_of_train_is_val(tmp_path, task):
+def test_where_val_is_the_test_a_part_of_train_is_val(tmp_path, capsys, task):
     names = [str(i) for i in range(15)]
     folder = write_shown(tmp_path / "voc", ["a", "b", "b"] * 5, task, train=names[:10],
                          val=names[10:])
@@ -684,6 +694,7 @@ def test_where_val_is_the_test_a_part_of_train_is_val(tmp_path, task):
     assert train | val == set(stored(folder, names[:10])) and not train & val
     assert test == set(stored(folder, names[10:]))
     assert len(val) == 2 and letters_of(load(folder, "val", task)) == {"a": 1, "b": 1}
+    assert capsys.readouterr().out.count("val.txt is its test, a fifth of train its val") == 1
 
 
 # ------------------------------------------------------------ --data voc
