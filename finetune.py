@@ -445,7 +445,7 @@ def draw(args, history, test, panel):
     """Curves, the task's picture of the test images, and the method's own panel."""
     finished, task = copy.copy(args), make_task(args)
     finished.ckpt, finished.prefix = f"{args.out}.pt", None
-    vars(finished).pop("ckpt_weights", None)
+    vars(finished).pop("ckpt_weights", None)  # those of OUT.pt are others
     backbone, head, _ = load_fine_tuned(finished, task, say=False)
     before, _ = common.start_backbone(args, say=False)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
