@@ -188,7 +188,7 @@ def train(args):
     if not val:  # test is looked at only where val is trained on
         shown, split = common.load_data(args, "test"), "test"
     say_positives(data.labels, args.batch_size, args.balanced)
-    common.tell(f"{coin_epochs} of {args.epochs} epochs")
+    common.tell(f"{coin_epochs} of {args.epochs} epochs are for SupCon alone")
     before = common.features(backbone, shown, args)
     projector = make_projector(backbone.num_features, args.dim)
     model = nn.ModuleDict(dict(backbone=backbone, projector=projector)).to(args.device)
