@@ -567,7 +567,8 @@ def test_bi_tuning_starts_from_torchvisions_supervised_weights(here, capsys):
     state = torchvision.models.resnet18().state_dict()
     torch.save(state, "resnet18.pth")
     result = bi_tuning.main(
-        [*SMALL, "--ckpt", "resnet18.pth", "--batch-size", "36", "--backbone-lr", "0"])
+        [*SMALL, "--ckpt", "resnet18.pth", "--image-size", "24", "--batch-size", "36",
+         "--backbone-lr", "0"])
     assert "left out fc.weight, fc.bias" in capsys.readouterr().out
     ckpt = common.load_checkpoint("bi_tuning.pt")
     assert ckpt["arch"] == "resnet18"
