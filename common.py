@@ -12,6 +12,7 @@ it takes its own_rows(). What a process computes on them becomes the whole batch
 """
 import argparse
 import contextlib
+import filecmp
 import hashlib
 import itertools
 import json
@@ -814,14 +815,27 @@ def open_folder(folder, split):
     if empty and split == "train":
         fail(f"{folder / split} has no pictures of {some_names('classes', empty)}")
     earlier = dict(unlabeled=["test"], val=["train"], test=["train", "val"])
-    for other in earlier.get(split, []):  # links may lead from one split to another
+    for other in earlier.get(split, []):
         if (folder / other).is_dir():
-            others, _ = list_pictures(class_folders(folder / other))
-            shared = sorted(set(paths).intersection(others))
+            others = list_pictures(class_folders(folder / other))
+            shared = shared_pictures((paths, labels), others)
             if shared:
                 fail(f"{folder}: {other} and {split} share {len(shared)} pictures"
                      f"{some_names(':', shared)}")
     return paths, labels, list(classes)
+
+
+def shared_pictures(pictures, others):
+    """Those of list_pictures() that are among the others, too: the same file, or a copy of it under
+    the same name in the class of the same number, for which the first 1,000 are compared."""
+    shared, twins = set(pictures[0]).intersection(others[0]), {}
+    for path, label in zip(*others):
+        twins[label, os.path.basename(path)] = path
+    for path, label in list(zip(*pictures))[:1000]:
+        twin = twins.get((label, os.path.basename(path)))
+        if twin and filecmp.cmp(path, twin, shallow=False):  # which compares their sizes first
+            shared.add(path)
+    return sorted(shared)
 
 
 def is_picture(name):

@@ -281,7 +281,7 @@ def test_val_is_the_same_each_time(tmp_path):
 
 def test_an_own_val_folder_is_used(tmp_path):
     write_folder(tmp_path, per_class=4, splits=("train", "test"))
-    write_folder(tmp_path, per_class=2, splits=("val",))
+    write_folder(tmp_path, per_class=2, side=24, splits=("val",))  # else train once more
     for split, size in (("train", 12), ("val", 6), ("trainval", 18), ("test", 12)):
         assert len(common.load_data(options(tmp_path, tmp_path), split)) == size
 

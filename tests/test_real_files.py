@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -488,7 +489,7 @@ def test_a_device_that_cannot_compute_is_refused(here, capsys, device):
 
 def test_an_accent_is_the_same_composed_or_not(tmp_path):
     write_folder(tmp_path / "x", classes=("\u00e9", "b"), splits=("train",))
-    write_folder(tmp_path / "x", classes=("e\u0301", "b"), splits=("test",))
+    write_folder(tmp_path / "x", classes=("e\u0301", "b"), side=24, splits=("test",))
     train = common.load_data(options(tmp_path / "x", tmp_path), "trainval")
     test = common.load_data(options(tmp_path / "x", tmp_path), "test")
     assert train.classes == test.classes == ["b", "\u00e9"]
@@ -512,6 +513,17 @@ def test_a_split_that_a_link_leads_into_another_is_refused(tmp_path, capsys, lin
     (place / link).symlink_to(target)
     line = error_line(capsys, common.load_data, options(place, tmp_path), link)
     assert f"{target} and {link} share 6 pictures" in line
+
+
+@pytest.mark.parametrize("copy, target", [("test", "val"), ("test", "train"), ("val", "train")])
+def test_a_split_that_is_a_copy_of_another_is_refused(tmp_path, capsys, copy, target):
+    place = write_folder(tmp_path / "pictures", splits=sorted({"train", target}), per_class=2)
+    shutil.copytree(place / target, place / copy)
+    line = error_line(capsys, common.load_data, options(place, tmp_path), copy)
+    assert f"{target} and {copy} share 6 pictures" in line
+    for path in (place / copy).rglob("*.png"):
+        Image.open(path).rotate(90).save(path)  # of their names, and no copies
+    assert len(common.load_data(options(place, tmp_path), copy)) == 6
 
 
 def test_a_folder_of_pictures_that_may_not_be_read_ends_the_run(folder, tmp_path, capsys,
