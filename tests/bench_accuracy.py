@@ -32,7 +32,7 @@ Groups of rows:
     BiSSL, more epochs  the same after BiSSL
   ingredients  Core-tuning without each of its three
   losses       Bi-tuning without each of its two
-  a flag       (alpha, eta, keys; lam, damping, ... of bissl.py) its values, all else at its default
+  a flag       (alpha, temperature, eta, keys; lam, damping, ... of bissl.py) its values, all else at its default
 
   budget   In a column every row sees its labelled images equally often (EPOCHS). COIN's epochs are
            taken from fine-tuning; in `methods` BiSSL's are, too: those that warm up its head and
@@ -83,7 +83,7 @@ WEIGHTS = {"coin": ("--alpha", 0.07, 0.9), "bissl": ("--lam", 0.001, 1),
            "core_tuning": ("--eta", 0.1, 10), "bi_tuning": ("--gamma", 0.1, 10)}
 RANGES = {"--lr": (0.003, 0.3), "--weight-decay": (1e-5, 1e-2)}
 # The flags that have a group each: the script, and the values.
-FLAGS = {"alpha": ("coin", (0.1, 0.3, 0.5, 0.7, 0.9)),
+FLAGS = {"alpha": ("coin", (0.1, 0.3, 0.5, 0.7, 0.9)), "temperature": ("coin", (0.1, 0.3)),
          "eta": ("core_tuning", (0, 0.1, 0.3, 1, 3, 10)),
          "keys": ("bi_tuning", (1, 4, 16, 40, 100)),
          "lam": ("bissl", (0.001, 0.01, 0.1, 0.3, 1, 3, 10)),

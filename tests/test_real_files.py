@@ -425,7 +425,8 @@ def add_a_picture_in_latin_1(place):
         file.write((place / "pictures/train/a/0.png").read_bytes())
 
 
-def name_a_class_in_latin_1(place):
+def name_a_picture_and_a_class_in_latin_1(place):
+    add_a_picture_in_latin_1(place)
     for split in ("train", "test"):
         folder = os.fsencode(place / "pictures" / split)
         os.rename(folder + b"/b", folder + b"/caf\xe9")
@@ -446,8 +447,7 @@ COMMANDS = {  # what happens to the folder, and the command that is typed there
     "closed pipe of help": (nothing, f"{PYTHON}/simclr.py --help | head -1"),
     "full screen": (nothing, f"{SIMCLR} > /dev/full"),
     "no screen": (nothing, f"{SIMCLR} >&-"),
-    "picture in Latin-1": (add_a_picture_in_latin_1, SIMCLR),
-    "class in Latin-1": (name_a_class_in_latin_1, FINETUNE),
+    "Latin-1": (name_a_picture_and_a_class_in_latin_1, FINETUNE),
     "Chinese": (name_the_folder_in_chinese,
                 "export PYTHONIOENCODING=cp1252; "
                 f"{SIMCLR.replace('--data pictures', '--data 图片').replace(' out', ' 结果')} && "
@@ -794,15 +794,10 @@ def test_without_a_screen_a_run_goes_on(commands):
     assert len(json_lines(place / "out.jsonl")) == 1
 
 
-def test_a_name_in_latin_1_is_a_name(commands):
-    place, done = commands["picture in Latin-1"]
+def test_a_picture_and_a_class_named_in_latin_1_are_read(commands):
+    place, done = commands["Latin-1"]
     assert done.result().returncode == 0, done.result().stderr
     assert len(np.load(next((place / "root" / "cache").glob("*-train-*.npy")))) == 37
-
-
-def test_a_class_in_latin_1_is_a_class(commands):
-    place, done = commands["class in Latin-1"]
-    assert done.result().returncode == 0, done.result().stderr
     assert common.load_checkpoint(place / "out.pt")["classes"] == ["a", "c", "caf\\xe9"]
     assert "\r" not in done.result().stdout  # no line is rewritten in a pipe
 
