@@ -32,7 +32,8 @@ Groups of rows:
     BiSSL, more epochs  the same after BiSSL
   ingredients  Core-tuning without each of its three
   losses       Bi-tuning without each of its two
-  a flag       (alpha, temperature, eta, keys; lam, damping, ... of bissl.py) its values, all else at its default
+  a flag       (alpha, temperature, eta, keys; lam, damping, ... of bissl.py) its values, all else
+               at its default
 
   budget   In a column every row sees its labelled images equally often (EPOCHS). COIN's epochs are
            taken from fine-tuning; in `methods` BiSSL's are, too: those that warm up its head and
