@@ -831,7 +831,7 @@ def shared_pictures(pictures, others):
     shared, twins = set(pictures[0]).intersection(others[0]), {}
     for path, label in zip(*others):
         twins[label, os.path.basename(path)] = path
-    for path, label in list(zip(*pictures))[:1000]:
+    for path, label in itertools.islice(zip(*pictures), 1000):
         twin = twins.get((label, os.path.basename(path)))
         if twin and filecmp.cmp(path, twin, shallow=False):  # which compares their sizes first
             shared.add(path)
@@ -966,17 +966,19 @@ def list_voc(args, split):
     return pairs
 
 
-def check_lists(args, splits):
-    """Stop where the lists of these splits share a picture, or that of test has one that is trained
-    on."""
-    seen, lists = set(), voc_lists(args)
+def list_apart(args, splits):
+    """{split: its list_voc()} of these splits, with test those of train and val, too. Stop where
+    two of them share a picture: what is trained on must not be scored on."""
+    seen, pairs, lists = set(), {}, voc_lists(args)
     if "test" in splits:
         splits = [split for split in TRAIN_VAL_TEST if split in lists]
     for split in splits:
-        for picture, _ in list_voc(args, split):
+        pairs[split] = list_voc(args, split)
+        for picture, _ in pairs[split]:
             if picture in seen:
                 raise ValueError(f"the lists of {' and '.join(splits)} share {picture}")
             seen.add(picture)
+    return pairs
 
 
 def read_lines(file):
@@ -1134,7 +1136,7 @@ def read_splits(args, splits):
         of_split, its_labels, classes = open_dataset(args.data, args.root, split)
         if not len(its_labels):
             fail(f"{args.data} has no images for {split}: those of a folder lie in {split}/CLASS/, "
-                 "whatever CLASS is where there are no labels")
+                 "where CLASS is any name if they have no labels")
         pictures.extend(of_split)
         labels.append(np.asarray(its_labels, np.int64))
         sizes.append(len(its_labels))
@@ -1181,12 +1183,14 @@ def cache_path(args, splits):
                 files.append(pictures)
                 key.update(repr((split, labels, classes)).encode())
         else:
-            check_lists(args, splits)
+            pairs = list_apart(args, splits)
             files = [[names_file]] if names_file.exists() else []  # a list of lists, as below
             if task == "detect" and args.data != "voc" and not files:
                 splits = ["train", *splits]  # its objects name the classes
             for split in splits:
-                files.extend(list_voc(args, split))
+                if split not in pairs:
+                    pairs[split] = list_voc(args, split)
+                files.extend(pairs[split])
                 key.update(f"{split} {len(files)}".encode())  # where the split ends
         for file in itertools.chain(*files):
             stat = os.stat(file)
@@ -1796,14 +1800,19 @@ def load_backbone(ckpt, args, say):
             conv, pool = backbone.conv1, "no max-pool" if small_stem else "max-pool"
             stem = (f"; taken to have a {conv.kernel_size[0]}x{conv.kernel_size[0]} stem: stride "
                     f"{conv.stride[0]}, padding {conv.padding[0]}, {pool}")
-        learnt = ckpt["method"]
-        if "data" in ckpt["config"]:
-            learnt = f"{learnt} on {Path(ckpt['config']['data']).name}"
-        if ckpt["resume"] and not ckpt["resume"].get("finished", True):
-            learnt = f"{learnt}, of a run that has not finished"
-        tell(f"{args.ckpt}: {learnt}; all {len(needed)} backbone tensors matched"
+        tell(f"{args.ckpt}: {origin_of(ckpt)}; all {len(needed)} backbone tensors matched"
              f"{some_names(', left out', left)}{stem}")
     return backbone
+
+
+def origin_of(ckpt):
+    """In words: the method that made a checkpoint, on which data, and whether it has finished."""
+    origin = ckpt["method"]
+    if "data" in ckpt["config"]:
+        origin = f"{origin} on {Path(ckpt['config']['data']).name}"
+    if ckpt["resume"] and not ckpt["resume"].get("finished", True):
+        origin = f"{origin}, of a run that has not finished"
+    return origin
 
 
 def most_similar_arch(state, small_stem):
