@@ -180,8 +180,9 @@ def book_of(tmp_path):
 
 
 def test_a_finished_run_is_not_made_again(folder, tmp_path, monkeypatch, capsys):
-    """Two rows, two seeds, a search of two, from drawing the pretext's views to the figure; then
-    once more, from the book."""
+    """Two rows, two seeds, a search of two, from the pretext to the bench's figure; then once more,
+    from the book."""
+    draw_nothing(monkeypatch)
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
     flags = ("--device cpu --image-size 16 --pretext-epochs 1 --epochs 8 --search 2 --seeds 0 1 "
              "--labels 5").split()

@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_folder
+from conftest import draw_nothing, write_folder
 from torch import nn
 
 import bissl
@@ -15,6 +15,11 @@ import simclr
 from bench_bilevel import layerwise
 
 SHAPES = (2, 3), (4,), (1, 2, 2)  # three tensors, 14 numbers
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    draw_nothing(monkeypatch)
 
 
 def flat(tensors):
