@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import socket
@@ -53,7 +52,6 @@ plt.switch_backend("Agg")  # figures are files: no screen is needed
 Image.MAX_IMAGE_PIXELS = None  # a picture of 200 megapixels is no attack here
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published backbones have
-GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -130,7 +128,8 @@ class Parser(argparse.ArgumentParser):
                     "test/CLASS/*.png", data)
         self.option("--root", path, "folder of the data sets, downloaded if need be, and of the "
                     "cache of decoded images", "data")
-        # 8 would end in a map of 1 x 1, on which a CPU's gradients in bfloat16 are wrong.
+        # With 8 layer4 would begin on a map of 1 x 1, on which a CPU's gradients in bfloat16 are
+        # wrong.
         self.option("--image-size", bounded(int, 9), "side in pixels that the network sees; with "
                     "--ckpt, the checkpoint's")
         self.option("--arch", str, f"{', '.join(ARCHS)}; with --ckpt, the checkpoint's",
@@ -1111,11 +1110,9 @@ def write_images(path, pictures, side, squash=False):
         image = fit(image, (side, side), Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1).tobytes()
 
-    n, cores = len(pictures), os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # a cluster's job may have some of the cores alone
-        cores = len(os.sched_getaffinity(0))
+    n = len(pictures)
     header = dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side))
-    with open(path, "wb") as file, ThreadPoolExecutor(cores) as pool:
+    with open(path, "wb") as file, ThreadPoolExecutor() as pool:
         np.lib.format.write_array_header_1_0(file, header)
         began = shown = time.perf_counter()
         for first in range(0, n, DECODE_CHUNK):
@@ -1566,9 +1563,7 @@ def crop_mask(mask, box, flip, size):
     return mask[image, rows[:, :, None], columns[:, None, :]]
 
 
-def grey(x):
-    """(B, 3, H, W) -> (B, 1, H, W)"""
-    return GREY[0] * x[:, :1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:]
+grey = torchvision.transforms.functional.rgb_to_grayscale  # (B, 3, H, W) -> (B, 1, H, W)
 
 
 def brightness(x, factor, dark=0):
@@ -1712,23 +1707,17 @@ def build_backbone(arch, small_stem):
         model.maxpool = nn.Identity()
     elif narrow:
         model.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
-    if narrow:
-        halve_channels(model, width)
+    if narrow:  # what follows has half the channels, too
+        model.inplanes, model.num_features = width, 8 * width
+        model.bn1 = nn.BatchNorm2d(width)
+        model.layer1 = model._make_layer(BasicBlock, width, 1)
+        model.layer2 = model._make_layer(BasicBlock, 2 * width, 1, stride=2)
+        model.layer3 = model._make_layer(BasicBlock, 4 * width, 1, stride=2)
+        model.layer4 = model._make_layer(BasicBlock, 8 * width, 1, stride=2)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model.to(memory_format=torch.channels_last)
-
-
-def halve_channels(model, width):
-    """What follows the first convolution, in `width` channels at first and one BasicBlock a
-    stage."""
-    model.inplanes, model.num_features = width, 8 * width
-    model.bn1 = nn.BatchNorm2d(width)
-    model.layer1 = model._make_layer(BasicBlock, width, 1)
-    model.layer2 = model._make_layer(BasicBlock, 2 * width, 1, stride=2)
-    model.layer3 = model._make_layer(BasicBlock, 4 * width, 1, stride=2)
-    model.layer4 = model._make_layer(BasicBlock, 8 * width, 1, stride=2)
 
 
 def start_backbone(args, say=True):
@@ -1757,8 +1746,9 @@ HEADS = ("fc", "cls", "classifier", "linear", "last_linear", "logit", "head", "e
 
 def load_backbone(ckpt, args, say):
     """The checkpoint's backbone. Every tensor but BatchNorm's counts has to be there in the right
-    shape, and nothing else but a head: what has no place here belongs to another network. Notes in
-    args what --resume compares and Run names the draws by: ckpt_weights, _method, _draws."""
+    shape, and nothing else but a head: what has no place here belongs to another network. Settles
+    args.arch, image_size and stem_padding, and notes what --resume compares (ckpt_weights) and Run
+    names the draws by (ckpt_method, ckpt_draws)."""
     state = ckpt["backbone"]
     args.image_size = args.image_size or ckpt["image_size"]
     if args.image_size is None:
@@ -1789,11 +1779,8 @@ def load_backbone(ckpt, args, say):
     for key in left:
         if not key.startswith(HEADS):
             fail(f"{misfit}: {key} has no place there, so that it is of another network")
-    whole = backbone.state_dict()
-    for key in whole:
-        if key in state:  # old files lack BatchNorm's counts
-            whole[key] = state[key]
-    backbone.load_state_dict(whole)
+    own = {key: state[key] for key in backbone.state_dict() if key in state}
+    backbone.load_state_dict(own)  # torch fills in BatchNorm's counts, which old files lack
     if say:
         stem = ""
         if ckpt["arch"] is None:  # tensors do not tell these
@@ -1839,7 +1826,7 @@ def shapes(state):
 
 
 def digest_of(state):
-    """Twelve letters that are others where a number in a state dict is."""
+    """Twelve hexadecimal digits that change with any number in a state dict."""
     digest = hashlib.sha256()
     for value in state.values():
         digest.update(value.float().numpy().tobytes())  # numpy has no bfloat16
@@ -2189,14 +2176,10 @@ def read_file(path):
     except FileNotFoundError:
         fail(f"no checkpoint {path}")
     except Exception as error:  # torch.load raises a dozen types for what is no checkpoint
-        reason = "it is truncated or no checkpoint"
+        reason = "it is truncated, a plain pickle, a TorchScript program, or no checkpoint"
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             reason = f"it would run code of {refused[1]} when read: save its tensors alone"
-        elif "Unsupported" in str(error) and Path(path).read_bytes()[:1] == pickle.PROTO:
-            reason = "it is a plain pickle, which would run code when read"
-        elif "TorchScript" in str(error):
-            reason = "it is a TorchScript program: save torch.jit.load(FILE).state_dict() instead"
         fail(f"cannot read {path}: {reason} ({type(error).__name__})")
 
 
