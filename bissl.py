@@ -33,7 +33,8 @@ gradient counts as much as phi's own where H is small.
 
     python bissl.py --ckpt simclr.pt --data flowers --out runs/bissl
     python finetune.py --ckpt runs/bissl.pt --data flowers
-    python bissl.py --ckpt simclr.pt --task detect; python finetune.py --ckpt bissl.pt --task detect
+    python bissl.py --ckpt simclr.pt --task detect
+    python finetune.py --ckpt bissl.pt --task detect
 
 Look at `follow` in the log: how far theta_B has come along the way that phi_B went. Near 0 the
 stage was its pretext continued: --lam or --alternations has to grow.

@@ -744,7 +744,10 @@ def read_stl10(root, split):
 def read_imagenet(root, split):
     names = dict(train="train", test="val")
     data = sets.ImageNet(root / "imagenet", names[split])
-    paths, labels = list_pictures(class_folders(Path(data.split_folder)))
+    folder = Path(data.split_folder)
+    if any(entry.is_file() for entry in folder.iterdir()):  # archives go once they are unpacked
+        raise ValueError(f"{folder} was not unpacked to the end: remove it")
+    paths, labels = list_pictures(class_folders(folder))
     return paths, labels, [", ".join(synonyms) for synonyms in data.classes]
 
 
@@ -1007,6 +1010,9 @@ def voc_classes(args):
     found.discard(None)  # an object without a name is met once more in read_boxes()
     if not found:
         raise ValueError(f"no file that train.txt of {args.data} names has an object")
+    if len({name.casefold() for name in found}) < len(found):
+        raise ValueError(f"train has a class in two spellings, of {', '.join(sorted(found))}: give "
+                         f"it one, or a {names_file}")
     return sorted(found)
 
 
@@ -1021,7 +1027,9 @@ def shown_size(picture):
     """Width and height of a picture, turned as its camera was."""
     with Image.open(picture) as image:
         lies = image.getexif().get(0x0112, 1) >= 5  # 0x0112: orientation, 5 to 8 lie on a side
-        return image.size[::-1] if lies else image.size
+        if lies and image.format != "TIFF":  # of which Pillow has turned the size already
+            return image.size[::-1]
+        return image.size
 
 
 def read_boxes(file, picture, classes):
@@ -1054,11 +1062,15 @@ def read_boxes(file, picture, classes):
     return torch.tensor(objects, dtype=torch.float32).view(-1, 6)
 
 
-def read_mask(file, picture, classes, side):
-    """uint8 (side, side): numbers of classes, as a palette's image or a grey one holds them."""
+def read_mask(file, picture, classes, side, colours):
+    """uint8 (side, side): numbers of classes, as a palette's image or a grey one holds them.
+    colours: by class, those of the masks before it, to which it adds its own."""
     with Image.open(file) as mask:
         if mask.mode not in ("P", "L", "1"):
-            raise ValueError(f"mode {mask.mode} is no mask: one number per pixel (P or L)")
+            raise ValueError(f"mode {mask.mode} is no mask: one number per pixel (P or L), for a "
+                             "class the same in all files")
+        if re.search("L;[24]", str(mask.tile)):  # Pillow would stretch its numbers to shades
+            raise ValueError("it is grey with 2 or 4 bits a pixel: save it with 8")
         if mask.size != shown_size(picture):
             raise ValueError(f"it has {mask.size} pixels, {picture} {shown_size(picture)}")
         number = np.array(mask, dtype=np.uint8)
@@ -1066,6 +1078,13 @@ def read_mask(file, picture, classes, side):
         if highest >= len(classes):
             raise ValueError(f"it has a class {highest}, but there are {len(classes)} names of "
                              "classes, of which the first, 0, is the background")
+        if mask.mode == "P":
+            palette = mask.getpalette()
+            for label in np.unique(number).tolist():
+                colour = palette[3 * label:3 * label + 3]
+                if colours.setdefault(label, colour) != colour:
+                    raise ValueError(f"its {label} has another colour than that of the masks "
+                                     "before it: a class must have one number in all files")
         small = mask.resize((side, side), Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(small, dtype=np.uint8))
 
@@ -1073,7 +1092,7 @@ def read_mask(file, picture, classes, side):
 def read_voc(args, splits):
     """read_splits() with boxes or masks as labels."""
     classes, pictures, targets, sizes = voc_classes(args), [], [], []
-    side = store_side(args.image_size)
+    side, colours = store_side(args.image_size), {}
     for split in splits:
         pairs = list_voc(args, split)
         sizes.append(len(pairs))
@@ -1083,7 +1102,7 @@ def read_voc(args, splits):
                 if args.task == "detect":
                     targets.append(read_boxes(file, picture, classes))
                 else:
-                    targets.append(read_mask(file, picture, classes, side))
+                    targets.append(read_mask(file, picture, classes, side, colours))
             except Exception as error:  # whatever a parser or a decoder raises
                 raise ValueError(f"{file}: {first_line(error)}") from None
     if args.task == "detect":
@@ -2262,15 +2281,23 @@ def resume_checkpoint(args):
     return ckpt
 
 
+def images_in_words(*stores):
+    """How many images Stores hold, and twelve digits that change with what 64 of each show."""
+    words = []
+    for store in stores:
+        some = store.images[::max(1, len(store.images) // 64)].cpu()
+        words.append(f"{len(store.images):,} images ({digest_of(dict(some=some))})")
+    return " and ".join(words)
+
+
 def check_same_images(args, ckpt, classes, images):
-    """Stop where the checkpoint's run was for other classes, or found more or fewer images, with
-    those that it holds out."""
+    """Stop where the checkpoint's run was for other classes, or found other images, those that it
+    holds out among them. images: as images_in_words() has them now."""
     if ckpt["classes"] != classes:
         fail(f"--resume: {args.out}.pt was made for other classes than {args.data} has now")
-    before = ckpt["resume"].get("images", images)  # files of an older version do not tell
+    before = ckpt["resume"]["images"]
     if before != images:
-        fail(f"--resume: {args.out}.pt was made from {before:,} images, and now there are "
-             f"{images:,}")
+        fail(f"--resume: {args.out}.pt was made from {before}, and now there are {images}")
 
 
 def run_config(args):
@@ -2301,7 +2328,7 @@ class Run:
             run.end_epoch()
 
     model: its children backbone, head, projector, ... are saved under their names; data,
-    pretext_data: the Stores that it learns from; --resume asks for the same number of images;
+    pretext_data: the Stores that it learns from; --resume asks for the same images;
     others: what only --resume needs, each with a state_dict(). epochs: where they are not
     args.epochs, as bissl.py's, whose unit is an alternation. probe: (memory, query) stores for a
     k-NN probe every args.probe_every epochs. stage: the name that seeds the draws. coin.py and the
@@ -2314,9 +2341,10 @@ class Run:
     def __init__(self, args, method, model, data, pretext_data=None, epochs=None, unit="epoch",
                  probe=None, stage=None, **others):
         self.args, self.method, self.model, self.classes = args, method, model, data.classes
-        self.images_found = len(data.images)
+        stores = [data]
         if pretext_data:
-            self.images_found += len(pretext_data.images)
+            stores.append(pretext_data)
+        self.images_found, self.saved_at = images_in_words(*stores), written_at(self.path())
         self.stage = stage or method
         drawn_before = getattr(args, "ckpt_draws", "")
         after_coin = self.method != "coin" and getattr(args, "ckpt_method", "") == "coin"
@@ -2330,6 +2358,9 @@ class Run:
             check_same_images(args, ckpt, self.classes, self.images_found)
             self.load(ckpt)
         self.images, self.first = 0, len(self.history)
+
+    def path(self):
+        return Path(f"{self.args.out}.pt")
 
     def load(self, ckpt):
         """Every part and the history as the checkpoint has them."""
@@ -2426,12 +2457,15 @@ class Run:
         return len(self.history) == self.epochs
 
     def save(self):
+        if rank() == 0 and written_at(self.path()) != self.saved_at:
+            fail(f"another run has written {self.path()} meanwhile: give each an --out of its own")
         parts = {name: state_of(part) for name, part in self.parts.items()}
         named = {name: parts.pop(name, None) for name in ("backbone", "head", "projector")}
         parts.update(history=self.history, finished=self.is_finished(), images=self.images_found)
-        save_checkpoint(f"{self.args.out}.pt", method=self.method, arch=self.args.arch,
+        save_checkpoint(self.path(), method=self.method, arch=self.args.arch,
                         image_size=self.args.image_size, classes=self.classes, config=self.config,
                         resume=parts, **named)
+        self.saved_at = written_at(self.path())
 
 
 def seed_epoch(stage, seed, epoch):

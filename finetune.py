@@ -276,7 +276,7 @@ class Run(common.Run):
         """What tells one result from the others."""
         args = self.trial.args
         judge = "val" if self.number <= self.trial.flags.search else "test"
-        return dict(judge=judge, images=len(self.trial.judge), lr=args.lr,
+        return dict(judge=judge, images=common.images_in_words(self.trial.judge), lr=args.lr,
                     weight_decay=args.weight_decay, seed=args.seed)
 
     def end_epoch(self):
@@ -316,7 +316,8 @@ def protocol(args, method, train, panel=None):
     results, history = [], []
     if stopped:
         labelled = common.load_data(args, "trainval")
-        common.check_same_images(args, stopped, labelled.classes, len(labelled.images))
+        images = common.images_in_words(labelled)
+        common.check_same_images(args, stopped, labelled.classes, images)
         results, history = stopped["resume"]["results"], stopped["resume"]["history"]
         check_same_judges(args, results, dict(val=val, test=test))
     say_what_was_seen(args, ckpt)
@@ -324,6 +325,8 @@ def protocol(args, method, train, panel=None):
     for number in range(len(results), trials):
         searching, now = number < args.search, choose_settings(args, results, number)
         data = common.load_labelled(args, now.seed, hold_out=searching)
+        if data.classes != test.classes:
+            common.fail(f"train and test of {args.data} do not have the same classes")
         watch = val if searching or common.few_labels(args) else None
         common.tell(f"run {number + 1}/{trials}: lr {now.lr:.2g}, weight decay "
                     f"{now.weight_decay:.2g}, seed {now.seed}")
@@ -338,12 +341,12 @@ def protocol(args, method, train, panel=None):
 
 
 def check_same_judges(args, results, judges):
-    """Stop where earlier trials were scored on more or fewer images than there are now."""
+    """Stop where earlier trials were scored on other images than there are now."""
     for result in results:
-        before, now = result.get("images"), len(judges[result["judge"]])
-        if before not in (None, now):  # files of an older version do not tell
-            common.fail(f"--resume: earlier runs were scored on {before:,} images of "
-                        f"{result['judge']}, and now {args.data} has {now:,}")
+        before, now = result["images"], common.images_in_words(judges[result["judge"]])
+        if before != now:
+            common.fail(f"--resume: earlier runs were scored on {before} of {result['judge']}, "
+                        f"and now {args.data} has {now}")
 
 
 def make_task(args):
@@ -424,7 +427,8 @@ def load_fine_tuned(args, task, say=True):
     head = task.head(backbone, classes)
     if "weight" in state and "bias" not in state:  # core_tuning.py's classifier
         head.bias = None
-    if common.shapes(state) != common.shapes(head.state_dict()):
+    tuned = "search" in ckpt["config"]  # the flag of the three scripts that fine-tune
+    if not tuned or common.shapes(state) != common.shapes(head.state_dict()):
         common.fail(f"--ckpt {args.ckpt} has no head to {common.task_of(args)}: fine-tune it "
                     "first, or give the --task and --image-size that it was fine-tuned for")
     head.load_state_dict(state)

@@ -313,6 +313,24 @@ def test_the_real_layout_gives_the_right_splits_labels_and_pixels(roots, no_netw
             assert {classes[j]: row[j].item() for j in row.nonzero()[:, 0]} == expected
 
 
+def test_an_imagenet_that_was_not_unpacked_to_the_end_is_refused(tmp_path, no_network, capsys):
+    imagenet(tmp_path, 2)
+    (tmp_path / "imagenet" / "train" / "n01443537.tar").touch()
+    line = error_line(capsys, common.load_data, options("imagenet", tmp_path), "train")
+    assert "imagenet/train was not unpacked to the end" in line
+
+
+def test_a_test_split_of_other_classes_than_train_is_refused(tmp_path, no_network, capsys):
+    """Caltech-101's come from its folders, and each split's cache keeps those of its own day."""
+    caltech101(tmp_path, 4)
+    common.load_data(options("caltech101", tmp_path), "test")
+    folders = tmp_path / "caltech101" / "101_ObjectCategories"
+    shutil.copytree(next(folders.iterdir()), folders / "zebra")
+    line = error_line(capsys, finetune.main, [
+        "--data", "caltech101", "--root", str(tmp_path), "--out", str(tmp_path / "run"), *SMALL])
+    assert "train and test of caltech101 do not have the same classes" in line
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_finetune_runs_on_it_and_prints_its_main_metric_first(
     roots, no_network, tmp_path, capsys, monkeypatch, name

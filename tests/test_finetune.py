@@ -7,7 +7,8 @@ from torch import nn
 
 import common
 import finetune
-from conftest import FINE_TUNING, ROOT, SCRIPTS, draw_nothing, files, json_lines
+from conftest import (FINE_TUNING, ROOT, SCRIPTS, draw_nothing, error_line, files,
+                      json_lines)
 
 EMOJI = ROOT.parent / "shared" / "data" / "emoji"
 SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8",
@@ -121,6 +122,17 @@ def test_eval_repeats_the_accuracy_of_the_run_and_writes_nothing(here, capsys):
     assert again["test_top1"] == result["test_top1"]
     assert f"{result['test_top1']:.2f} %" in capsys.readouterr().out
     assert files(here) == before
+
+
+def test_another_linear_head_of_as_many_classes_is_no_classifier(here, capsys):
+    """As that of the method which tests/README adds: it tells something else apart."""
+    new_finetune("--epochs", "1")
+    ckpt = torch.load("finetune.pt", weights_only=True)
+    del ckpt["config"]["search"]
+    torch.save(ckpt, "rotation.pt")
+    line = error_line(capsys, finetune.main, ["--data", "pictures", "--root", "root", "--eval",
+                                              "--ckpt", "rotation.pt"])
+    assert "has no head to classify" in line
 
 
 @pytest.mark.parametrize("flags, images", [

@@ -218,28 +218,66 @@ def test_ctrl_c_of_an_evaluation_names_no_command_to_go_on_with(uninterrupted, m
     assert stopped.value.code == 130 and "Go on" not in capsys.readouterr().err
 
 
+def leave_some_out(split):
+    for label in "abc":
+        (split / label / "0.png").rename(split / label / "0.off")
+
+
+def swap_two_classes(split):
+    (split / "a").rename(split / "c_")
+    (split / "c").rename(split / "a")
+    (split / "c_").rename(split / "c")
+
+
+@pytest.mark.parametrize("change, now", [(leave_some_out, 33), (swap_two_classes, 36)])
 @pytest.mark.parametrize("name, save", [
     ("simclr", 1), ("finetune", 1), ("search", 1), ("search", 2), ("coin", 1)])
-def test_a_run_does_not_go_on_with_more_or_fewer_images(name, save, tmp_path, monkeypatch, capsys):
+def test_a_run_does_not_go_on_with_other_images(
+        name, save, change, now, tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "pictures")
     with stop_at_save(monkeypatch, save, "after"), pytest.raises(Stop):
         run(name, str(tmp_path / "out"), "--data", str(folder))
     before = read(tmp_path / "out.pt")
-    for label in "abc":
-        (folder / "train" / label / "0.png").rename(folder / "train" / label / "0.off")
+    change(folder / "train")
     line = error_line(capsys, run, name, str(tmp_path / "out"), "--data", str(folder), "--resume")
-    assert " 36 images" in line and "now there are 33" in line
+    assert " 36 images (" in line and f"now there are {now} images (" in line
     assert read(tmp_path / "out.pt") == before
 
 
-def test_a_run_does_not_go_on_with_fewer_test_images(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("change, now", [(leave_some_out, 33), (swap_two_classes, 36)])
+def test_a_run_does_not_go_on_with_other_test_images(change, now, tmp_path, monkeypatch, capsys):
     folder, out = write_folder(tmp_path / "pictures"), str(tmp_path / "out")
     more = "--data", str(folder), "--epochs", "1", "--seeds", "2"
     with stop_at_save(monkeypatch, 1, "after"), pytest.raises(Stop):
         run("finetune", out, *more)
-    (folder / "test" / "a" / "0.png").unlink()
+    change(folder / "test")
     line = error_line(capsys, run, "finetune", out, *more, "--resume")
-    assert "scored on 36 images of test, and now" in line and line.endswith(" has 35")
+    assert "scored on 36 images (" in line and f" has {now} images (" in line
+
+
+def test_a_run_goes_on_where_its_folder_has_moved(tmp_path, monkeypatch):
+    write_folder(tmp_path / "pictures")
+    with stop_at_save(monkeypatch, 1, "after"), pytest.raises(Stop):
+        run("finetune", str(tmp_path / "out"), "--data", str(tmp_path / "pictures"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pictures").rename(tmp_path / "elsewhere" / "pictures")
+    run("finetune", str(tmp_path / "out"), "--data", str(tmp_path / "elsewhere" / "pictures"),
+        "--resume")
+
+
+def test_of_two_runs_with_one_out_one_ends(tmp_path, monkeypatch, capsys):
+    out, save = str(tmp_path / "out"), common.Run.save
+
+    def save_and_start_another(of_run):
+        save(of_run)
+        monkeypatch.setattr(common.Run, "save", save)
+        run("simclr", out, "--seed", "1")
+
+    monkeypatch.setattr(common.Run, "save", save_and_start_another)
+    line = error_line(capsys, run, "simclr", out)
+    assert "another run has written" in line and "out.pt" in line
+    kept = common.load_checkpoint(f"{out}.pt")
+    assert kept["config"]["seed"] == 1 and kept["resume"]["finished"]
 
 
 def test_a_checkpoint_that_changes_between_two_seeds_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -265,7 +303,8 @@ def test_bissl_does_not_go_on_with_fewer_pretext_images(tmp_path, monkeypatch, c
         run("bissl", str(tmp_path / "out"), *more)
     (folder / "train" / "a" / "0.png").unlink()
     line = error_line(capsys, run, "bissl", str(tmp_path / "out"), *more, "--resume")
-    assert "made from 72 images, and now there are 71" in line
+    made, now = line.split("now there are")
+    assert made.count("36 images") == 2 and "35 images" in now and "36 images" in now
 
 
 @pytest.mark.parametrize("name", ["finetune", "bissl", "coin"])

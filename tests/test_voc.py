@@ -3,6 +3,8 @@ splits, the cache, and subsets of images that show several classes."""
 import os
 import re
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -371,7 +373,53 @@ def test_a_turned_jpeg_is_measured_as_it_is_shown(tmp_path, capsys, orientation)
     assert str(mask) in refusal(capsys, folder, "test", "segment")
 
 
+def test_a_turned_tiff_is_measured_as_it_is_shown(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = write_boxes(tmp_path / "voc", {"1": [("dog", 1, 1, 30, 40)]}, ("cat", "dog"), test="1")
+    (folder / "JPEGImages" / "1.png").unlink()
+    noise((40, 30)).save(folder / "JPEGImages" / "1.tif", exif=exif)
+    store = load(folder, "test")
+    torch.testing.assert_close(store.labels, torch.tensor([[[0, 0, 1.0, 1, 1, 0]]]))
+
+
+def test_two_spellings_of_a_class_are_refused(tmp_path, capsys):
+    targets = {name: [(shown, *EVERYWHERE)] for name, shown in zip("123", ("cat", "Cat", "dog"))}
+    folder = write_boxes(tmp_path / "voc", targets, train="123", test="1")
+    assert "two spellings, of Cat, cat, dog" in refusal(capsys, folder)
+
+
 # ------------------------------------------------------------ masks
+
+@pytest.mark.parametrize("kind", ["its own palette", "4 bits"])
+def test_masks_whose_numbers_mean_something_else_are_refused(tmp_path, capsys, kind):
+    folder = write_masks(tmp_path / "voc", {"1": [1], "2": [1]}, train="12", test="1")
+    file = folder / "SegmentationClass" / "2.png"
+    numbers = np.array(Image.open(file))
+    if kind == "4 bits":
+        save_grey_of_4_bits(file, numbers)
+        assert "grey with 2 or 4 bits" in refusal(capsys, folder, "train", "segment")
+        return
+    Image.open(file).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE).save(file)
+    assert (np.array(Image.open(file)) != numbers).any()
+    line = refusal(capsys, folder, "train", "segment")
+    assert "2.png" in line and "another colour" in line
+
+
+def save_grey_of_4_bits(file, numbers):
+    """Pillow writes none itself: a PNG from its chunks."""
+    height, width = numbers.shape
+    rows = b""
+    for row in numbers:
+        pairs = np.pad(row, (0, width % 2)).reshape(-1, 2)
+        rows += b"\0" + (16 * pairs[:, 0] + pairs[:, 1]).astype(np.uint8).tobytes()
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    file.write_bytes(content)
+
 
 def nearest(length, side):
     """For each of `side` pixels the positions of the pixels of `length` that are the nearest: one,
