@@ -2295,7 +2295,7 @@ def check_same_images(args, ckpt, classes, images):
     holds out among them. images: as images_in_words() has them now."""
     if ckpt["classes"] != classes:
         fail(f"--resume: {args.out}.pt was made for other classes than {args.data} has now")
-    before = ckpt["resume"]["images"]
+    before = ckpt["resume"].get("images", "images that an older version did not note")
     if before != images:
         fail(f"--resume: {args.out}.pt was made from {before}, and now there are {images}")
 
@@ -2344,7 +2344,7 @@ class Run:
         stores = [data]
         if pretext_data:
             stores.append(pretext_data)
-        self.images_found, self.saved_at = images_in_words(*stores), written_at(self.path())
+        self.images_found, self.last_logged = images_in_words(*stores), self.logged()
         self.stage = stage or method
         drawn_before = getattr(args, "ckpt_draws", "")
         after_coin = self.method != "coin" and getattr(args, "ckpt_method", "") == "coin"
@@ -2358,9 +2358,6 @@ class Run:
             check_same_images(args, ckpt, self.classes, self.images_found)
             self.load(ckpt)
         self.images, self.first = 0, len(self.history)
-
-    def path(self):
-        return Path(f"{self.args.out}.pt")
 
     def load(self, ckpt):
         """Every part and the history as the checkpoint has them."""
@@ -2451,21 +2448,27 @@ class Run:
         start_of_line = "\r\033[K" if sys.stdout.isatty() else ""
         tell(f"{start_of_line}{self.unit} {done}/{self.epochs}  {'  '.join(shown)}  "
              f"{self.images / spent:,.0f} images/s  left {left}")
+        if rank() == 0 and self.logged() not in (self.last_logged, None):
+            fail(f"another run writes to --out {self.args.out}, too: give each a name of its own")
         write_lines(self.args, self.history)
+        self.last_logged = self.logged()
+
+    def logged(self):
+        """What OUT.jsonl holds now; None where there is none."""
+        path = Path(f"{self.args.out}.jsonl")
+        if path.exists():
+            return path.read_bytes()
 
     def is_finished(self):
         return len(self.history) == self.epochs
 
     def save(self):
-        if rank() == 0 and written_at(self.path()) != self.saved_at:
-            fail(f"another run has written {self.path()} meanwhile: give each an --out of its own")
         parts = {name: state_of(part) for name, part in self.parts.items()}
         named = {name: parts.pop(name, None) for name in ("backbone", "head", "projector")}
         parts.update(history=self.history, finished=self.is_finished(), images=self.images_found)
-        save_checkpoint(self.path(), method=self.method, arch=self.args.arch,
+        save_checkpoint(f"{self.args.out}.pt", method=self.method, arch=self.args.arch,
                         image_size=self.args.image_size, classes=self.classes, config=self.config,
                         resume=parts, **named)
-        self.saved_at = written_at(self.path())
 
 
 def seed_epoch(stage, seed, epoch):

@@ -274,8 +274,8 @@ def test_of_two_runs_with_one_out_one_ends(tmp_path, monkeypatch, capsys):
         run("simclr", out, "--seed", "1")
 
     monkeypatch.setattr(common.Run, "save", save_and_start_another)
-    line = error_line(capsys, run, "simclr", out)
-    assert "another run has written" in line and "out.pt" in line
+    assert "another run writes to --out" in error_line(capsys, run, "simclr", out)
+    assert read(f"{out}.jsonl").count(b"\n") == 3
     kept = common.load_checkpoint(f"{out}.pt")
     assert kept["config"]["seed"] == 1 and kept["resume"]["finished"]
 
