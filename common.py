@@ -2334,8 +2334,8 @@ class Run:
     k-NN probe every args.probe_every epochs. stage: the name that seeds the draws. coin.py and the
     three that fine-tune give "fine-tuning", so that all see the order and views that plain
     fine-tuning does; else it is the method. From a checkpoint whose run drew by that name it is
-    another one, or this run would see the same order and views once more; but not after coin.py,
-    whose epochs it goes on with.
+    another one, or this run would see the same order and views once more; but not where it goes on
+    with the epochs that coin.py left of its budget.
     """
 
     def __init__(self, args, method, model, data, pretext_data=None, epochs=None, unit="epoch",
@@ -2347,9 +2347,10 @@ class Run:
         self.images_found, self.last_logged = images_in_words(*stores), self.logged()
         self.stage = stage or method
         drawn_before = getattr(args, "ckpt_draws", "")
-        after_coin = self.method != "coin" and getattr(args, "ckpt_method", "") == "coin"
-        if drawn_before.startswith(self.stage) and not after_coin:
-            self.stage = f"{drawn_before}, continued"
+        if drawn_before.startswith(self.stage):
+            self.stage = drawn_before
+            if args.ckpt_method != "coin" or not getattr(args, "spent", 0):
+                self.stage = f"{drawn_before}, continued"
         self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
         self.parts = dict(model.named_children(), **others)
         self.config, self.history = dict(run_config(args), draws=self.stage), []

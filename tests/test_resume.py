@@ -11,7 +11,7 @@ import torch
 
 import common
 import finetune
-from conftest import FINE_TUNING, SCRIPTS, draw_nothing, error_line, write_folder
+from conftest import SCRIPTS, draw_nothing, error_line, write_folder
 
 BILEVEL = ["--lower-steps", "2", "--upper-steps", "1", "--head-epochs", "1", "--cg-steps", "2",
            "--pretext-batch-size", "8"]
@@ -340,14 +340,17 @@ def test_a_run_from_a_checkpoint_of_its_own_method_does_not_repeat_that_ones_dra
         seed_epoch(stage, seed, epoch)
 
     monkeypatch.setattr(common, "seed_epoch", note)
-    for name, out, ckpt in (("simclr", "on", "whole_simclr"), ("simclr", "further", "on"),
-                            ("finetune", "tuned", "whole_coin"), ("finetune", "again", "tuned"),
-                            ("core_tuning", "core", "again")):
-        budget = ["--spent", "0"] if name in FINE_TUNING else []
-        run(name, out, "--ckpt", f"{ckpt}.pt", *budget)
-    assert list(dict.fromkeys(stages)) == [
-        "simclr, continued", "simclr, continued, continued", "fine-tuning",
-        "fine-tuning, continued", "fine-tuning, continued, continued"]
+    for name, out, ckpt, flags, stage in (
+            ("simclr", "on", "whole_simclr", "", "simclr, continued"),
+            ("simclr", "further", "on", "", "simclr, continued, continued"),
+            ("finetune", "rest", "whole_coin", "--epochs 4", "fine-tuning"),
+            ("finetune", "anew", "whole_coin", "--spent 0", "fine-tuning, continued"),
+            ("coin", "further_coin", "rest", "", "fine-tuning, continued"),
+            ("finetune", "its_rest", "further_coin", "--epochs 4", "fine-tuning, continued"),
+            ("core_tuning", "core", "its_rest", "", "fine-tuning, continued, continued")):
+        stages.clear()
+        run(name, out, "--ckpt", f"{ckpt}.pt", *flags.split())
+        assert set(stages) == {stage}, out
 
 
 def test_no_stage_and_no_epoch_repeats_the_draws_of_another():
