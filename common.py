@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import socket
@@ -1064,7 +1065,7 @@ def read_boxes(file, picture, classes):
 
 def read_mask(file, picture, classes, side, colours):
     """uint8 (side, side): numbers of classes, as a palette's image or a grey one holds them.
-    colours: by class, those of the masks before it, to which it adds its own."""
+    colours: of the masks before it, for check_colours()."""
     with Image.open(file) as mask:
         if mask.mode not in ("P", "L", "1"):
             raise ValueError(f"mode {mask.mode} is no mask: one number per pixel (P or L), for a "
@@ -1079,14 +1080,19 @@ def read_mask(file, picture, classes, side, colours):
             raise ValueError(f"it has a class {highest}, but there are {len(classes)} names of "
                              "classes, of which the first, 0, is the background")
         if mask.mode == "P":
-            palette = mask.getpalette()
-            for label in np.unique(number).tolist():
-                colour = palette[3 * label:3 * label + 3]
-                if colours.setdefault(label, colour) != colour:
-                    raise ValueError(f"its {label} has another colour than that of the masks "
-                                     "before it: a class must have one number in all files")
+            check_colours(mask.getpalette(), np.unique(number).tolist(), colours)
         small = mask.resize((side, side), Image.Resampling.NEAREST)
         return torch.from_numpy(np.array(small, dtype=np.uint8))
+
+
+def check_colours(palette, labels, colours):
+    """Stop where the palette (red, green, blue of 0, of 1, ...) has another colour for one of these
+    labels than `colours`, those of the masks before it, to which the new ones are added."""
+    for label in labels:
+        colour = palette[3 * label:3 * label + 3]
+        if colours.setdefault(label, colour) != colour:
+            raise ValueError(f"its {label} has another colour than that of the masks before it: a "
+                             "class must have one number in all files")
 
 
 def read_voc(args, splits):
@@ -2195,10 +2201,14 @@ def read_file(path):
     except FileNotFoundError:
         fail(f"no checkpoint {path}")
     except Exception as error:  # torch.load raises a dozen types for what is no checkpoint
-        reason = "it is truncated, a plain pickle, a TorchScript program, or no checkpoint"
+        reason = "it is truncated or no checkpoint"
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             reason = f"it would run code of {refused[1]} when read: save its tensors alone"
+        elif "Unsupported" in str(error) and Path(path).read_bytes()[:1] == pickle.PROTO:
+            reason = "it is a plain pickle, which would run code when read"
+        elif "TorchScript" in str(error):
+            reason = "it is a TorchScript program: save torch.jit.load(FILE).state_dict() instead"
         fail(f"cannot read {path}: {reason} ({type(error).__name__})")
 
 
@@ -2451,8 +2461,7 @@ class Run:
              f"{self.images / spent:,.0f} images/s  left {left}")
         if rank() == 0 and self.logged() not in (self.last_logged, None):
             fail(f"another run writes to --out {self.args.out}, too: give each a name of its own")
-        write_lines(self.args, self.history)
-        self.last_logged = self.logged()
+        self.last_logged = write_lines(self.args, self.history)
 
     def logged(self):
         """What OUT.jsonl holds now; None where there is none."""
@@ -2480,11 +2489,12 @@ def seed_epoch(stage, seed, epoch):
 
 
 def write_lines(args, lines):
-    """OUT.jsonl: one JSON object per line."""
+    """OUT.jsonl: one JSON object per line. -> its bytes"""
     # A number that is not finite becomes null: JSON has no word for it.
     lines = json.loads(json.dumps(lines), parse_constant=lambda name: None)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_whole(f"{args.out}.jsonl", lambda file: file.write(text.encode()))
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    write_whole(f"{args.out}.jsonl", lambda file: file.write(content))
+    return content
 
 
 # ----------------------------------------------------------------------------------------- figures

@@ -341,12 +341,17 @@ def protocol(args, method, train, panel=None):
 
 
 def check_same_judges(args, results, judges):
-    """Stop where earlier trials were scored on other images than there are now."""
+    """Stop where earlier trials were scored on other images than there are now. judges: val, which
+    may be None, and test."""
+    now = {}
+    for name, judge in judges.items():
+        if judge is not None:
+            now[name] = common.images_in_words(judge)
     for result in results:
-        before, now = result["images"], common.images_in_words(judges[result["judge"]])
-        if before != now:
-            common.fail(f"--resume: earlier runs were scored on {before} of {result['judge']}, "
-                        f"and now {args.data} has {now}")
+        name, before = result["judge"], result["images"]
+        if before != now[name]:
+            common.fail(f"--resume: earlier runs were scored on {before} of {name}, and now "
+                        f"{args.data} has {now[name]}")
 
 
 def make_task(args):
@@ -391,7 +396,7 @@ def say_what_was_seen(args, ckpt):
     elif "rest" in vars(seen):
         common.tell(f"{args.ckpt}: what coin.py left of its budget was for {seen.data}; here a new "
                     "one begins")
-    if "search" in vars(seen):  # the flag of the three scripts that fine-tune
+    if ckpt and is_fine_tuned(ckpt):
         common.tell(f"{args.ckpt}: its classifier is left out, and a new one begins")
     if args.spent:
         common.tell(f"{args.epochs - args.spent} of {args.epochs} epochs are left of the budget")
@@ -416,6 +421,11 @@ def report(args, results):
     return summary
 
 
+def is_fine_tuned(ckpt):
+    """Whether one of the three scripts that fine-tune has made it: they alone have --search."""
+    return "search" in ckpt["config"]
+
+
 def load_fine_tuned(args, task, say=True):
     """Backbone and head of --ckpt, a fine-tuning checkpoint, and the classes that they tell
     apart."""
@@ -427,8 +437,7 @@ def load_fine_tuned(args, task, say=True):
     head = task.head(backbone, classes)
     if "weight" in state and "bias" not in state:  # core_tuning.py's classifier
         head.bias = None
-    tuned = "search" in ckpt["config"]  # the flag of the three scripts that fine-tune
-    if not tuned or common.shapes(state) != common.shapes(head.state_dict()):
+    if not is_fine_tuned(ckpt) or common.shapes(state) != common.shapes(head.state_dict()):
         common.fail(f"--ckpt {args.ckpt} has no head to {common.task_of(args)}: fine-tune it "
                     "first, or give the --task and --image-size that it was fine-tuned for")
     head.load_state_dict(state)

@@ -93,7 +93,7 @@ ROWS = [
     ("finetune", "--ckpt garbage.pt", "garbage.pt"),
     ("finetune", "--ckpt empty.pt", "empty.pt"),
     ("finetune", "--ckpt pictures", "pictures"),
-    ("finetune", "--ckpt code.pt", "plain pickle"),
+    ("finetune", "--ckpt code.pt", "would run code"),
     ("finetune", "--ckpt headonly.pt", "conv1.weight"),
     ("finetune", "--ckpt misshapen.pt", "layer1.0.conv1.weight"),
     ("finetune", "--ckpt missing.pt", "layer3.0.bn1.weight"),

@@ -7,8 +7,7 @@ from torch import nn
 
 import common
 import finetune
-from conftest import (FINE_TUNING, ROOT, SCRIPTS, draw_nothing, error_line, files,
-                      json_lines)
+from conftest import FINE_TUNING, ROOT, SCRIPTS, draw_nothing, error_line, files, json_lines
 
 EMOJI = ROOT.parent / "shared" / "data" / "emoji"
 SMALL = ["--data", "pictures", "--root", "root", "--image-size", "16", "--batch-size", "8",

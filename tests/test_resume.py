@@ -252,7 +252,8 @@ def test_a_run_does_not_go_on_with_other_test_images(change, now, tmp_path, monk
         run("finetune", out, *more)
     change(folder / "test")
     line = error_line(capsys, run, "finetune", out, *more, "--resume")
-    assert "scored on 36 images (" in line and f" has {now} images (" in line
+    assert "scored on 36 images (" in line and ") of test, and now" in line
+    assert f" has {now} images (" in line
 
 
 def test_a_run_goes_on_where_its_folder_has_moved(tmp_path, monkeypatch):

@@ -373,7 +373,7 @@ def test_a_turned_jpeg_is_measured_as_it_is_shown(tmp_path, capsys, orientation)
     assert str(mask) in refusal(capsys, folder, "test", "segment")
 
 
-def test_a_turned_tiff_is_measured_as_it_is_shown(tmp_path, capsys):
+def test_a_turned_tiff_is_measured_as_it_is_shown(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     folder = write_boxes(tmp_path / "voc", {"1": [("dog", 1, 1, 30, 40)]}, ("cat", "dog"), test="1")
