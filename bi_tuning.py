@@ -134,7 +134,7 @@ def make_model(backbone, classes, args):
     model["head"] = nn.Linear(width, classes)
     model["projector"] = nn.Linear(width, args.dim)
     model["queue_h"], model["queue_z"] = queue_h, queue_z
-    model.to(args.device)
+    model = common.place(model, args.device)
     query = nn.ModuleDict(dict(backbone=backbone, projector=model.projector))
     model["key"] = copy.deepcopy(query).requires_grad_(False)
     return model, query
@@ -153,7 +153,7 @@ def train(trial):
     steps = args.epochs * len(batches)
     warmup = args.warmup * len(batches)
 
-    run = finetune.Run(trial, model, optimizer)
+    run = finetune.TrialRun(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)

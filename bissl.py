@@ -176,8 +176,9 @@ class SharedSolves:
 
     def solve(self, v):
         args, before = self.args, len(self.directions)
-        x = inverse_hvp(None, self.theta_B, v, args.lam + args.damping, args.cg_steps,
-                        self.gradient, args.cg_tol, self.directions)
+        x = inverse_hvp(None, self.theta_B, v, damping=args.lam + args.damping,
+                        steps=args.cg_steps, gradient=self.gradient, tolerance=args.cg_tol,
+                        directions=self.directions)
         self.residuals.append(relative_residual(v, self.directions))
         self.products += len(self.directions) - before
         self.directions = reusable(self.directions, args.recycle)
@@ -269,6 +270,10 @@ def load_pretext_data(args, pretext_args):
 def train(args):
     theta_backbone, ckpt = common.start_backbone(args)
     pretext, lower, pretext_args, fresh_head = start_pretext(args, theta_backbone, ckpt)
+    if args.pretext_batch_size != pretext_args.batch_size:
+        common.tell(f"lower level: batches of {args.pretext_batch_size}, where {args.pretext} had "
+                    f"{pretext_args.batch_size} for its learning rate, of which --lower-lr is a "
+                    "fifth: the same --pretext-batch-size would fit it")
     args.lower_lr = args.lower_lr or pretext_args.lr / 5
     data = common.load_labelled(args, args.seed)
     val = common.load_held_out(args, data)
@@ -282,7 +287,7 @@ def train(args):
     start_backbone = copy.deepcopy(theta_backbone)
     run = common.Run(
         args, "bissl", lower, data, pretext_data, epochs=args.alternations, unit="alternation",
-        probe=(data, val) if val else None, upper_backbone=phi_backbone, upper_head=phi_head,
+        probe=common.load_probe(args) if val else None, upper_backbone=phi_backbone, upper_head=phi_head,
         start_backbone=start_backbone, lower_optimizer=lower_optimizer,
         upper_optimizer=upper_optimizer)
     run.config["pretext_config"] = common.run_config(pretext_args)

@@ -51,9 +51,8 @@ def supcon(z, y, temperature):
     log_p = similarity - similarity.logsumexp(1, keepdim=True)  # (B, N)
     size = positive.sum(1)                                      # (B,) |P(i)|
     per_anchor = -log_p.masked_fill(~positive, 0).sum(1) / size.clamp(min=1)
-    anchors = common.all_sum((size > 0).sum())
-    # average_gradients() divides by the number of processes.
-    return per_anchor.sum() * common.world() / anchors.clamp(min=1)
+    anchors = (size > 0).sum()                                  # those that have a positive
+    return common.part_of_mean(per_anchor.sum(), anchors)
 
 
 def make_projector(num_features, dim):
@@ -65,8 +64,11 @@ def make_projector(num_features, dim):
 def start_projector(num_features, ckpt):
     """For finetune.py's --eta: the checkpoint's projector, or a new one where it has none of this
     kind."""
-    state = (ckpt and ckpt["projector"]) or {}
-    dim = len(state["2.weight"]) if "2.weight" in state else 256  # of its last layer
+    state, dim = {}, 256
+    if ckpt and ckpt["projector"]:
+        state = ckpt["projector"]
+    if "2.weight" in state:  # its last layer's
+        dim = len(state["2.weight"])
     projector = make_projector(num_features, dim)
     if common.shapes(state) == common.shapes(projector.state_dict()):
         projector.load_state_dict(state)
@@ -184,14 +186,15 @@ def train(args):
     data = common.load_labelled(args, args.seed)
     common.need_one_label(args, data)
     val = common.load_held_out(args, data)
-    shown, split = val, "val"
-    if not val:  # test is looked at only where val is trained on
+    if val:
+        shown, split = val, "val"
+    else:  # test is looked at only where val is trained on
         shown, split = common.load_data(args, "test"), "test"
     say_positives(data.labels, args.batch_size, args.balanced)
     common.tell(f"{coin_epochs} of {args.epochs} epochs are for SupCon alone")
     before = common.features(backbone, shown, args)
     projector = make_projector(backbone.num_features, args.dim)
-    model = nn.ModuleDict(dict(backbone=backbone, projector=projector)).to(args.device)
+    model = common.place(nn.ModuleDict(dict(backbone=backbone, projector=projector)), args.device)
     optimizer = common.make_optimizer("sgd", [model], args.lr, args.weight_decay)
     batches = common.Batches(data, args.batch_size)
     if args.balanced:
@@ -199,9 +202,9 @@ def train(args):
     steps = args.epochs * len(batches)
     warmup = warmup_epochs(args) * len(batches)
 
-    probe = (data, val) if val else None
+    probe = common.load_probe(args) if val else None
     run = common.Run(args, "coin", model, data, epochs=coin_epochs, probe=probe,
-                     stage="fine-tuning", optimizer=optimizer)
+                     draws="fine-tuning", optimizer=optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)

@@ -1,6 +1,10 @@
 """What every stage shares and no paper is about: command line, processes, data, views, backbone,
 optimisers, checkpoints, logs.
 
+Who reads a method needs augment(), Batches, features(), make_optimizer(), set_learning_rate() and
+Run. What reads pictures, data sets and checkpoints as people have them, half of this file, can
+wait.
+
 Images travel as uint8 (B, 3, S, S), S being a quarter more than the training side; augment() turns
 them into normalised floats (B, 3, size, size). What a view looks like is drawn on the CPU: a
 GPU would have to be waited for, to learn how many images are to be blurred. Each epoch seeds the
@@ -50,7 +54,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, ResNet
 
 plt.switch_backend("Agg")  # figures are files: no screen is needed
-Image.MAX_IMAGE_PIXELS = None  # a picture of 200 megapixels is no attack here
+Image.MAX_IMAGE_PIXELS = None  # or Pillow refuses large pictures as attacks
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published backbones have
 
@@ -367,8 +371,8 @@ def own_rows(rows):
 
 
 class AllSum(torch.autograd.Function):
-    """The sum of a tensor over all processes. Losses reach over processes, so that it has a
-    derivative, of any order: the sum of all gradients."""
+    """The sum of a tensor over all processes. dist.all_reduce() has no derivative, and losses reach
+    over processes: this one has, of any order, the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -384,6 +388,12 @@ class AllSum(torch.autograd.Function):
 def all_sum(x):
     """AllSum of a tensor; itself, where there is one process."""
     return AllSum.apply(x) if world() > 1 else x
+
+
+def part_of_mean(total, count):
+    """This process's part of a mean over all processes: its own total by the count (a tensor) of
+    all, 0 without any; times world(), since average_gradients() divides by it."""
+    return total * world() / all_sum(count).clamp(min=1)
 
 
 def gather(own):
@@ -429,9 +439,15 @@ def average_statistics(module):
 
 @dataclass
 class Store:
-    """Decoded images in memory. Image i of the store is images[rows[i]] with label labels[i]."""
+    """Decoded images in memory. Image i of the store is images[rows[i]] with label labels[i].
+
+    Labels are of one of four kinds: int64 (n,), one class an image; int64 (n, C), 1 where a class
+    is shown (voc07); float32 (n, M, 6), one object per row: left, top, right, bottom as shares of
+    the image's sides, class, 1 if it is difficult, and -1 throughout where there is none; uint8 (n,
+    S, S), the class of each pixel, 0 for the background and 255 for what counts as nothing.
+    """
     images: torch.Tensor  # uint8 (N, 3, S, S), on the device where it fits, else on the host
-    labels: torch.Tensor  # int64 (n,) on the device, or another kind: see classes_shown()
+    labels: torch.Tensor  # (n, ...) on the device
     rows: torch.Tensor    # int64 (n,) on the CPU
     classes: list
 
@@ -448,13 +464,8 @@ class Store:
 
 
 def classes_shown(labels):
-    """int64 (n, K): the classes that each image shows, -1 where they are fewer than K.
-
-    labels, of n images: int64 (n,), one class; int64 (n, C), 1 where a class is shown (voc07);
-    float32 (n, M, 6), one object per row: left, top, right, bottom as shares of the image's sides,
-    class, 1 if it is difficult, and -1 throughout where there is none; uint8 (n, S, S), the class
-    of each pixel, 0 for the background and 255 for what counts as nothing.
-    """
+    """int64 (n, K): the classes that each image shows, -1 where they are fewer than K. labels: of
+    any kind that a Store has."""
     if labels.ndim == 1:
         return labels[:, None]
     if labels.is_floating_point():
@@ -474,7 +485,7 @@ def store_side(image_size):
 
 
 PETAL_COUNTS, PETAL_FORMS = (3, 4, 5, 6, 8), ("round", "pointed")
-PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}  # in order of seeds
+PETAL_SPLITS = {"unlabeled": 8192, "train": 2000, "val": 1000, "test": 2000}  # seeds 1, 2, 3, 4
 DOODLES = 8192
 
 
@@ -483,7 +494,7 @@ def petals(count, side, seed):
     """Procedural blossoms: class = petal count x petal form; hue, size and places vary freely.
 
     Four blooms of one species an image, so that any crop still shows it, in a loose grid and of one
-    hue on a grey ground: what tells two images apart should be the petals (README). Returns uint8
+    hue on a grey ground: what tells two images apart should be the petals. Returns uint8
     (count, 3, side, side) and int64 (count,), as many of each class as can be. Drawn on the CPU in
     float64, so that rounding gives the same bytes on every machine.
     """
@@ -540,7 +551,7 @@ def paint(image, cover, colour):
 
 def petal_reach(angle, petal_count, is_round):
     """How far a bloom of radius 1 reaches at an angle."""
-    wave = (petal_count * angle / 2).cos().abs()            # 1 on a petal's axis, else less
+    wave = (petal_count * angle / 2).cos().abs()            # 1 on a petal's axis, 0 between two
     return 0.25 + 0.75 * torch.where(is_round, wave.sqrt(), 1 - wave.acos() * 2 / math.pi)
 
 
@@ -575,7 +586,7 @@ def draw_petals(labels, side, rng):
         shade = 1 - 0.45 * r[:, i, None].clamp(0, 1)                           # (n, 1, side, side)
         image = paint(image, petal[:, i, None], colour * shade)                # (n, 3, side, side)
         image = paint(image, disc[:, i, None], 0.4 * colour)
-    angle = torch.arange(720, dtype=torch.float64) * math.pi / 360             # tips among them
+    angle = torch.arange(720, dtype=torch.float64) * math.pi / 360   # half degrees: tips are among
     length, turned = radius * petal_reach(angle, petal_count, is_round), angle - tilt
     outline = centre[..., 0].flip(2) + length * torch.cat([turned.cos(), turned.sin()], 2)
     return (image * 255).round().to(torch.uint8), outline, petal
@@ -595,8 +606,8 @@ def draw_doodles(n, side, rng):
     uniform = partial(random_numbers, rng)
     y, x = pixel_places(side)
     image = uniform(n, 3).expand(n, 3, side, side)                             # the ground
-    large = 0.45 + 0.4 * uniform(n, 1), 0.25  # radius, and how far from the middle its centre is
-    small = 0.08 + 0.42 * uniform(n, 1).square(), 0.75
+    large = (0.45 + 0.4 * uniform(n, 1), 0.25)  # radius, and how far from the middle its centre is
+    small = (0.08 + 0.42 * uniform(n, 1).square(), 0.75)
     for radius, spread in (large, small):
         dy = y - spread * (2 * uniform(n, 1) - 1)                              # (n, 1, side, side)
         dx = x - spread * (2 * uniform(n, 1) - 1)
@@ -659,7 +670,7 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
 
 
 def listed(published, root, split, **how):
-    """Of a data set of torchvision's that gives, with loader=str, paths for images."""
+    """Of a data set of torchvision's: with loader=str it gives the path of a picture."""
     data = published(root, split, loader=str, **how)
     paths, labels = zip(*(data[i] for i in range(len(data))))
     return paths, labels, data.classes
@@ -869,6 +880,7 @@ def list_pictures(classes):
                 elif real == path or real not in label_of:  # its own place goes before a link
                     label_of[real] = label
     if left_out:
+        # All folders lie side by side, so that the last one's parent is everyone's.
         tell_once(f"{folder.parent}: {len(left_out)} files are no pictures by their ending"
                   f"{some_names(':', sorted(left_out))}")
     pictures = sorted(label_of.items(), key=itemgetter(1, 0))  # class after class, by name
@@ -1034,8 +1046,8 @@ def shown_size(picture):
 
 
 def read_boxes(file, picture, classes):
-    """float32 (m, 6), one object per row as in classes_shown(). What reaches out of the picture
-    is cut off, what has no area is left out."""
+    """float32 (m, 6), one object per row as in a Store. What reaches out of the picture is cut off,
+    what has no area is left out."""
     content, objects = read_xml(file), []
     width, height = shown_size(picture)
     said = [content.findtext("size/width"), content.findtext("size/height")]
@@ -1202,19 +1214,20 @@ def cache_path(args, splits):
             files = []
             for split in splits:
                 pictures, labels, classes = open_dataset(args.data, args.root, split)
-                files.append(pictures)
+                files.extend(pictures)
                 key.update(repr((split, labels, classes)).encode())
         else:
             pairs = list_apart(args, splits)
-            files = [[names_file]] if names_file.exists() else []  # a list of lists, as below
+            files = [names_file] if names_file.exists() else []
             if task == "detect" and args.data != "voc" and not files:
                 splits = ["train", *splits]  # its objects name the classes
             for split in splits:
                 if split not in pairs:
                     pairs[split] = list_voc(args, split)
-                files.extend(pairs[split])
+                for picture, target in pairs[split]:
+                    files += [picture, target]
                 key.update(f"{split} {len(files)}".encode())  # where the split ends
-        for file in itertools.chain(*files):
+        for file in files:
             stat = os.stat(file)
             key.update(os.fsencode(f"{file} {stat.st_mtime_ns} {stat.st_size}\n"))
         name = f"{name}-{key.hexdigest()[:12]}"
@@ -1245,7 +1258,7 @@ def load_cached(args, splits):
 @cache
 def shared_images(path, device):
     """The images in a cache file, once for all splits and runs that take rows of them. On the host
-    they are mapped read-only: their pages go where memory is needed."""
+    they are mapped read-only: the system drops their pages when memory is short."""
     array = np.load(path, mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nobody must write to it, and nobody does
@@ -1478,8 +1491,8 @@ def load_held_out(args, data):
 
 
 class Batches:
-    """Epochs of images uint8 (b, 3, S, S) and labels (b,) on the device, each in an order of its
-    own: every image once, of each batch this process's rows.
+    """Epochs of images uint8 (b, 3, S, S) and their labels (b, ...) on the device, each in an order
+    of its own: every image once, of each batch this process's rows.
 
     whole_only drops a rest that does not fill a batch (a pretext task wants as many negatives each
     step); else the images are spread evenly over the batches. No process gets a batch of one image,
@@ -1591,18 +1604,22 @@ def crop_mask(mask, box, flip, size):
 grey = torchvision.transforms.functional.rgb_to_grayscale  # (B, 3, H, W) -> (B, 1, H, W)
 
 
-def brightness(x, factor, dark=0):
-    """factor (B,): 1 gives x (B, 3, H, W), 0 gives dark, more than 1 exaggerates the difference."""
+def blend(x, other, factor):
+    """factor (B,): 1 gives x (B, 3, H, W), 0 the other, more than 1 exaggerates the difference."""
     factor = factor.view(-1, 1, 1, 1)
-    return (factor * x + (1 - factor) * dark).clamp_(0, 1)
+    return (factor * x + (1 - factor) * other).clamp_(0, 1)
+
+
+def brightness(x, factor):
+    return blend(x, 0, factor)
 
 
 def contrast(x, factor):
-    return brightness(x, factor, dark=grey(x.mean((2, 3), keepdim=True)))
+    return blend(x, grey(x.mean((2, 3), keepdim=True)), factor)
 
 
 def saturation(x, factor):
-    return brightness(x, factor, dark=grey(x))
+    return blend(x, grey(x), factor)
 
 
 def hue(x, shift):
@@ -1859,8 +1876,8 @@ def digest_of(state):
 
 
 def some_names(words, names, most=4):
-    """", left out fc.weight, fc.bias ...": at most `most` of the names; nothing where there are
-    none."""
+    """The words, and behind them at most `most` of the names: ", left out fc.weight, fc.bias ...";
+    nothing without names."""
     if not names:
         return ""
     more = " ..." if len(names) > most else ""
@@ -1881,7 +1898,7 @@ def frozen_statistics(model, second_order=False):
         if second_order:
             layer.forward = partial(_BatchNorm.forward, layer)  # instead of SyncBatchNorm's
     eager = contextlib.nullcontext()
-    if second_order and "torch._dynamo" in sys.modules:
+    if second_order and "torch._dynamo" in sys.modules:  # where --compile has loaded it
         eager = torch.compiler.set_stance("force_eager")
     try:
         with eager:
@@ -1913,8 +1930,7 @@ def upcast(x):
 
 @torch.no_grad()
 def features(backbone, store, args):
-    """Backbone features float32 (n, D) and labels (n,) of a store, in evaluation mode, in the
-    store's order."""
+    """Backbone features float32 (n, D) of a store, in evaluation mode, and its labels."""
     was_training, parts = backbone.training, []
     backbone.eval()
     own = torch.arange(rank(), len(store), world())
@@ -2124,9 +2140,9 @@ def save_checkpoint(path, *, method, arch, image_size, backbone, head, classes, 
         dist.barrier()  # who reads it next may be another process
 
 
-OURS = {"method", "arch", "image_size", "backbone", "config"}
-# A ResNet's parts where a file numbers them, by the number of the one that has the first block: in
-# a Sequential of torchvision's, and in one of lightly's own ResNetGenerator.
+OURS = {"method", "arch", "image_size", "backbone", "config"}  # together in no other checkpoint
+# Some files number a ResNet's parts: 4.0.conv1.weight. Where 4 is layer1, relu and maxpool are
+# counted, as in a Sequential of torchvision's; where it is 2, as in lightly's ResNetGenerator, not.
 NUMBERED = {"4": "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4".split(),
             "2": "conv1 bn1 layer1 layer2 layer3 layer4".split()}
 # What checkpoints hold beside tensors, and what runs nothing: numbers and flags.
@@ -2341,34 +2357,34 @@ class Run:
     pretext_data: the Stores that it learns from; --resume asks for the same images;
     others: what only --resume needs, each with a state_dict(). epochs: where they are not
     args.epochs, as bissl.py's, whose unit is an alternation. probe: (memory, query) stores for a
-    k-NN probe every args.probe_every epochs. stage: the name that seeds the draws. coin.py and the
-    three that fine-tune give "fine-tuning", so that all see the order and views that plain
-    fine-tuning does; else it is the method. From a checkpoint whose run drew by that name it is
-    another one, or this run would see the same order and views once more; but not where it goes on
-    with the epochs that coin.py left of its budget.
+    k-NN probe every args.probe_every epochs.
+    draws: the name that with seed and epoch decides order and views, the method's unless given.
+    coin.py and the three that fine-tune give "fine-tuning", so that all see what plain fine-tuning
+    does. Behind a checkpoint whose run drew by the same name ", continued" is added, or this run
+    would see the same once more; not where it goes on with the epochs that coin.py left.
     """
 
     def __init__(self, args, method, model, data, pretext_data=None, epochs=None, unit="epoch",
-                 probe=None, stage=None, **others):
+                 probe=None, draws=None, **others):
         self.args, self.method, self.model, self.classes = args, method, model, data.classes
         stores = [data]
         if pretext_data:
             stores.append(pretext_data)
-        self.images_found, self.last_logged = images_in_words(*stores), self.logged()
-        self.stage = stage or method
-        drawn_before = getattr(args, "ckpt_draws", "")
-        if drawn_before.startswith(self.stage):
-            self.stage = drawn_before
+        self.learns_from, self.last_logged = images_in_words(*stores), self.logged()
+        self.draws = draws or method
+        draws_before = getattr(args, "ckpt_draws", "")
+        if draws_before.startswith(self.draws):
+            self.draws = draws_before
             if args.ckpt_method != "coin" or not getattr(args, "spent", 0):
-                self.stage = f"{drawn_before}, continued"
+                self.draws = f"{draws_before}, continued"
         self.epochs, self.unit, self.probe = epochs or args.epochs, unit, probe
         self.parts = dict(model.named_children(), **others)
-        self.config, self.history = dict(run_config(args), draws=self.stage), []
+        self.config, self.history = dict(run_config(args), draws=self.draws), []
         ckpt = resume_checkpoint(args)
         if ckpt:
-            check_same_images(args, ckpt, self.classes, self.images_found)
+            check_same_images(args, ckpt, self.classes, self.learns_from)
             self.load(ckpt)
-        self.images, self.first = 0, len(self.history)
+        self.images_seen, self.done_before = 0, len(self.history)
 
     def load(self, ckpt):
         """Every part and the history as the checkpoint has them."""
@@ -2381,30 +2397,30 @@ class Run:
         """The numbers of the epochs to come; steps: how often add() is called in each of them."""
         self.started = time.perf_counter()
         for epoch in range(len(self.history), self.epochs):
-            seed_epoch(self.stage, self.args.seed, epoch)
+            seed_epoch(self.draws, self.args.seed, epoch)
             self.start_epoch(steps)
             yield epoch
 
     def start_epoch(self, steps):
         self.sums, self.counts = {}, {}
-        self.steps, self.steps_done, self.images_before = steps, 0, self.images
-        self.began = self.shown = time.perf_counter()
+        self.steps, self.steps_done, self.seen_before = steps, 0, self.images_seen
+        self.began = self.shown_at = time.perf_counter()
 
     def add(self, images, **means):
         """Add a batch's means over `images` images of this process; they stay on the device."""
-        self.images += images * world()
+        self.images_seen += images * world()
         self.steps_done += 1
         for name, mean in means.items():
             self.sums[name] = self.sums.get(name, 0) + mean.detach() * images
             self.counts[name] = self.counts.get(name, 0) + images
-        if sys.stdout.isatty() and time.perf_counter() - self.shown > 10:
+        if sys.stdout.isatty() and time.perf_counter() - self.shown_at > 10:
             self.show_progress()
 
     def show_progress(self):
         """A line that is rewritten in place every ten seconds, on a terminal only: to read the sums
         makes the device wait."""
-        self.shown = time.perf_counter()
-        spent, images = self.shown - self.began, self.images - self.images_before
+        self.shown_at = time.perf_counter()
+        spent, images = self.shown_at - self.began, self.images_seen - self.seen_before
         seconds = spent / self.steps_done * (self.steps - self.steps_done)
         left = timedelta(seconds=int(seconds))
         means = [f"{name} {sums / self.counts[name]:.4g}" for name, sums in self.sums.items()]
@@ -2455,10 +2471,10 @@ class Run:
             shown.append(f"{name} {value:.4g}")
         self.history.append(line)
         spent = time.perf_counter() - self.started
-        left = timedelta(seconds=int(spent / (done - self.first) * (self.epochs - done)))
+        left = timedelta(seconds=int(spent / (done - self.done_before) * (self.epochs - done)))
         start_of_line = "\r\033[K" if sys.stdout.isatty() else ""
         tell(f"{start_of_line}{self.unit} {done}/{self.epochs}  {'  '.join(shown)}  "
-             f"{self.images / spent:,.0f} images/s  left {left}")
+             f"{self.images_seen / spent:,.0f} images/s  left {left}")
         if rank() == 0 and self.logged() not in (self.last_logged, None):
             fail(f"another run writes to --out {self.args.out}, too: give each a name of its own")
         self.last_logged = write_lines(self.args, self.history)
@@ -2475,16 +2491,16 @@ class Run:
     def save(self):
         parts = {name: state_of(part) for name, part in self.parts.items()}
         named = {name: parts.pop(name, None) for name in ("backbone", "head", "projector")}
-        parts.update(history=self.history, finished=self.is_finished(), images=self.images_found)
+        parts.update(history=self.history, finished=self.is_finished(), images=self.learns_from)
         save_checkpoint(f"{self.args.out}.pt", method=self.method, arch=self.args.arch,
                         image_size=self.args.image_size, classes=self.classes, config=self.config,
                         resume=parts, **named)
 
 
-def seed_epoch(stage, seed, epoch):
+def seed_epoch(draws, seed, epoch):
     """Order and views of an epoch depend neither on the ones before nor on those of another
-    stage."""
-    digest = hashlib.sha256(f"{stage} {seed} {epoch}".encode()).digest()
+    stage. draws: Run's."""
+    digest = hashlib.sha256(f"{draws} {seed} {epoch}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 

@@ -120,7 +120,7 @@ def mean_cross_entropy(logits, labels):
     return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
 
 
-def classify(head, f):
+def logits_of(head, f):
     """Logits (n, C) of rows of features (n, D), by a linear head or an FCN's last layer."""
     last = head[-1] if isinstance(head, nn.Sequential) else head
     return F.linear(f, last.weight.flatten(1), last.bias)
@@ -145,7 +145,7 @@ def train(trial):
     steps = args.epochs * len(batches)
     warmup = args.warmup * len(batches)
 
-    run = finetune.Run(trial, model, optimizer)
+    run = finetune.TrialRun(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
         for step, (x, y) in enumerate(batches, start=epoch * len(batches)):
             common.set_learning_rate(optimizer, args.lr, step, steps, warmup)
@@ -156,13 +156,14 @@ def train(trial):
             else:
                 with common.autocast(args.device, args.precision):
                     f = backbone(x)                                             # (B, D)
-            f, y = common.gather(common.upcast(f)), common.gather(y)  # mixes the whole batch
-            if args.task == "segment":  # waits for the device, which knows how many
+            # Pairs are sought in the whole batch, of all processes.
+            f, y = common.gather(common.upcast(f)), common.gather(y)
+            if args.task == "segment":  # a GPU is waited for: it alone knows how many are not void
                 f, y = f[y != 255], y[y != 255]                                 # (n, D), (n,)
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
             features = torch.cat([f, f_pos, f_neg])                                 # (3B, D)
             labels = torch.cat([F.one_hot(y, classes).to(f.dtype), y_pos, y_neg])   # (3B, C)
-            logits, z = classify(head, features), projector(features)           # (3B, C), (3B, d)
+            logits, z = logits_of(head, features), projector(features)          # (3B, C), (3B, d)
             contrast = focal_contrastive(z, positive_pairs(labels, len(y)), args.temperature)
             if args.task == "segment":  # the originals' cross-entropy is that of all pixels
                 loss = dense + mean_cross_entropy(logits[len(y):], labels[len(y):])

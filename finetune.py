@@ -71,7 +71,7 @@ def train(trial):
     steps = args.epochs * len(batches)
     warmup = args.warmup * len(batches)
 
-    run = Run(trial, model, optimizer)
+    run = TrialRun(trial, model, optimizer)
     for epoch in run.epochs_left(len(batches)):
         backbone.train(not args.freeze)  # a frozen backbone keeps its BatchNorm statistics too
         if args.freeze_bn:
@@ -125,13 +125,13 @@ class Classify:
         """Three panels: the confusion matrix (with several labels per image: each class's
         precision), the store's features before fine-tuning and after."""
         x, y = common.features(backbone, store, self.args)
-        _, confusion = metrics(head(x), y)  # or precision
+        _, by_class = metrics(head(x), y)  # the confusion matrix (C, C), or precision (C,)
         if y.ndim == 2:
-            axes[0].barh(store.classes, 100 * confusion.numpy())
+            axes[0].barh(store.classes, 100 * by_class.numpy())
             axes[0].set(xlabel="average precision on test, %")
             y = (y == 1).int().argmax(1)  # the first of an image's classes gives its colour
         else:
-            show_confusion(axes[0], confusion, store.classes)
+            show_confusion(axes[0], by_class, store.classes)
         where = "fine-tuning, where class means differ most"
         x_before, _ = common.features(before, store, self.args)
         common.plot_features(axes[1], x_before, y, f"test features before {where}")
@@ -148,8 +148,7 @@ def label_loss(logits, y):
     counts = (y >= 0).to(logits.dtype)                 # (B, C)
     present = y.clamp(min=0).to(logits.dtype)          # (B, C)
     total = F.binary_cross_entropy_with_logits(logits, present, counts, reduction="sum")
-    # average_gradients() divides by the number of processes.
-    return total * common.world() / common.all_sum(counts.sum()).clamp(min=1)
+    return common.part_of_mean(total, counts.sum())
 
 
 def accuracy(logits, y):
@@ -224,21 +223,23 @@ class Trial:
         return make_task(self.args)
 
 
-class Run(common.Run):
+class TrialRun(common.Run):
     """common.Run of one trial: scored on the labelled images that judge it; many trials, one
     log."""
 
     def __init__(self, trial, model, optimizer):
         self.trial, self.number = trial, len(trial.results) + 1
-        super().__init__(trial.flags, trial.method, model, trial.data, stage="fine-tuning",
+        super().__init__(trial.flags, trial.method, model, trial.data, draws="fine-tuning",
                          optimizer=optimizer)
         trials = trial.flags.search + trial.flags.seeds
-        self.epochs = trials * (trial.flags.epochs - trial.flags.spent)  # for the time left
+        # Of all trials: log() says how much time is left for them.
+        self.epochs = trials * (trial.flags.epochs - trial.flags.spent)
         self.history, self.over = trial.history, False
-        self.first = len(self.history)
+        self.done_before = len(self.history)
 
     def load(self, ckpt):
-        """A trial that has not begun starts afresh: the checkpoint is that of the one before."""
+        """Where the checkpoint is that of the trial before, this one begins, and nothing is
+        loaded."""
         if self.epochs_done():
             super().load(ckpt)
 
@@ -248,7 +249,7 @@ class Run(common.Run):
     def epochs_left(self, steps):
         args, self.started = self.trial.args, time.perf_counter()
         for epoch in range(args.spent + self.epochs_done(), args.epochs):
-            common.seed_epoch(self.stage, args.seed, epoch)
+            common.seed_epoch(self.draws, args.seed, epoch)
             self.start_epoch(steps)
             yield epoch
             if self.over:
@@ -258,35 +259,34 @@ class Run(common.Run):
         """The score on the judge after the last epoch, on what is watched now and then."""
         trial, model = self.trial, self.model
         done, epochs = self.epochs_done() + 1, trial.args.epochs - trial.args.spent
-        last, every = done == epochs, max(1, epochs // 10)
-        watched = None
+        last, metric, value = done == epochs, trial.task.metric, None
         if last:
             judged = trial.task.score(model.backbone, model.head, trial.judge)
             trial.results.append({**self.settings(), **judged})
-            watched = judged if trial.watch is trial.judge else None
-        if trial.watch is not None and watched is None and (last or done % every == 0):
-            watched = trial.task.score(model.backbone, model.head, trial.watch)
-        metric = trial.task.metric
-        if watched and np.isnan(watched[metric]):  # whatever was predicted
-            common.fail(f"val of {trial.args.data} has nothing that counts for {metric}: no object "
-                        "that is not difficult, or no pixel that is not void")
-        return {f"val_{metric}": watched and watched[metric]}
+        if last and trial.watch is trial.judge:
+            value = judged[metric]
+        elif trial.watch is not None and (last or done % max(1, epochs // 10) == 0):
+            value = trial.task.score(model.backbone, model.head, trial.watch)[metric]
+        return {f"val_{metric}": value}
 
     def settings(self):
         """What tells one result from the others."""
         args = self.trial.args
         judge = "val" if self.number <= self.trial.flags.search else "test"
-        return dict(judge=judge, images=common.images_in_words(self.trial.judge), lr=args.lr,
+        return dict(judge=judge, images=judges_in_words(self.trial.judge), lr=args.lr,
                     weight_decay=args.weight_decay, seed=args.seed)
 
     def end_epoch(self):
         searching = self.number <= self.trial.flags.search
-        finite = np.isfinite(list(self.means().values())).all() and common.is_finite(self.model)
-        if searching and not finite:  # a bad pair, not an error: the search goes on with the next
+        if searching and self.has_diverged():  # no error: the search goes on with the next pair
             self.trial.results.append({**self.settings(), self.trial.task.metric: 0.0})
             self.over = True
             return
         super().end_epoch(run=self.number)
+
+    def has_diverged(self):
+        losses = list(self.means().values())
+        return not (np.isfinite(losses).all() and common.is_finite(self.model))
 
     def is_finished(self):
         return len(self.trial.results) == self.trial.flags.search + self.trial.flags.seeds
@@ -313,6 +313,10 @@ def protocol(args, method, train, panel=None):
     if args.search and val is None:
         common.fail(f"--search is judged on val, and {args.data} has too few labelled images for "
                     "one: add a val of its own")
+    for name, judge in dict(val=val, test=test).items():
+        if judge is not None and nothing_counts(judge.labels):
+            common.fail(f"{name} of {args.data} has nothing that counts for a score: no object "
+                        "that is not difficult, no pixel that is not void, or no class")
     results, history = [], []
     if stopped:
         labelled = common.load_data(args, "trainval")
@@ -340,13 +344,30 @@ def protocol(args, method, train, panel=None):
     return summary
 
 
+def nothing_counts(labels):
+    """Whether labels, of any kind that a common.Store has, would give every score as NaN."""
+    if labels.dtype == torch.uint8:                         # masks
+        return not (labels != 255).any()
+    if labels.is_floating_point():                          # boxes, of which -1 is none
+        return not ((labels[:, :, 4] >= 0) & (labels[:, :, 5] != 1)).any()
+    return labels.ndim == 2 and not (labels == 1).any()
+
+
+def judges_in_words(judge):
+    """common.images_in_words(), and how many of them judge: val may lie in one array with train."""
+    words = common.images_in_words(judge)
+    if len(judge) < len(judge.images):
+        words = f"{len(judge):,} of {words}"
+    return words
+
+
 def check_same_judges(args, results, judges):
     """Stop where earlier trials were scored on other images than there are now. judges: val, which
     may be None, and test."""
     now = {}
     for name, judge in judges.items():
         if judge is not None:
-            now[name] = common.images_in_words(judge)
+            now[name] = judges_in_words(judge)
     for result in results:
         name, before = result["judge"], result["images"]
         if before != now[name]:
@@ -359,6 +380,10 @@ def make_task(args):
     return TASKS[common.task_of(args)](args)
 
 
+def main_metric(args):
+    return MAIN_METRIC.get(args.data, make_task(args).metric)
+
+
 def choose_settings(args, results, number):
     """The flags of a trial: a random pair while the search goes on, then the best with a new
     seed."""
@@ -368,9 +393,9 @@ def choose_settings(args, results, number):
         pairs = 10 ** rng.uniform((-4, -5), (0, -2), (args.search, 2))  # lr 1e-4..1, wd 1e-5..1e-2
         now.lr, now.weight_decay = pairs[number].tolist()
         return now
-    main_metric, highest = MAIN_METRIC.get(args.data, make_task(args).metric), -1.0
+    metric, highest = main_metric(args), -1.0
     for result in results[:args.search]:
-        score = result.get(main_metric, 0.0)  # a pair that diverged has none
+        score = result.get(metric, 0.0)  # a pair that diverged has none
         if score > highest:
             highest, now.lr, now.weight_decay = score, result["lr"], result["weight_decay"]
     now.seed = args.seed + number - args.search
@@ -405,9 +430,8 @@ def say_what_was_seen(args, ckpt):
 def report(args, results):
     """Print and return mean and standard deviation of each metric over the runs, the data set's
     main metric first."""
-    names = [MAIN_METRIC.get(args.data, make_task(args).metric), *METRICS]
     summary, said = {}, []
-    for name in dict.fromkeys(names):  # each once
+    for name in dict.fromkeys([main_metric(args), *METRICS]):  # each once
         if name not in results[0]:
             continue
         values = np.array([result[name] for result in results])
@@ -458,9 +482,12 @@ def draw(args, history, test, panel):
     """Curves, the task's picture of the test images, and the method's own panel."""
     finished, task = copy.copy(args), make_task(args)
     finished.ckpt, finished.prefix = f"{args.out}.pt", None
-    vars(finished).pop("ckpt_weights", None)  # those of OUT.pt are others
+    # OUT.pt is not the --ckpt whose weights load_backbone() compares with what it finds.
+    vars(finished).pop("ckpt_weights", None)
     backbone, head, _ = load_fine_tuned(finished, task, say=False)
-    before, _ = common.start_backbone(args, say=False)
+    begun = copy.copy(args)
+    begun.seed = args.seed + args.seeds - 1  # of the last run, whose end OUT.pt is
+    before, _ = common.start_backbone(begun, say=False)
     figure, axes = plt.subplots(2, 3, figsize=(16, 9.5))
     last_run = history[-(args.epochs - args.spent):]
     last_run = [dict(line, epoch=args.spent + i + 1) for i, line in enumerate(last_run)]
@@ -751,7 +778,7 @@ class Segment:
         logits = resized(logits, y.shape[-1])
         counts = y != 255
         total = F.cross_entropy(logits, y.long(), ignore_index=255, reduction="sum")
-        loss = total * common.world() / common.all_sum(counts.sum()).clamp(min=1)
+        loss = common.part_of_mean(total, counts.sum())
         right = (logits.argmax(1) == y).sum() / counts.sum().clamp(min=1)
         return loss, f, dict(train_pixels=100 * right)
 
@@ -826,7 +853,7 @@ def show_masks(axes, x, masks, title):
     """Four images (4, 3, H, H) under the colours of their classes, masks (4, S, S)."""
     common.show_images(axes, x, columns=2)
     axes.set_title(title)
-    masks = F.interpolate(masks[:, None].float().cpu(), x.shape[-2:])
+    masks = F.interpolate(masks[:, None].float().cpu(), x.shape[-2:], mode="nearest-exact")
     grid = torchvision.utils.make_grid(masks, 2, padding=1)[0].numpy()
     shown = np.ma.masked_where((grid == 0) | (grid == 255), grid % 20)
     axes.imshow(shown, cmap="tab20", vmin=0, vmax=20, alpha=0.7)

@@ -30,7 +30,8 @@ def nt_xent(z1, z2, temperature):
 
     l(i, j) = -log( exp(s_ij) / sum_{k != i} exp(s_ik) ), s_ij = z_i.z_j / tau, k over all 2B views.
     z1, z2 (B, D): projections of the two views, normalised here (zeros stay zeros); row i of both
-    is image i. -> scalar of their type, float32 for half types
+    is image i. -> scalar of their type, float32 for half types. Where one process works alone,
+    gather(x) and own_rows(x) are x, and N is B.
     """
     z1 = F.normalize(common.upcast(z1), dim=1)
     z2 = F.normalize(common.upcast(z2), dim=1)
@@ -75,7 +76,7 @@ def project(model, views, args):
     """Two views (B, 3, H, W) -> their projections z1, z2 in one tensor (B, 2, D)."""
     with common.autocast(views[0].device, args.precision):
         z = model(torch.cat(views))  # (2B, D) in one forward: BatchNorm sees both views
-    return torch.stack(z.chunk(2), 1)
+    return torch.stack(z.chunk(2), 1)  # a row for each image, so that --chunk can split them
 
 
 def loss(model, views, args):

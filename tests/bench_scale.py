@@ -101,7 +101,7 @@ def steps_of(script, flags, data, device, arch):
             common, Batches=timed_batches(stamps), load_unlabeled=lambda args: data,
             load_probe=do_nothing, save_checkpoint=do_nothing))
         stack.enter_context(mock.patch.object(simclr, "draw", do_nothing))
-        stack.enter_context(mock.patch.object(finetune.Run, "end_epoch", do_nothing))
+        stack.enter_context(mock.patch.object(finetune.TrialRun, "end_epoch", do_nothing))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         peak = stack.enter_context(peak_memory(device))
         args = script.parser().parse_args([*flags.split(), "--out", f"{folder}/x"])

@@ -294,8 +294,8 @@ def hvp_row(device):
 # ----------------------------------------------------------------------------- learning from labels
 
 def short_trial(args, data):
-    """A trial of the fine-tuning protocol that trains on `data` and, where finetune.Run.end_epoch
-    is patched, is neither scored nor saved."""
+    """A trial of the fine-tuning protocol that trains on `data` and, where
+    finetune.TrialRun.end_epoch is patched, is neither scored nor saved."""
     return finetune.Trial("bench", args, args, data, judge=None, watch=None, history=[],
                           results=[])
 
@@ -339,7 +339,7 @@ def tuning_rows(device):
     setting = f"{size.arch}, {size.size} px, batch {batch}, {classes} classes, {size.precision}"
     # The same backbone for all, and no time spent on making it.
     with mock.patch.object(common, "start_backbone", lambda args, say=True: (backbone, None)), \
-            mock.patch.object(finetune.Run, "end_epoch", do_nothing), \
+            mock.patch.object(finetune.TrialRun, "end_epoch", do_nothing), \
             mock.patch.object(coin, "say_positives", do_nothing):
         for name, work, aim in works:
             ours, reference, ratio = in_turn(work, plain, device, 7)

@@ -155,7 +155,7 @@ class Bench:
 
     def metric(self):
         """The name of the score that counts, for a bench with --task that of the task."""
-        return finetune.MAIN_METRIC.get(self.args.data, finetune.make_task(self.args).metric)
+        return finetune.main_metric(self.args)
 
 
 def bissl_epochs(args, seed):

@@ -608,6 +608,15 @@ def test_a_stage_that_was_none_says_so(pretrained, tmp_path, capsys, flags, said
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("batch_size, said", [("8", True), ("36", False)])
+def test_another_batch_size_than_the_pretexts_is_said(
+        pretrained, tmp_path, capsys, batch_size, said):
+    bissl.main([*pretrained, "--alternations", "1", "--lower-steps", "1", "--upper-steps", "1",
+                "--pretext-batch-size", batch_size, "--out", str(tmp_path / "bissl")])
+    had = f"batches of {batch_size}, where simclr had"
+    assert (had in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("labels, probed", [("4", True), ("0", False)])
 def test_the_probe_asks_only_about_labels_that_were_held_out(pretrained, tmp_path, labels, probed):
     last = bissl.main([*pretrained, "--lower-steps", "1", "--upper-steps", "1",

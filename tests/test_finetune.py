@@ -215,6 +215,31 @@ def test_search_chooses_by_validation_and_looks_at_test_once_a_final_run(
     assert "test" not in looks[:looks.index("test")] and set(looks[:2]) == {"val"}
 
 
+def test_of_each_result_it_is_said_how_many_images_have_judged_it(here, monkeypatch):
+    new_finetune("--search", "1")
+    runs = json_lines("finetune.jsonl")[-1]["runs"]
+    of_val, of_test = [run["images"] for run in runs]
+    val = common.load_data(finetune.parser().parse_args(SMALL), "val")
+    assert of_val.startswith(f"{len(val)} of 36 images (") and of_test.startswith("36 images (")
+
+
+def test_the_features_before_are_those_that_the_last_run_began_with(here, monkeypatch):
+    started, start = [], common.start_backbone
+
+    def noted(args, say=True):
+        started.append(args.seed)
+        return start(args, say)
+
+    args = finetune.parser().parse_args([*SMALL, "--arch", "resnet10", "--seeds", "2"])
+    new_finetune("--seeds", "2")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(common, "start_backbone", noted)
+    monkeypatch.setattr(finetune.Classify, "picture", lambda *ignored: None)
+    finetune.draw(args, json_lines("finetune.jsonl")[:-1], common.load_data(args, "test"), None)
+    assert started[-1] == args.seed + 1
+
+
 @pytest.mark.parametrize("rate, batch_size", [
     (1e30, "8"),             # several steps: the loss is not finite
     (float("inf"), "64")])   # one step: the loss before it is finite, the weights after it are not

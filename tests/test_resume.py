@@ -282,7 +282,7 @@ def test_of_two_runs_with_one_out_one_ends(tmp_path, monkeypatch, capsys):
 
 
 def test_a_checkpoint_that_changes_between_two_seeds_ends_the_run(tmp_path, monkeypatch, capsys):
-    start, end_epoch = str(tmp_path / "start"), finetune.Run.end_epoch
+    start, end_epoch = str(tmp_path / "start"), finetune.TrialRun.end_epoch
     run("simclr", start, "--epochs", "1")
 
     def change(of_run):
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_changes_between_two_seeds_ends_the_run(tmp_path, monk
         ckpt["backbone"]["conv1.weight"] += 1
         torch.save(ckpt, f"{start}.pt")
 
-    monkeypatch.setattr(finetune.Run, "end_epoch", change)
+    monkeypatch.setattr(finetune.TrialRun, "end_epoch", change)
     line = error_line(capsys, run, "finetune", str(tmp_path / "out"), "--ckpt", f"{start}.pt",
                       "--epochs", "1", "--seeds", "2")
     assert "start.pt has changed since this run began" in line

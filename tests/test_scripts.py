@@ -93,6 +93,23 @@ def test_the_seven_commands_run_one_after_the_other_and_write_only_to_root_and_o
 FEW_LABELS = ("--labels-per-class", "3")
 
 
+@pytest.mark.parametrize("script", ["simclr", "byol", "coin", "bissl"])
+def test_a_k_nn_accuracy_means_the_same_in_all_logs(script, tmp_path, monkeypatch):
+    """All of train votes on val, however few labels a stage learns from."""
+    asked = []
+
+    def noted(memory, memory_labels, query, query_labels):
+        asked.append((len(memory), len(query)))
+        return 0.0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "PETAL_SPLITS", FEW_PETALS)
+    monkeypatch.setattr(common, "knn_accuracy", noted)
+    few = FEW_LABELS if script in ("coin", "bissl") else ()
+    run(script, *few, "--arch", "resnet10", data="petals", ckpt=None)
+    assert set(asked) == {(FEW_PETALS["train"], FEW_PETALS["val"])}
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     """A folder with the checkpoints START.pt and START-MIDDLE.pt that lead to the last stage, all

@@ -876,16 +876,36 @@ def test_a_root_that_is_called_like_a_year_changes_no_list(devkit, tmp_path):
     assert moved == before
 
 
-def test_a_val_whose_objects_are_all_difficult_is_one_line(tmp_path, monkeypatch, capsys):
+TO_SCORE = ["--image-size", "32", "--batch-size", "4", "--epochs", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("split, images", [("val", "56"), ("test", "78")])
+def test_a_split_whose_objects_are_all_difficult_is_one_line(
+        split, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cat = "cat", *EVERYWHERE
-    boxes = dict.fromkeys("123478", [cat, ("dog", *EVERYWHERE)])
-    boxes.update(dict.fromkeys("56", [(*cat, 1)]))  # difficult
+    boxes = dict.fromkeys("12345678", [cat, ("dog", *EVERYWHERE)])
+    boxes.update(dict.fromkeys(images, [(*cat, 1)]))  # difficult
     folder = write_boxes(tmp_path / "voc", boxes, train="1234", val="56", test="78")
     line = error_line(capsys, SCRIPTS["finetune"].main, [
-        "--data", str(folder), "--task", "detect", "--image-size", "32", "--batch-size", "4",
-        "--epochs", "1", "--search", "1", "--device", "cpu"])
-    assert "nothing that counts" in line and "learning rate" not in line
+        "--data", str(folder), "--task", "detect", "--search", "1", *TO_SCORE])
+    assert f"{split} of" in line and "nothing that counts" in line and "learning rate" not in line
+    assert not list(tmp_path.glob("finetune.*"))  # it is said before the training
+
+
+@pytest.mark.parametrize("task, script", [("segment", "finetune"), ("segment", "core_tuning")])
+def test_a_test_whose_pixels_are_all_void_is_one_line(task, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    masks = dict.fromkeys("123456", [1, 2])
+    masks.update(dict.fromkeys("78", [255]))
+    folder = write_masks(tmp_path / "voc", masks, train="1234", val="56", test="78")
+    for path in ("7", "8"):  # all of it, not the right half alone
+        file = folder / "SegmentationClass" / f"{path}.png"
+        palette_mask(np.full_like(np.array(Image.open(file)), 255)).save(file)
+    line = error_line(capsys, SCRIPTS[script].main, [
+        "--data", str(folder), "--task", task, *TO_SCORE])
+    assert "test of" in line and "nothing that counts" in line
+    assert not list(tmp_path.glob(f"{script}.*"))
 
 
 def test_bissl_without_a_pretext_s_images_asks_for_them(tmp_path, capsys):
