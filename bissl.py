@@ -247,6 +247,9 @@ def start_pretext(args, backbone, ckpt):
     lower = common.place(pretext.make_model(backbone, pretext_args), args.device)
     if not fresh_head:
         lower.head.load_state_dict(ckpt["head"])
+    if args.pretext_batch_size != pretext_args.batch_size:
+        common.tell(f"lower level: batches of {args.pretext_batch_size}, where {args.pretext} had "
+                    f"{pretext_args.batch_size}; give --lower-lr, if its learning rate was for those")
     return pretext, lower, pretext_args, fresh_head
 
 
@@ -270,10 +273,6 @@ def load_pretext_data(args, pretext_args):
 def train(args):
     theta_backbone, ckpt = common.start_backbone(args)
     pretext, lower, pretext_args, fresh_head = start_pretext(args, theta_backbone, ckpt)
-    if args.pretext_batch_size != pretext_args.batch_size:
-        common.tell(f"lower level: batches of {args.pretext_batch_size}, where {args.pretext} had "
-                    f"{pretext_args.batch_size} for its learning rate, of which --lower-lr is a "
-                    "fifth: the same --pretext-batch-size would fit it")
     args.lower_lr = args.lower_lr or pretext_args.lr / 5
     data = common.load_labelled(args, args.seed)
     val = common.load_held_out(args, data)
@@ -287,8 +286,8 @@ def train(args):
     start_backbone = copy.deepcopy(theta_backbone)
     run = common.Run(
         args, "bissl", lower, data, pretext_data, epochs=args.alternations, unit="alternation",
-        probe=common.load_probe(args) if val else None, upper_backbone=phi_backbone, upper_head=phi_head,
-        start_backbone=start_backbone, lower_optimizer=lower_optimizer,
+        probe=common.load_probe(args) if val else None, upper_backbone=phi_backbone,
+        upper_head=phi_head, start_backbone=start_backbone, lower_optimizer=lower_optimizer,
         upper_optimizer=upper_optimizer)
     run.config["pretext_config"] = common.run_config(pretext_args)
     if not run.history:

@@ -156,8 +156,7 @@ def train(trial):
             else:
                 with common.autocast(args.device, args.precision):
                     f = backbone(x)                                             # (B, D)
-            # Pairs are sought in the whole batch, of all processes.
-            f, y = common.gather(common.upcast(f)), common.gather(y)
+            f, y = common.gather(common.upcast(f)), common.gather(y)  # pairs: in the whole batch
             if args.task == "segment":  # a GPU is waited for: it alone knows how many are not void
                 f, y = f[y != 255], y[y != 255]                                 # (n, D), (n,)
             f_pos, y_pos, f_neg, y_neg = hard_pairs(f, y, classes, args.alpha)
