@@ -249,7 +249,7 @@ def start_pretext(args, backbone, ckpt):
         lower.head.load_state_dict(ckpt["head"])
     if args.pretext_batch_size != pretext_args.batch_size:
         common.tell(f"lower level: batches of {args.pretext_batch_size}, where {args.pretext} had "
-                    f"{pretext_args.batch_size}; give --lower-lr, if its learning rate was for those")
+                    f"{pretext_args.batch_size}; give --lower-lr, if its rate was for those")
     return pretext, lower, pretext_args, fresh_head
 
 
