@@ -1930,7 +1930,8 @@ def upcast(x):
 
 @torch.no_grad()
 def features(backbone, store, args):
-    """Backbone features float32 (n, D) of a store, in evaluation mode, and its labels."""
+    """Backbone features float32 (n, D) of a store in its order, in evaluation mode, and its
+    labels."""
     was_training, parts = backbone.training, []
     backbone.eval()
     own = torch.arange(rank(), len(store), world())
