@@ -275,7 +275,7 @@ def train(args):
     pretext, lower, pretext_args, fresh_head = start_pretext(args, theta_backbone, ckpt)
     args.lower_lr = args.lower_lr or pretext_args.lr / 5
     data = common.load_labelled(args, args.seed)
-    val = common.load_held_out(args, data)
+    probe = common.load_probe(args) if common.few_labels(args) else None  # else val is trained on
     pretext_data = load_pretext_data(args, pretext_args)
     upper = make_upper(args, theta_backbone, data.classes)
     phi_backbone, phi_head = upper
@@ -286,8 +286,8 @@ def train(args):
     start_backbone = copy.deepcopy(theta_backbone)
     run = common.Run(
         args, "bissl", lower, data, pretext_data, epochs=args.alternations, unit="alternation",
-        probe=common.load_probe(args) if val else None, upper_backbone=phi_backbone,
-        upper_head=phi_head, start_backbone=start_backbone, lower_optimizer=lower_optimizer,
+        probe=probe, upper_backbone=phi_backbone, upper_head=phi_head,
+        start_backbone=start_backbone, lower_optimizer=lower_optimizer,
         upper_optimizer=upper_optimizer)
     run.config["pretext_config"] = common.run_config(pretext_args)
     if not run.history:

@@ -185,10 +185,10 @@ def train(args):
     backbone, _ = common.start_backbone(args)
     data = common.load_labelled(args, args.seed)
     common.need_one_label(args, data)
-    val = common.load_held_out(args, data)
+    val = common.load_val(args) if common.few_labels(args) else None  # else it is trained on
     if val:
         shown, split = val, "val"
-    else:  # test is looked at only where val is trained on
+    else:  # test is looked at in no other case
         shown, split = common.load_data(args, "test"), "test"
     say_positives(data.labels, args.batch_size, args.balanced)
     common.tell(f"{coin_epochs} of {args.epochs} epochs are for SupCon alone")

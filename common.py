@@ -1482,14 +1482,6 @@ def need_one_label(args, data):
              "without --eta takes it")
 
 
-def load_held_out(args, data):
-    """val for the probe of a stage that trains on the labelled `data`, or None where all labels are
-    asked for, val's among them, or an image has several."""
-    if not few_labels(args) or not data.one_label:
-        return None
-    return load_val(args)
-
-
 class Batches:
     """Epochs of images uint8 (b, 3, S, S) and their labels (b, ...) on the device, each in an order
     of its own: every image once, of each batch this process's rows.

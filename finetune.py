@@ -381,6 +381,7 @@ def make_task(args):
 
 
 def main_metric(args):
+    """The name of the score that is printed first, and by which a search goes."""
     return MAIN_METRIC.get(args.data, make_task(args).metric)
 
 
