@@ -469,12 +469,15 @@ def columns_of(lines):
 
 
 def set_gain(line, name, one, other):
-    """Enter what the row `one` gains on the row `other`; nothing where one is not there or both are
-    the same."""
+    """Enter what the row `one` gains on the row `other`; nothing where one is not there, both are
+    the same, or they have no seed in common."""
     line[name] = line[f"{name}_95"] = ""
     if other is None or one is other:
         return
-    gain, half = benches.paired_gain(scores_of(one), scores_of(other))
+    scores, others = scores_of(one), scores_of(other)
+    if not scores.keys() & others.keys():
+        return
+    gain, half = benches.paired_gain(scores, others)
     line[name] = round(gain, 2) + 0.0  # never -0.0
     line[f"{name}_95"] = "" if half is None else round(half, 2)
 

@@ -88,6 +88,14 @@ def test_a_gain_is_on_the_plain_row_of_the_same_pretext_and_the_lead_is_the_best
     assert best["lead"] == alone["lead"] == ""
 
 
+def test_rows_without_a_common_seed_have_no_gain():
+    """As when seeds are shared out among several benches, and one is done before the other."""
+    plain, best = line("simclr-finetune", "20", 50, 60), line("simclr-bi_tuning", "20", 71, 80)
+    best["scores"] = "2:71 3:80"
+    for row in bench_accuracy.mark([plain, best], CHAINS):
+        assert row["gain"] == row["gain_95"] == row["lead"] == row["lead_95"] == ""
+
+
 def test_of_the_controls_bissl_is_compared_with_each():
     cells = [line("SimCLR", "20", 50, 60, 70), line("BiSSL", "20", 52, 61, 72),
              line("more epochs", "20", 71, 80, 91)]
