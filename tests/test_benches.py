@@ -250,6 +250,27 @@ def test_bissls_labelled_epochs_are_counted_and_its_pretext_is_shorter(
     assert epochs == dict(core_tuning=1, finetune=3)  # 1 for the head, 1 for the upper level
 
 
+@pytest.mark.parametrize("fails", [None, 0, 1])
+def test_quick_makes_each_of_its_rows_once_in_two_processes(fails, monkeypatch, capsys):
+    started = []
+
+    def start(command, env):
+        started.append(command)
+        status = -9 if fails == len(started) - 1 else 0
+        return SimpleNamespace(wait=lambda: status)
+
+    monkeypatch.setattr(bench_accuracy.subprocess, "Popen", start)
+    argv = ["--quick", "--root", "elsewhere"]
+    if fails is None:
+        bench_accuracy.main(argv)
+    else:
+        assert "--quick" in error_line(capsys, bench_accuracy.main, argv)
+    halves = [bench_accuracy.parse(command[2:]) for command in started]
+    assert sorted(halves[0].rows + halves[1].rows) == sorted(bench_accuracy.QUICK_ROWS)
+    for half in halves:
+        assert (half.quick, half.root, half.name) == (True, "elsewhere", "petals-quick")
+
+
 def test_other_flags_for_the_stages_need_a_table_of_their_own(capsys):
     with pytest.raises(SystemExit):
         bench_accuracy.parse(["bissl", "--finetune=--freeze"])
