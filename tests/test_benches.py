@@ -421,17 +421,17 @@ def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
     """Two states, of which one has been through an alternation; every kind of lower run."""
     draw_nothing(monkeypatch)
     monkeypatch.setattr(benches, "RESULTS", tmp_path)
-    for name, value in dict(AFTER=(0, 1), LENGTHS=(), MORE_LENGTHS_AFTER=(0,), SOLVE_STEPS=3,
+    for name, value in dict(AFTER=(0, 1), LENGTHS=(), MORE_LENGTHS_AFTER=(0,), SOLVE_STEPS=2,
                             LOWER_RUNS=[("sgd", 2), ("lars", 2)], USUAL_STEPS=1, N_U=2,
                             LONG_DIRECTIONS=("implicit 10",),
-                            H_IMAGES=(16, 8), SOLVER_GAMMAS=(100,), EXACT_STEPS=2).items():
+                            H_IMAGES=(8, 4), SOLVER_GAMMAS=(100,), EXACT_STEPS=2).items():
         monkeypatch.setattr(bench_bilevel, name, value)
     (tmp_path / "runs/seed0").mkdir(parents=True)
     shutil.copy(ckpt, tmp_path / "runs/seed0/simclr.pt")
-    few = ("--device cpu --image-size 16 --pretext-batch-size 16 --batch-size 8 "
+    few = ("--device cpu --image-size 16 --batch-size 8 "
            "--labels-per-class 2")
     argv = ["--seeds", "0", "--runs", str(tmp_path / "runs"), "--bissl",
-            f"{few} {SHORT_BISSL} --alternations 3"]
+            f"{few} {SHORT_BISSL} --alternations 3 --pretext-batch-size 8"]
     bench_bilevel.main(argv)
     bench_bilevel.main([*argv, "--solvers"])
     rows = read(tmp_path / "bilevel.csv")

@@ -119,7 +119,7 @@ def test_solo_learns_cifar_stem_is_recognised(tmp_path, capsys, flags):
 def test_solo_learns_cifar_stem_stays_in_the_chain(tmp_path, monkeypatch, capsys):
     draw_nothing(monkeypatch)
     model = solo_learn_file(tmp_path / "in.pt", {"dataset": "cifar10"})
-    write_folder(tmp_path / "pictures")
+    write_folder(tmp_path / "pictures", per_class=4)
     argv = [*TINY, "--data", str(tmp_path / "pictures"), "--root", str(tmp_path / "root"),
             "--epochs", "2", "--ckpt", str(tmp_path / "in.pt"), "--out", str(tmp_path / "coin"),
             "--lr", "1e-12", "--alpha", "0.5"]
