@@ -428,8 +428,7 @@ def test_the_bilevel_bench_runs(few_petals, ckpt, tmp_path, monkeypatch):
         monkeypatch.setattr(bench_bilevel, name, value)
     (tmp_path / "runs/seed0").mkdir(parents=True)
     shutil.copy(ckpt, tmp_path / "runs/seed0/simclr.pt")
-    few = ("--device cpu --image-size 16 --batch-size 8 "
-           "--labels-per-class 2")
+    few = "--device cpu --image-size 16 --batch-size 8 --labels-per-class 2"
     argv = ["--seeds", "0", "--runs", str(tmp_path / "runs"), "--bissl",
             f"{few} {SHORT_BISSL} --alternations 3 --pretext-batch-size 8"]
     bench_bilevel.main(argv)
